@@ -1,0 +1,54 @@
+"""What is in force on this thread: the context manager's settings, and the layer whose forward runs."""
+
+from __future__ import annotations
+
+import threading
+from typing import Protocol
+
+import torch
+
+from lpattn.ledger import Ledger
+from lpattn.settings import Settings
+
+
+class Layer(Protocol):
+    """The innermost applied module that runs. What the eager path keeps per module has these."""
+
+    settings: Settings | None
+    ledger: Ledger
+    tag: torch.Tensor
+
+    def child(self, name: str) -> Layer | None:
+        """The layer of a submodule; None if it has none."""
+
+
+class Scope(Protocol):
+    """An entered context manager."""
+
+    settings: Settings
+
+
+class Active(threading.local):
+    """Per thread.
+
+    Attributes:
+        layer: innermost applied module; None outside of applied models.
+        context: innermost context manager; None outside.
+        tracing: whether a surrounding applied module already redirects the calls of the code being traced.
+    """
+
+    # Set per thread by __init__ and not as class attributes: Dynamo guards on the presence of instance attributes.
+    def __init__(self) -> None:
+        self.layer: Layer | None = None
+        self.context: Scope | None = None
+        self.tracing = False
+
+
+active = Active()
+
+
+def current_settings() -> Settings | None:
+    """The settings in force on this thread, the context manager's before the layer's; None if there are none."""
+    if active.context is not None:
+        return active.context.settings
+    return active.layer.settings if active.layer is not None else None

@@ -1,0 +1,204 @@
+"""The protocol that a backend implements.
+
+Most of what a backend must say is data (:class:`Capabilities`); the dispatcher turns data into reasons. Code
+(``supports``) says only what data cannot. This module knows the vocabulary of :mod:`lpattn.types` and nothing else.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from lpattn.types import AttentionCall, CausalKind, HadamardMode, MaskKind, Reason
+
+PROTOCOL_VERSION = 1
+"""Raised when a change of the protocol breaks existing backends. A backend of another version is not registered."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can run, as data. A field that is None does not restrict.
+
+    Attributes:
+        dtypes: dtypes of q, k, v. All of them are also output dtypes.
+        device_types: such as ``{"cuda"}``.
+        architectures: inclusive range of CUDA compute capabilities, such as ``((9, 0), (9, 0))``; checked on CUDA only.
+        head_dims: of q and k.
+        head_dim_v_differs: whether head_dim_v may differ from head_dim.
+        masks: kinds of attn_mask. MaskKind.NONE belongs in it.
+        causal: whether causal calls can run. ``causal_rectangular``: also where q_len != kv_len (top-left aligned).
+        gqa: whether num_kv_heads may be smaller than num_heads.
+        lse, dropout: whether the log-sum-exp can be returned, whether dropout can be applied.
+        hadamard: modes that can be applied. HadamardMode.NONE belongs in it.
+        rope: whether ``rope_attention`` is implemented. Elsewhere lpattn rotates q and k first.
+        strided_last_dim: whether the last dimension of q, k, v may have a stride other than 1.
+    """
+
+    dtypes: frozenset[torch.dtype]
+    device_types: frozenset[str] | None = None
+    architectures: tuple[tuple[int, int], tuple[int, int]] | None = None
+    head_dims: frozenset[int] | None = None
+    head_dim_v_differs: bool = False
+    masks: frozenset[MaskKind] = frozenset({MaskKind.NONE})
+    causal: bool = True
+    causal_rectangular: bool = False
+    gqa: bool = True
+    lse: bool = False
+    dropout: bool = False
+    hadamard: frozenset[HadamardMode] = frozenset({HadamardMode.NONE})
+    rope: bool = False
+    strided_last_dim: bool = True
+
+    def reasons_against(self, call: AttentionCall) -> list[Reason]:
+        """All reasons why a backend with these capabilities cannot run the call; empty if it can."""
+        reasons = []
+
+        def refuse(code: str, message: str, remedy: str = "") -> None:
+            reasons.append(Reason(code, message, remedy))
+
+        if self.device_types is not None and call.device_type not in self.device_types:
+            refuse("device", f"device {call.device_type}: runs on {_join(self.device_types)}")
+        if self.architectures is not None and call.capability is not None:
+            low, high = self.architectures
+            if not low <= call.capability <= high:
+                span = _arch(low) if low == high else f"{_arch(low)} to {_arch(high)}"
+                refuse("architecture", f"architecture {_arch(call.capability)}: has kernels for {span}")
+        if call.dtype not in self.dtypes:
+            names = _join(str(d).removeprefix("torch.") for d in self.dtypes)
+            refuse("dtype", f"dtype {str(call.dtype).removeprefix('torch.')}: takes {names}")
+        if self.head_dims is not None and call.head_dim not in self.head_dims:
+            dims = ", ".join(str(d) for d in sorted(self.head_dims))
+            refuse("head_dim", f"head_dim {call.head_dim}: has kernels for {dims}")
+        if call.head_dim_v != call.head_dim and not self.head_dim_v_differs:
+            refuse("head_dim_v", f"head_dim_v {call.head_dim_v}: must equal head_dim, which is {call.head_dim}")
+        if call.mask not in self.masks:
+            others = self.masks - {MaskKind.NONE}
+            takes = f"takes {_join(others)} masks" if others else "takes no attn_mask"
+            refuse("mask", f"{call.mask} attn_mask {list(call.mask_shape or ())}: {takes}")
+        if call.causal is CausalKind.TOP_LEFT:
+            if not self.causal:
+                refuse("causal", "causal: has no causal kernel")
+            elif call.q_len != call.kv_len and not self.causal_rectangular:
+                refuse(
+                    "causal_alignment",
+                    f"causal with q_len {call.q_len} and kv_len {call.kv_len}: "
+                    "its causal mask is SDPA's (top-left) only where they are equal",
+                )
+        if call.num_kv_heads != call.num_heads and not self.gqa:
+            refuse("gqa", f"num_kv_heads {call.num_kv_heads}: must equal num_heads, which is {call.num_heads}")
+        if call.return_lse and not self.lse:
+            refuse("lse", "return_lse: does not return the log-sum-exp")
+        if call.dropout and not self.dropout:
+            refuse("dropout", "dropout_p > 0: has no dropout", "set dropout_p=0.0, or model.eval()")
+        if call.hadamard not in self.hadamard:
+            refuse("hadamard", f"hadamard {call.hadamard}: offers {_join(self.hadamard)}")
+        if not call.contiguous_last_dim and not self.strided_last_dim:
+            refuse("layout", "last dimension of q, k or v has a stride other than 1", "pass contiguous tensors")
+        return reasons
+
+
+class Backend(ABC):
+    """An implementation of attention that lpattn can choose.
+
+    A subclass sets ``name`` and ``capabilities`` and implements :meth:`probe` and :meth:`attention`. Creating and
+    importing it must not touch a device: what needs one belongs in ``probe``, whose answer is cached per device.
+
+    Attributes:
+        name: lower-case identifier that users pass as ``backend=``.
+        capabilities: what it can run, as data.
+        protocol_version: version of this protocol that the backend was written for.
+        automatic: False keeps it out of the automatic choice; it then runs only where it is named.
+        exact: True if it computes in the inputs' own precision. Calls that it runs are counted as exact.
+        exact_lengths: True if :meth:`supports` depends on q_len and kv_len by more than whether they are equal, 0 or
+            1. Its decisions are then remembered per exact length.
+    """
+
+    name: ClassVar[str]
+    capabilities: Capabilities
+    protocol_version: ClassVar[int] = PROTOCOL_VERSION
+    automatic: ClassVar[bool] = True
+    exact: ClassVar[bool] = False
+    exact_lengths: ClassVar[bool] = False
+
+    @property
+    def version(self) -> str:
+        """Version of what runs underneath (a wheel, a library), for ``lpattn info``; empty where it has none."""
+        return ""
+
+    @abstractmethod
+    def probe(self, device: torch.device) -> list[Reason]:
+        """Why this backend cannot run on the device at all; empty if it can. Must not raise."""
+
+    def supports(self, call: AttentionCall) -> list[Reason]:
+        """All reasons why the call cannot run here; empty if it can. Overrides extend ``super().supports(call)``."""
+        return self.capabilities.reasons_against(call)
+
+    def rank(self, call: AttentionCall) -> float:
+        """Measured speed relative to exact attention on this architecture: 1.0 is as fast, 2.0 takes half the time.
+
+        The automatic choice takes the highest rank, and never a low-precision backend whose rank is 1.0 or below.
+        The default, 0.0, means that nothing was measured.
+        """
+        return 0.0
+
+    @abstractmethod
+    def attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        call: AttentionCall,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Attention of a call that :meth:`supports` accepted.
+
+        Args:
+            query: [B, H, q_len, head_dim], any strides, never written to.
+            key: [B, Hkv, kv_len, head_dim]. ``value``: [B, Hkv, kv_len, head_dim_v].
+            call: shapes, scale (``call.softmax_scale``), causality and options.
+            attn_mask: bool (True attends) or additive, four dimensions, broadcastable to [B, H, q_len, kv_len].
+            dropout_p: probability; only positive where ``capabilities.dropout``.
+
+        Returns:
+            The output, [B, H, q_len, head_dim_v] in the dtype of q, of any strides (the caller brings it into
+            [B, S, H, D] memory); with ``call.return_lse`` a tuple (output, lse), lse the natural logarithm in
+            float32 [B, H, q_len], -inf for rows that attend to nothing.
+        """
+
+    def rope_attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        call: AttentionCall,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        cos_k: torch.Tensor | None = None,
+        sin_k: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Rotate q and k, then attend; called only where ``capabilities.rope``.
+
+        Args:
+            query: [B, S, H, D] (as key and value): the layout in front of the usual transpose.
+            cos, sin: broadcastable to [B, S, H, rotary_dim], any strides; ``cos_k``, ``sin_k`` for the keys where
+                their positions differ.
+            call: ``call.rope`` says how lanes pair up.
+
+        Returns:
+            As :meth:`attention`.
+        """
+        raise NotImplementedError(f"{self.name} declares rope but does not implement rope_attention")
+
+
+def _join(names: object) -> str:
+    return ", ".join(sorted(str(n) for n in names)) or "none"  # type: ignore[attr-defined]
+
+
+def _arch(capability: tuple[int, int]) -> str:
+    return f"sm_{capability[0]}{capability[1]}"

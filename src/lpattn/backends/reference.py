@@ -1,0 +1,115 @@
+"""``bf16_reference``: exact attention in the inputs' own dtype, for every call that SDPA accepts, on every device."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from lpattn.backend import Backend, Capabilities
+from lpattn.hookspecs import hookimpl
+from lpattn.rope import rotate
+from lpattn.types import AttentionBackend, AttentionCall, CausalKind, HadamardMode, MaskKind, Reason
+
+_LSE_ROWS = 1024
+"""Rows of scores that the log-sum-exp holds in memory at once."""
+
+
+class ReferenceBackend(Backend):
+    """PyTorch's own SDPA: what lpattn falls back on and what everything else is compared with."""
+
+    name = AttentionBackend.BF16_REFERENCE.value
+    exact = True
+    capabilities = Capabilities(
+        dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64}),
+        head_dim_v_differs=True,
+        masks=frozenset(MaskKind),
+        causal_rectangular=True,
+        lse=True,
+        dropout=True,
+        hadamard=frozenset({HadamardMode.NONE}),
+        rope=True,
+    )
+
+    @property
+    def version(self) -> str:
+        return str(torch.__version__)
+
+    def probe(self, device: torch.device) -> list[Reason]:
+        return []
+
+    def rank(self, call: AttentionCall) -> float:
+        return 1.0
+
+    def attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        call: AttentionCall,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        out = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            call.causal is CausalKind.TOP_LEFT,
+            scale=call.softmax_scale,
+            enable_gqa=call.num_heads != call.num_kv_heads,
+        )
+        return (out, log_sum_exp(query, key, call, attn_mask)) if call.return_lse else out
+
+    def rope_attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        call: AttentionCall,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        cos_k: torch.Tensor | None = None,
+        sin_k: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        assert call.rope is not None
+        interleaved = call.rope.interleaved
+        q = rotate(query, cos, sin, interleaved).transpose(1, 2)
+        k = rotate(key, cos if cos_k is None else cos_k, sin if sin_k is None else sin_k, interleaved).transpose(1, 2)
+        return self.attention(q, k, value.transpose(1, 2), call, attn_mask, dropout_p)
+
+
+def log_sum_exp(
+    query: torch.Tensor, key: torch.Tensor, call: AttentionCall, attn_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Natural log of the softmax denominator, float32 [B, H, q_len]; -inf for rows that attend to nothing.
+
+    Precision:
+        Scores and sum in float32 (float64 for float64 inputs), rounded to float32 at the end. SDPA does not return the
+        log-sum-exp on every device and for every mask, so it is computed apart, a block of rows at a time.
+    """
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    batch, heads, q_len, _ = query.shape
+    groups = heads // call.num_kv_heads
+    keys = key.to(wide).transpose(-1, -2).unsqueeze(2)
+    rows = []
+    for start in range(0, q_len, _LSE_ROWS):
+        stop = min(start + _LSE_ROWS, q_len)
+        block = query[:, :, start:stop].to(wide).unflatten(1, (call.num_kv_heads, groups))
+        scores = (block @ keys * call.softmax_scale).flatten(1, 2)
+        if call.causal is CausalKind.TOP_LEFT:
+            allowed = torch.ones(stop - start, call.kv_len, dtype=torch.bool, device=query.device).tril(start)
+            scores = scores.masked_fill(~allowed, -torch.inf)
+        if attn_mask is not None:
+            part = attn_mask[:, :, start:stop] if attn_mask.shape[2] != 1 else attn_mask
+            scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part.to(wide)
+        rows.append(scores.logsumexp(-1))
+    return torch.cat(rows, dim=2).float()
+
+
+@hookimpl
+def lpattn_backends() -> list[Backend]:
+    """The built-in reference."""
+    return [ReferenceBackend()]

@@ -1,0 +1,166 @@
+"""From tensors to an :class:`AttentionCall`, or to the reason why lpattn leaves them to PyTorch."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+from lpattn.errors import InvalidArgumentError
+from lpattn.types import AttentionCall, CausalKind, HadamardMode, MaskKind, Reason, Rope
+
+
+def outside(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    is_causal: bool,
+) -> Reason | None:
+    """Why an AttentionCall cannot describe these inputs, so that only PyTorch's own SDPA can take (or refuse) them."""
+    tensors = [query, key, value, *([] if attn_mask is None else [attn_mask])]
+    for tensor in tensors:
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            return Reason("tensor_subclass", f"{type(tensor).__name__}: lpattn takes plain tensors")
+    if any(t.dim() != 4 for t in (query, key, value)):
+        dims = ", ".join(str(t.dim()) for t in (query, key, value))
+        return Reason("dimensions", f"q, k, v of {dims} dimensions: lpattn takes [B, H, S, D]")
+    if attn_mask is not None and is_causal:
+        return Reason("mask_and_causal", "both attn_mask and is_causal=True")
+    if attn_mask is not None and attn_mask.dim() > 4:
+        return Reason("mask", f"attn_mask of {attn_mask.dim()} dimensions")
+    if problem := problem_with(query, key, value, attn_mask):
+        return Reason("shapes", problem)
+    if 0 in (*query.shape, *key.shape, *value.shape):
+        return Reason("empty", "an empty dimension: nothing to compute")
+    return None
+
+
+def problem_with(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None
+) -> str | None:
+    """What is wrong with four-dimensional inputs, naming the values and the limit; None if nothing is."""
+    if not query.dtype == key.dtype == value.dtype:
+        return f"q, k, v must have one dtype; got {query.dtype}, {key.dtype}, {value.dtype}"
+    if not query.dtype.is_floating_point:
+        return f"q, k, v must be floating point; got {query.dtype}"
+    if not query.device == key.device == value.device:
+        return f"q, k, v must be on one device; got {query.device}, {key.device}, {value.device}"
+    (batch, heads, q_len, dim), (kv_batch, kv_heads, kv_len, k_dim) = query.shape, key.shape
+    if not batch == kv_batch == value.shape[0]:
+        return f"q, k, v must have one batch size; got {batch}, {kv_batch}, {value.shape[0]}"
+    if k_dim != dim:
+        return f"q and k must have one head_dim; got {dim} and {k_dim}"
+    if value.shape[1:3] != key.shape[1:3]:
+        return (
+            f"k and v must have the same heads and length; got [H, S] = {list(key.shape[1:3])} and "
+            f"{list(value.shape[1:3])}"
+        )
+    if kv_heads == 0 or heads % kv_heads:
+        return f"num_heads must be a multiple of num_kv_heads; got {heads} and {kv_heads}"
+    if attn_mask is None:
+        return None
+    if attn_mask.device != query.device:
+        return f"attn_mask must be on {query.device} as q is; got {attn_mask.device}"
+    if attn_mask.dtype != torch.bool and not attn_mask.dtype.is_floating_point:
+        return f"attn_mask must be bool or floating point; got {attn_mask.dtype}"
+    full = (batch, heads, q_len, kv_len)
+    shape = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
+    if any(m not in (1, f) for m, f in zip(shape, full, strict=True)):
+        return f"attn_mask {list(attn_mask.shape)} must broadcast to [B, H, q_len, kv_len] = {list(full)}"
+    return None
+
+
+def check_inputs(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+) -> None:
+    """Refuse what no attention could run, with a text that names the value and the limit.
+
+    Raises:
+        InvalidArgumentError: wrong types, shapes, dtypes or devices, or options that contradict each other.
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
+        if not isinstance(tensor, torch.Tensor) and not (name == "attn_mask" and tensor is None):
+            raise InvalidArgumentError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
+    if attn_mask is not None and is_causal:
+        raise InvalidArgumentError(
+            "attn_mask and is_causal=True contradict each other; pass one, or fold the causal part into the mask"
+        )
+    if not 0.0 <= dropout_p <= 1.0:
+        raise InvalidArgumentError(f"dropout_p must lie in [0, 1]; got {dropout_p}")
+    if query.dim() == key.dim() == value.dim() == 4 and (attn_mask is None or attn_mask.dim() <= 4):
+        if problem := problem_with(query, key, value, attn_mask):
+            raise InvalidArgumentError(problem + _layout_hint(query, key))
+    elif query.dim() < 2 or key.dim() < 2 or value.dim() < 2:
+        raise InvalidArgumentError(
+            f"q, k, v must be [B, H, S, D]; got {list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
+        )
+
+
+def _layout_hint(query: torch.Tensor, key: torch.Tensor) -> str:
+    if query.shape[3] == key.shape[3] and query.shape[2] == key.shape[2] and query.shape[1] != key.shape[1]:
+        return "\nIf your tensors are [B, S, H, D], pass x.transpose(1, 2)"
+    return ""
+
+
+def build_call(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    hadamard: HadamardMode,
+    return_lse: bool,
+    rope: Rope | None = None,
+) -> AttentionCall:
+    """Describe inputs that :func:`outside` let pass. q, k, v are [B, H, S, D]."""
+    batch, num_heads, q_len, head_dim = query.shape
+    device = query.device
+    mask = MaskKind.NONE
+    mask_shape = None
+    if attn_mask is not None:
+        mask = MaskKind.BOOL if attn_mask.dtype == torch.bool else MaskKind.ADDITIVE
+        mask_shape = ((1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape))[-4:]
+    return AttentionCall(
+        batch=batch,
+        num_heads=num_heads,
+        num_kv_heads=key.shape[1],
+        q_len=q_len,
+        kv_len=key.shape[2],
+        head_dim=head_dim,
+        head_dim_v=value.shape[3],
+        dtype=query.dtype,
+        device_type=device.type,
+        device_index=device.index or 0,
+        capability=device_capability(device.type, device.index),
+        softmax_scale=default_scale(head_dim) if scale is None else float(scale),
+        mask=mask,
+        mask_shape=mask_shape,  # type: ignore[arg-type]
+        causal=CausalKind.TOP_LEFT if is_causal else CausalKind.NONE,
+        dropout=dropout_p > 0.0,
+        hadamard=hadamard,
+        return_lse=return_lse,
+        rope=rope,
+        contiguous_last_dim=query.stride(3) == key.stride(3) == value.stride(3) == 1,
+    )
+
+
+def default_scale(head_dim: int) -> float:
+    """SDPA's default softmax scale, 1/sqrt(head_dim)."""
+    return 1.0 / math.sqrt(head_dim) if head_dim else 1.0
+
+
+@functools.cache
+def device_capability(device_type: str, index: int | None) -> tuple[int, int] | None:
+    """CUDA compute capability of a device, such as (9, 0); None on other devices."""
+    if device_type != "cuda" or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_capability(index or 0)

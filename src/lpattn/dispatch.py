@@ -1,0 +1,216 @@
+"""From an :class:`AttentionCall` and :class:`Settings` to a :class:`Choice`, with every backend's reasons; cached.
+
+Decisions are remembered per class of lengths, not per length, in a bounded cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lpattn.errors import UnsupportedCallError
+from lpattn.registry import registry
+from lpattn.settings import Settings, with_environment
+from lpattn.types import AttentionBackend, AttentionCall, Choice, HadamardMode, Provenance, Reason
+
+REFERENCE = AttentionBackend.BF16_REFERENCE.value
+POLICY_CODES = frozenset({"not_faster"})
+"""Codes of reasons that are lpattn's own choice, not a limit: they warrant no warning and no error."""
+
+_CACHE_SIZE = 4096
+_cache: dict[object, Choice] = {}
+
+
+def choose(call: AttentionCall, settings: Settings) -> Choice:
+    """Pick the backend that runs the call.
+
+    Args:
+        call: the call.
+        settings: what the user asked for; ``LPATTN_BACKEND`` is consulted where no backend is named.
+
+    Returns:
+        The choice. Where low precision was wanted but cannot run, exact attention with ``exact_reason``.
+
+    Raises:
+        UnsupportedCallError: strict settings, and the wanted backend cannot run the call. Lists every backend's reasons.
+    """
+    settings = with_environment(settings)
+    key = (length_class(call), settings, registry.generation)
+    choice = _cache.get(key)
+    if choice is None:
+        choice = _decide(call, settings)
+        if len(_cache) >= _CACHE_SIZE:
+            _cache.pop(next(iter(_cache)), None)
+        _cache[key] = choice
+    return choice
+
+
+def length_class(call: AttentionCall) -> AttentionCall:
+    """The call with lengths (and batch) rounded down to a quarter of an octave, q_len == kv_len kept as it is.
+
+    Small lengths stay exact. With a backend whose decisions need exact lengths, the call itself.
+    """
+    if any(b.exact_lengths for b in registry.backends().values()):
+        return call
+    q_len, kv_len = _floor(call.q_len), _floor(call.kv_len)
+    if call.q_len != call.kv_len and q_len == kv_len:
+        # Keep them apart, on the side where they are: causal alignment depends on it.
+        q_len += 1 if call.q_len > call.kv_len else -1
+    mask_shape = call.mask_shape
+    if mask_shape is not None:
+        full = (call.batch, call.num_heads, call.q_len, call.kv_len)
+        mask_shape = tuple(1 if m == 1 != f else 2 for m, f in zip(mask_shape, full, strict=True))  # type: ignore[assignment]
+    return dataclasses.replace(call, batch=_floor(call.batch), q_len=q_len, kv_len=kv_len, mask_shape=mask_shape)
+
+
+def _floor(length: int) -> int:
+    shift = max(length.bit_length() - 3, 0)
+    return length if length < 16 else length >> shift << shift
+
+
+def reasons_against(name: str, call: AttentionCall) -> tuple[Reason, ...]:
+    """Why the backend cannot run the call: its probe's reasons and, whether or not it has any, the call's."""
+    probed = registry.probe(name, call.device)
+    backend = registry.get(name)
+    if backend is None:
+        return probed
+    return (*probed, *backend.supports(call))
+
+
+def _decide(call: AttentionCall, settings: Settings) -> Choice:
+    return _decide_named(call, settings) if settings.backend is not None else _decide_automatic(call, settings)
+
+
+def _decide_named(call: AttentionCall, settings: Settings) -> Choice:
+    wanted = settings.backend
+    assert wanted is not None
+    excluded = (Reason("excluded", f'excluded by backend="{wanted}" ({settings.provenance})'),)
+    reasons = {name: excluded for name in registry.names() if name != wanted}
+    if not (against := reasons_against(wanted, call)):
+        return Choice(wanted, settings.provenance, reasons, _exactness(wanted, settings))
+    reasons[wanted] = against
+    if settings.strict:
+        raise UnsupportedCallError(error_text(call, reasons))
+    reasons.pop(REFERENCE, None)
+    return Choice(REFERENCE, settings.provenance, reasons, against[0])
+
+
+def _exactness(name: str, settings: Settings) -> Reason | None:
+    backend = registry.get(name)
+    if backend is None or not backend.exact:
+        return None
+    if settings.provenance is Provenance.LAYER_RULE:
+        return Reason("layer_rule", "a layer rule keeps this layer exact")
+    return Reason("requested", f'backend="{name}" is exact attention')
+
+
+def _decide_automatic(call: AttentionCall, settings: Settings) -> Choice:
+    reasons: dict[str, tuple[Reason, ...]] = {}
+    ranks: dict[str, float] = {}
+    typical = length_class(call)
+    for name in registry.names():
+        backend = registry.get(name)
+        if backend is not None and backend.exact:
+            continue
+        against = reasons_against(name, call)
+        if backend is not None and not backend.automatic:
+            against = (Reason("not_automatic", "runs only where it is named"), *against)
+        elif backend is not None and not against:
+            # The class, not the call: the answer must not depend on which length of a class came first.
+            rank = backend.rank(typical)
+            if rank > 1.0:
+                ranks[name] = rank
+                continue
+            known = f"x{rank:.2f} expected" if rank > 0.0 else "no measurement for such calls"
+            against = (Reason("not_faster", f"not faster than exact attention here: {known}", f'backend="{name}"'),)
+        reasons[name] = against
+    if ranks:
+        best = max(ranks, key=ranks.__getitem__)
+        for name in (*ranks, REFERENCE):
+            if name != best:
+                rank = ranks.get(name, 1.0)
+                text = f"slower: x{rank:.2f} of exact attention expected, {best} x{ranks[best]:.2f}"
+                reasons[name] = (Reason("slower", text),)
+        return Choice(best, settings.provenance, reasons)
+    exact = _why_exact(call, reasons)
+    if settings.strict and exact.code not in POLICY_CODES:
+        raise UnsupportedCallError(error_text(call, reasons))
+    return Choice(REFERENCE, settings.provenance, reasons, exact)
+
+
+def _why_exact(call: AttentionCall, reasons: Mapping[str, tuple[Reason, ...]]) -> Reason:
+    """The one reason that says most: of the backends that this device has, the one that came closest."""
+    present = {n: r for n, r in reasons.items() if not registry.probe(n, call.device) and r[0].code != "not_automatic"}
+    if not present:
+        return Reason("no_backend", f"no low-precision backend can run on {call.describe_device()}")
+    name, closest = min(present.items(), key=lambda item: (item[1][0].code not in POLICY_CODES, len(item[1])))
+    return dataclasses.replace(closest[0], message=f"{name}: {closest[0].message}")
+
+
+def error_text(call: AttentionCall, reasons: Mapping[str, tuple[Reason, ...]]) -> str:
+    """Inputs first, then every backend with all its reasons, then the remedy."""
+    lines = [f"No backend can run this attention call: {call.describe()}", *reason_lines(reasons)]
+    hint = (
+        "Use hadamard='none', or on_unsupported='fallback' to run such calls exactly."
+        if call.hadamard is not HadamardMode.NONE
+        else "Use backend=None to let lpattn choose, or on_unsupported='fallback' to run such calls exactly."
+    )
+    return "\n".join([*lines, hint])
+
+
+def reason_lines(reasons: Mapping[str, tuple[Reason, ...]]) -> list[str]:
+    """One line per reason, backends in a column."""
+    width = max([14, *(len(name) for name in reasons)])
+    return [
+        f"  {name if index == 0 else '':{width}s} {reason}"
+        for name, against in reasons.items()
+        for index, reason in enumerate(against)
+    ]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What lpattn would do with a call, and why. ``str()`` gives the text.
+
+    Attributes:
+        call: the call.
+        choice: the decision; None where strict settings make it an error.
+        reasons: for every known backend that would not run it, all its reasons.
+    """
+
+    call: AttentionCall
+    choice: Choice | None
+    reasons: Mapping[str, tuple[Reason, ...]]
+
+    def __str__(self) -> str:
+        if self.choice is None:
+            return error_text(self.call, self.reasons)
+        lines = [self.call.describe(), f"  {self.choice.backend:14s} chosen ({self.choice.provenance})"]
+        if self.choice.exact_reason is not None:
+            lines[-1] += f", exact: {self.choice.exact_reason}"
+        return "\n".join([*lines, *reason_lines(self.reasons)])
+
+
+def explain_call(call: AttentionCall, settings: Settings) -> Explanation:
+    """Explain the decision on a call, also where it is an error. Never launches a kernel.
+
+    A named backend hides nothing here: what every other backend could say about the call is listed after the fact that
+    it was excluded.
+    """
+    settings = with_environment(settings)
+    try:
+        choice = _decide(call, settings)
+    except UnsupportedCallError:
+        choice = None
+    decided = choice.reasons if choice is not None else {}
+    reasons = {}
+    for name in registry.names():
+        if choice is not None and name == choice.backend:
+            continue
+        own = reasons_against(name, call)
+        first = decided.get(name, ())
+        if settings.backend is not None and name != settings.backend and not first:
+            first = (Reason("excluded", f'excluded by backend="{settings.backend}" ({settings.provenance})'),)
+        reasons[name] = (*first, *(r for r in own if r not in first))
+    return Explanation(call, choice, reasons)

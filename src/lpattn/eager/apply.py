@@ -1,0 +1,184 @@
+"""Applies low-precision attention to a model, in place, and undoes it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch import nn
+
+from lpattn.dispatch import REFERENCE
+from lpattn.eager.layers import Application, LayerState, attach, detach, state_of
+from lpattn.errors import InvalidArgumentError, LpattnWarning
+from lpattn.policy import AUTO, EXACT, LayerRules, covers, rule_for
+from lpattn.settings import Settings, check_machine, make_settings, with_environment
+from lpattn.types import AttentionBackend, HadamardMode, Provenance
+
+
+def apply_low_precision_attention(
+    model: nn.Module,
+    backend: str | AttentionBackend | None = None,
+    hadamard: str | HadamardMode = HadamardMode.NONE,
+    *,
+    on_unsupported: str | None = None,
+    layers: LayerRules | None = None,
+) -> nn.Module:
+    """Make the attention of a model run in low precision. Changes the model in place.
+
+    Nothing runs and nothing is allocated on a device; classes, ``state_dict`` keys, signatures and hooks stay as they
+    are. Applying again replaces the settings; applying to a part of the model wins inside of that part.
+
+    Args:
+        model: any module, compiled (``torch.compile(model)``) or not.
+        backend: name of a backend, in any case; None picks the fastest that can run each call, and exact attention
+            where low precision does not pay.
+        hadamard: rotation of q, k, v before quantization, where a low-precision backend runs.
+        on_unsupported: ``"fallback"`` runs calls that the backend cannot run exactly, with one warning per reason;
+            ``"raise"`` refuses them. None is ``"raise"`` where a backend is named, ``"fallback"`` where none is.
+        layers: which submodules, as ``{pattern: "exact" | "auto" | backend name}`` (:mod:`fnmatch` on the fully
+            qualified name; first match wins; a container covers what lies in it), or a callable of (name, module).
+            Layers that no rule matches follow ``backend``.
+
+    Returns:
+        The same object.
+
+    Raises:
+        UnknownBackendError: a name that no backend has (also in ``layers`` or in ``LPATTN_BACKEND``).
+        BackendUnavailableError: a named backend that no device of this machine can run, unless
+            ``on_unsupported="fallback"`` (then one warning).
+        InvalidArgumentError: a wrong value, or options that contradict each other.
+    """
+    root = _unwrapped(model)
+    application = Application(root)
+    base = make_settings(backend, hadamard, on_unsupported, Provenance.MODEL)
+    base = replace(base, scope=application.scope)
+    _check_rules(layers)
+    covered = [
+        (module, _layer_settings(base, rule_for(layers, name, module), on_unsupported))
+        for name, module in _coverable(root)
+    ]
+    if not covered:
+        raise InvalidArgumentError(
+            f"{type(model).__name__} has no module that could run attention; pass the model, not a layer of torch.nn "
+            "(nn.MultiheadAttention and nn.TransformerEncoderLayer are fine)"
+        )
+    _warn_of_dead_rules(root, layers)
+    # Everything is checked before the first module changes: an error leaves the model as it was.
+    for text in {check_machine(with_environment(settings)): None for _, settings in covered}:
+        if text is not None:
+            warnings.warn(text, LpattnWarning, stacklevel=2)
+    for module, settings in covered:
+        state = attach(module)
+        state.ledger.clear()
+        _cover(state, application, settings)
+        state.watched = application if module is root else None
+    return model
+
+
+def remove_low_precision_attention(model: nn.Module) -> nn.Module:
+    """Undo :func:`apply_low_precision_attention`, exactly.
+
+    What was applied to the model, or to parts of it, goes. For a part of a model that was applied as a whole: an
+    application to the part goes, and the whole's rules there again; without one, the part becomes exact.
+
+    Args:
+        model: the module; one that lpattn was never applied to is left alone.
+
+    Returns:
+        The same object.
+    """
+    root = _unwrapped(model)
+    inside = set(root.modules())
+    states = [(m, s) for m in inside if (s := state_of(m)) is not None]
+    own = {id(a) for _, s in states for a, _ in s.entries if a.root in inside}
+    for module, state in states:
+        remaining = [(a, settings) for a, settings in state.entries if a.root not in inside] if own else []
+        if remaining:
+            state.set_entries(remaining)
+        else:
+            detach(module, state)
+    return model
+
+
+def _cover(state: LayerState, application: Application, settings: Settings) -> None:
+    """Put an application in force, below those whose roots lie deeper in the model."""
+    root = application.root
+    assert root is not None
+    inside = set(root.modules())
+    others = [(a, s) for a, s in state.entries if a.root is not None and a.root is not root]
+    deeper = [(a, s) for a, s in others if a.root in inside]
+    outer = [(a, s) for a, s in others if a.root not in inside]
+    state.set_entries([*outer, (application, settings), *deeper])
+
+
+def _layer_settings(base: Settings, rule: str | None, on_unsupported: str | None) -> Settings:
+    if rule is None:
+        return base
+    if rule == AUTO:
+        return replace(base, backend=None, provenance=Provenance.LAYER_RULE)
+    if rule == EXACT:
+        return replace(base, backend=REFERENCE, provenance=Provenance.LAYER_RULE)
+    named = make_settings(rule, base.hadamard, on_unsupported, Provenance.LAYER_RULE)
+    return replace(named, scope=base.scope)
+
+
+def _coverable(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that could run attention: all but plain torch.nn ones, those of which attend, and the root."""
+    for name, module in root.named_modules():
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)) or is_compiled(module):
+            continue
+        plain = type(module).__module__.startswith("torch.nn.modules.")
+        attends = isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
+        if not plain or attends or (module is root and any(True for _ in root.children())):
+            yield clean_name(name), module
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is what ``torch.compile(module)`` returned."""
+    return isinstance(module.__dict__.get("_modules", {}).get("_orig_mod"), nn.Module)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise InvalidArgumentError(
+            f"model must be a torch.nn.Module; got {type(model).__name__}. For a pipeline, pass its model, such as "
+            "pipe.transformer; for code without a module, use `with lpattn.low_precision_attention():`"
+        )
+    while is_compiled(model):
+        model = model._orig_mod  # type: ignore[assignment]
+    return model
+
+
+def clean_name(name: str) -> str:
+    """A qualified name without the levels that torch.compile inserts."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _check_rules(layers: LayerRules | None) -> None:
+    if layers is None or callable(layers):
+        return
+    if not hasattr(layers, "items"):
+        raise InvalidArgumentError(
+            f"layers must be a dict such as {{'blocks.0.*': 'exact', '*': 'auto'}} or a callable; "
+            f"got {type(layers).__name__}"
+        )
+    for pattern, rule in layers.items():
+        if not isinstance(pattern, str) or not isinstance(rule, str):
+            raise InvalidArgumentError(
+                f"layers maps patterns to rules, both strings; got {pattern!r}: {rule!r}. "
+                f"A rule is {EXACT!r}, {AUTO!r} or a backend name"
+            )
+
+
+def _warn_of_dead_rules(root: nn.Module, layers: LayerRules | None) -> None:
+    if layers is None or callable(layers):
+        return
+    names = [clean_name(name) for name, _ in root.named_modules() if name]
+    dead = [p for p in layers if not any(covers(p, name) for name in names)]
+    if dead:
+        warnings.warn(
+            f"layer rules that match no module of {type(root).__name__}: {', '.join(map(repr, dead))}",
+            LpattnWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,123 @@
+"""Redirects SDPA on this thread, and only there.
+
+In eager mode a dispatch key that nothing else uses is included in the thread's dispatch state: kernels registered for it
+see ``aten::scaled_dot_product_attention`` however it was imported or called (also from C++), all other operators fall
+through at no cost, and no other thread notices. While torch.compile traces, Dynamo cannot follow a dispatch key, so a
+TorchFunctionMode does the same there; it exists in the trace only.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import CodeType, FrameType
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from lpattn.active import active, current_settings
+from lpattn.eager import fused
+from lpattn.functional import redirect
+from lpattn.types import Reason
+
+_KEY_NAME = "TESTING_ONLY_GenericMode"
+"""Above autocast, autograd and vmap, so that calls are seen as the user wrote them. PyTorch itself leaves it empty."""
+
+_key = torch._C._dispatch_key_parse(_KEY_NAME)
+_key_set = torch._C.DispatchKeySet(_key)
+_fallthrough = torch.library.Library("_", "IMPL")
+_fallthrough.fallback(torch.library.fallthrough_kernel, _KEY_NAME)
+_kernels = torch.library.Library("aten", "IMPL")
+
+_MODULE_CALL = torch.nn.Module._call_impl.__code__
+wrapper_codes: set[CodeType] = set()
+"""Code objects of the forwards that lpattn installs: where the walk up the stack ends."""
+
+
+def included() -> Any:
+    """Context manager: SDPA calls of this thread are redirected inside."""
+    return torch._C._IncludeDispatchKeyGuard(_key)
+
+
+def _excluded() -> Any:
+    return torch._C._ExcludeDispatchKeyGuard(_key_set)
+
+
+def _sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    with _excluded():
+        settings = current_settings()
+        if settings is None or _belongs_elsewhere():
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        return redirect(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, settings=settings)
+
+
+def _belongs_elsewhere() -> bool:
+    """Whether a module that lpattn was not applied to (called in a hook, or added later) runs inside of the layer."""
+    layer = active.layer
+    if layer is None or active.context is not None:
+        return False
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code not in wrapper_codes:
+        if frame.f_code is _MODULE_CALL:
+            module = frame.f_locals["self"]
+            if not type(module).__module__.startswith("torch."):
+                name = type(module).__name__
+                layer.ledger.count_exact(
+                    Reason("not_applied", f"{name} is not part of the model that lpattn was applied to", "apply again")
+                )
+                return True
+        frame = frame.f_back
+    return False
+
+
+def _fused_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        with _excluded():
+            return function(*args, **kwargs)
+
+    return kernel
+
+
+_kernels.impl("scaled_dot_product_attention", _sdpa, _KEY_NAME)
+_kernels.impl("_native_multi_head_attention", _fused_kernel(fused.multi_head_attention), _KEY_NAME)
+_kernels.impl("_transformer_encoder_layer_fwd", _fused_kernel(fused.encoder_layer), _KEY_NAME)
+
+
+class TracingMode(TorchFunctionMode):
+    """The same redirection for code that torch.compile (or torch.export) traces."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            settings = current_settings()
+            if settings is None:
+                return func(*args, **kwargs)
+            return redirect(*args, **kwargs, settings=settings)
+        if func is torch._native_multi_head_attention:
+            return fused.multi_head_attention(*args, **kwargs)
+        if func is torch._transformer_encoder_layer_fwd:
+            return fused.encoder_layer(*args, **kwargs)
+        if func is torch.Tensor.unflatten:
+            # Its Python body calls super(), on which Dynamo breaks the graph under any mode.
+            return _unflatten(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _unflatten(tensor: torch.Tensor, dim: int, sizes: Any) -> torch.Tensor:
+    dim = dim % tensor.dim()
+    return tensor.reshape(*tensor.shape[:dim], *cast("tuple[int, ...]", tuple(sizes)), *tensor.shape[dim + 1 :])

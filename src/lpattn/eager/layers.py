@@ -1,0 +1,210 @@
+"""What an applied module carries: an instance ``forward`` bound to a :class:`LayerState`.
+
+An instance attribute that is a bound method survives pickle, deepcopy, hooks, FSDP2 and class swapping, leaves
+``type(module)`` and ``state_dict`` alone, and is seen by ``module(x)``, ``module.forward(x)`` and Dynamo alike.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import types
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lpattn.active import active
+from lpattn.eager.interception import TracingMode, included, wrapper_codes
+from lpattn.errors import LpattnWarning
+from lpattn.ledger import Ledger
+from lpattn.settings import Settings
+from lpattn.types import Reason
+
+_NEED_WEIGHTS = Reason(
+    "need_weights", "nn.MultiheadAttention with need_weights=True computes its weights exactly, without SDPA"
+)
+
+
+class Application:
+    """One call of apply_low_precision_attention.
+
+    Attributes:
+        scope: number under which warnings are given once.
+        root: the module it was applied to; None when that is gone.
+    """
+
+    _scopes = itertools.count(1)
+
+    def __init__(self, root: nn.Module | None) -> None:
+        self._root = None if root is None else weakref.ref(root)
+        self.scope = next(Application._scopes)
+
+    @property
+    def root(self) -> nn.Module | None:
+        return None if self._root is None else self._root()
+
+    def check_intercepted(self) -> None:
+        """Warn if no layer under the root has seen a call: then the model's attention does not go through SDPA."""
+        root = self.root
+        if root is None or any(s.ledger.total for m in root.modules() if (s := state_of(m)) is not None):
+            return
+        warnings.warn(
+            f"{type(root).__name__} ran, but none of its attention was intercepted: nothing in it called "
+            "torch.nn.functional.scaled_dot_product_attention inside a module's forward, so nothing runs in low "
+            "precision.\nLoad Hugging Face models with attn_implementation='sdpa' (not 'eager' or 'flex_attention'), and "
+            "have custom models call scaled_dot_product_attention",
+            LpattnWarning,
+            stacklevel=3,
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Application:
+        root = self.root
+        clone = Application(memo.get(id(root), root))
+        memo[id(self)] = clone
+        return clone
+
+    def __reduce__(self) -> Any:
+        return Application, (self.root,)
+
+
+class LayerState:
+    """The settings and counts of one module in force, and its way back.
+
+    Attributes:
+        settings: the strongest entry's; None makes the installed forward an inert pass-through.
+        entries: applications that cover the module, weakest (outermost root) first.
+        inner: the user's own instance ``forward`` underneath; None where the class's runs.
+        ledger, tag: counts, and the 0-dim tensor by which compiled code names them.
+        watched: on an application's root until it has run once; None elsewhere.
+    """
+
+    def __init__(self, module: nn.Module, inner: Callable[..., Any] | None = None) -> None:
+        self._module = weakref.ref(module)
+        self.inner = inner
+        self.entries: list[tuple[Application, Settings]] = []
+        self.settings: Settings | None = None
+        self.ledger = Ledger()
+        self.tag = torch.tensor(self.ledger.id, device="cpu")
+        self.watched: Application | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        module = self._module()
+        if module is None:
+            raise ReferenceError("the module of this forward no longer exists; keep a reference to the module itself")
+        return module
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """The bound method that the module carries; pickle looks it up by this name."""
+        return types.MethodType(installed_forward(type(self.module)), self)
+
+    def child(self, name: str) -> LayerState | None:
+        """The state of a submodule; None if it has none."""
+        return state_of(getattr(self.module, name))
+
+    def set_entries(self, entries: list[tuple[Application, Settings]]) -> None:
+        """Replace the covering applications; the last one is in force."""
+        self.entries = entries
+        self.settings = entries[-1][1] if entries else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerState:
+        module = self.module
+        clone = LayerState(memo.get(id(module), module), copy.deepcopy(self.inner, memo))
+        memo[id(self)] = clone
+        clone._adopt([(copy.deepcopy(application, memo), settings) for application, settings in self.entries])
+        return clone
+
+    def __reduce__(self) -> Any:
+        return _rebuild, (self.module, self.inner, self.entries)
+
+    def _adopt(self, entries: list[tuple[Application, Settings]]) -> None:
+        self.set_entries([(a, replace(settings, scope=a.scope)) for a, settings in entries])
+
+
+def _rebuild(
+    module: nn.Module, inner: Callable[..., Any] | None, entries: list[tuple[Application, Settings]]
+) -> LayerState:
+    state = LayerState(module, inner)
+    state._adopt(entries)
+    return state
+
+
+def state_of(module: nn.Module) -> LayerState | None:
+    """The state that a module carries; None if lpattn is not applied to it."""
+    forward = module.__dict__.get("forward")
+    state = getattr(forward, "__self__", None)
+    return state if isinstance(state, LayerState) else None
+
+
+def attach(module: nn.Module) -> LayerState:
+    """Install a forward on the module, or return the state that it already carries."""
+    if (state := state_of(module)) is None:
+        state = LayerState(module, module.__dict__.get("forward"))
+        module.__dict__["forward"] = state.forward
+    return state
+
+
+def detach(module: nn.Module, state: LayerState) -> None:
+    """Put back what was there. Where somebody wrapped the installed forward, it stays as an inert pass-through."""
+    state.set_entries([])
+    if state_of(module) is state:
+        if state.inner is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = state.inner
+
+
+def installed_forward(cls: type[nn.Module]) -> Callable[..., Any]:
+    """The function that modules of a class carry as ``forward``, bound to their state."""
+    return _make_forward(cls, cls.forward)
+
+
+@functools.cache
+def _make_forward(cls: type[nn.Module], class_forward: Callable[..., Any]) -> Callable[..., Any]:
+    # Captured per class, since Dynamo cannot follow the look-up on every module.
+    may_need_weights = issubclass(cls, nn.MultiheadAttention)
+
+    def forward(self: LayerState, /, *args: Any, **kwargs: Any) -> Any:
+        run = self.inner
+        if run is None:
+            run = class_forward
+            all_args = (self.module, *args)
+        else:
+            all_args = args
+        if self.settings is None:
+            return run(*all_args, **kwargs)
+        outer, tracing = active.layer, active.tracing
+        active.layer = self
+        try:
+            if torch.compiler.is_compiling():
+                if tracing:
+                    return run(*all_args, **kwargs)
+                active.tracing = True
+                with TracingMode():
+                    return run(*all_args, **kwargs)
+            if may_need_weights and kwargs.get("need_weights", len(args) <= 4 or args[4]):
+                self.ledger.count_exact(_NEED_WEIGHTS)
+            if outer is not None:
+                return run(*all_args, **kwargs)
+            with included():
+                result = run(*all_args, **kwargs)
+            if self.watched is not None:
+                self.watched.check_intercepted()
+                self.watched = None
+            return result
+        finally:
+            active.layer = outer
+            active.tracing = tracing
+
+    # A code object of its own per class: Dynamo caches, and limits recompilations, by code object.
+    code = forward.__code__.replace(co_name=f"{cls.__name__}_forward")
+    wrapper_codes.add(code)
+    own = types.FunctionType(code, forward.__globals__, "forward", None, forward.__closure__)
+    return functools.update_wrapper(own, class_forward)

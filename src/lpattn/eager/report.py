@@ -1,0 +1,89 @@
+"""What the layers of a model ran on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from lpattn.eager.apply import clean_name
+from lpattn.eager.layers import state_of
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What one layer's attention calls ran on; also readable as a mapping, ``report["low"]``.
+
+    Attributes:
+        low: number of calls by low-precision backend.
+        exact: number of calls that ran exactly, by code of the reason.
+        reasons: for each such code, the latest reason in words.
+        rope: ``"fused"`` or why not; None where no rotation was handed over.
+        provenance: which setting decided the latest call, such as ``"model"`` or ``"layer rule"``.
+    """
+
+    low: Mapping[str, int]
+    exact: Mapping[str, int]
+    reasons: Mapping[str, str]
+    rope: str | None
+    provenance: str | None
+
+    def __getitem__(self, field: str) -> Any:
+        return asdict(self)[field]
+
+
+class AttentionReport(Mapping[str, LayerReport]):
+    """Layers by fully qualified name, in the model's order; only those whose attention was called. ``str()`` is a table."""
+
+    def __init__(self, layers: Mapping[str, LayerReport]) -> None:
+        self._layers = dict(layers)
+
+    def __getitem__(self, name: str) -> LayerReport:
+        return self._layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __str__(self) -> str:
+        if not self._layers:
+            return "no attention call was intercepted"
+        lines = []
+        for name, layer in self._layers.items():
+            ran = [f"{backend} x{count}" for backend, count in layer.low.items()]
+            ran += [f"exact x{count} ({layer.reasons[code]})" for code, count in layer.exact.items()]
+            rope = f"; rope {layer.rope}" if layer.rope else ""
+            lines.append(f"{name or '(root)'}: {', '.join(ran)} [{layer.provenance}]{rope}")
+        return "\n".join(lines)
+
+
+def attention_report(model: nn.Module) -> AttentionReport:
+    """What each layer's attention ran on since lpattn was applied.
+
+    Calls are counted when they run, in eager and compiled code alike; under CUDA-graph replay no host code runs, so
+    that replays are not counted.
+
+    Args:
+        model: a module that lpattn was applied to, or one around or inside of it; compiled or not.
+
+    Returns:
+        A mapping from layer name to :class:`LayerReport`; empty if nothing was intercepted.
+    """
+    layers = {}
+    for name, module in model.named_modules():
+        state = state_of(module)
+        if state is None or not state.ledger.total:
+            continue
+        ledger = state.ledger
+        layers[clean_name(name)] = LayerReport(
+            low=dict(ledger.low),
+            exact=dict(ledger.exact),
+            reasons={code: str(reason) for code, reason in ledger.details.items()},
+            rope=ledger.rope,
+            provenance=str(ledger.provenance) if ledger.provenance else None,
+        )
+    return AttentionReport(layers)

@@ -1,0 +1,42 @@
+"""The exceptions.
+
+::
+
+    LpattnError
+      UnknownBackendError    (ValueError)    a name that no backend has
+      UnsupportedCallError   (RuntimeError)  no admitted backend can run this call
+      BackendUnavailableError(RuntimeError)  a named backend that no device of this machine can run
+      InvalidArgumentError   (ValueError)    a wrong value, shape or dtype, or options that contradict each other
+      RegistrationError      (ValueError)    a backend that breaks the protocol, or a name that is taken
+    LpattnWarning            (UserWarning)   the model runs, but not as it may have been meant
+"""
+
+from __future__ import annotations
+
+
+class LpattnError(Exception):
+    """Base of everything lpattn raises on purpose."""
+
+
+class UnknownBackendError(LpattnError, ValueError):
+    """No backend has this name."""
+
+
+class UnsupportedCallError(LpattnError, RuntimeError):
+    """No backend that the settings admit can run this attention call."""
+
+
+class BackendUnavailableError(LpattnError, RuntimeError):
+    """A backend was named that no device of this machine can run."""
+
+
+class InvalidArgumentError(LpattnError, ValueError):
+    """A value, shape or dtype that is not valid, or options that contradict each other."""
+
+
+class RegistrationError(LpattnError, ValueError):
+    """A backend that does not follow the protocol, or whose name is already taken."""
+
+
+class LpattnWarning(UserWarning):
+    """The model runs, but not as the user may have meant."""

@@ -1,0 +1,292 @@
+"""The functions themselves: attention that any code can call, and what would happen to a call."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from lpattn import ops
+from lpattn.active import active, current_settings
+from lpattn.calls import build_call, check_inputs, outside
+from lpattn.dispatch import Explanation, explain_call
+from lpattn.errors import InvalidArgumentError
+from lpattn.execute import attend, attend_rope, cast_like_autocast
+from lpattn.ledger import Ledger
+from lpattn.registry import registry
+from lpattn.settings import Settings, make_settings
+from lpattn.types import AttentionBackend, HadamardMode, Provenance
+
+_AUTOMATIC = Settings()
+
+
+def low_precision_sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    backend: str | AttentionBackend | None = None,
+    hadamard: str | HadamardMode | None = None,
+    on_unsupported: str | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """Attention in low precision: a drop-in for ``torch.nn.functional.scaled_dot_product_attention``.
+
+    Args:
+        query: [B, H, q_len, head_dim], floating point, any strides.
+        key: [B, Hkv, kv_len, head_dim]; H is a multiple of Hkv.
+        value: [B, Hkv, kv_len, head_dim_v].
+        attn_mask: bool (True attends) or additive, broadcastable to [B, H, q_len, kv_len].
+        dropout_p: dropout probability, in [0, 1].
+        is_causal: query i sees keys 0..i (top-left aligned, whatever the two lengths are).
+        scale: softmax scale; None is 1/sqrt(head_dim).
+        enable_gqa: accepted as in SDPA; fewer kv heads than heads are understood without it, too.
+        backend: name of a backend; None leaves the choice to the context manager, the layer, ``LPATTN_BACKEND``, or to
+            lpattn, in this order.
+        hadamard: rotation before quantization; None is that of the surrounding settings, and NONE without any.
+        on_unsupported: ``"fallback"`` runs calls that the backend cannot run exactly, with one warning per reason;
+            ``"raise"`` refuses them. None is strict where a backend is named, and falls back where none is.
+        return_lse: also return the log-sum-exp.
+
+    Returns:
+        [B, H, q_len, head_dim_v] in the dtype of q, in [B, S, H, D]-contiguous memory; with ``return_lse`` a tuple
+        (output, lse), lse the natural logarithm, float32 [B, H, q_len], -inf for rows that attend to nothing.
+
+    Raises:
+        UnknownBackendError: no backend has the name.
+        InvalidArgumentError: wrong shapes, dtypes or devices, or options that contradict each other.
+        UnsupportedCallError: the named backend cannot run the call; lists every backend's reasons.
+
+    Precision:
+        Whatever the chosen backend states. Inputs that require grad run exactly: there is no backward pass.
+    """
+    check_inputs(query, key, value, attn_mask, dropout_p, is_causal)
+    settings = _resolve(backend, hadamard, on_unsupported)
+    return redirect(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, settings=settings, return_lse=return_lse
+    )
+
+
+def low_precision_rope_sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    interleaved: bool = False,
+    cos_k: torch.Tensor | None = None,
+    sin_k: torch.Tensor | None = None,
+    backend: str | AttentionBackend | None = None,
+    hadamard: str | HadamardMode | None = None,
+    on_unsupported: str | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """Rotate q and k by their positions, then attend, in one fused call where the backend has one.
+
+    ``out[d] = x[d] * cos[d] + rot(x)[d] * sin[d]`` for the first ``rotary_dim`` lanes; the others pass through.
+
+    Args:
+        query: [B, S, H, D]; note that heads and lengths are in the layout in front of the usual transpose.
+        key: [B, S_kv, Hkv, D]. ``value``: [B, S_kv, Hkv, D_v].
+        cos, sin: broadcastable to [B or 1, S, H or 1, rotary_dim], any strides; rotary_dim is even and at most D. The
+            halves need not be equal, and cos^2 + sin^2 need not be 1.
+        interleaved: rot(x) is (-x[2i+1], x[2i]) if True, else [-x2, x1] with the halves x1, x2 of the rotated lanes.
+        cos_k, sin_k: tables of the keys, where their positions differ from those of the queries.
+        attn_mask, dropout_p, is_causal, scale, enable_gqa, backend, hadamard, on_unsupported, return_lse: as in
+            :func:`low_precision_sdpa`.
+
+    Returns:
+        [B, H, S, D_v]: heads first, as SDPA returns it; with ``return_lse`` a tuple (output, lse).
+
+    Raises:
+        As :func:`low_precision_sdpa`.
+    """
+    _check_rope(query, key, value, cos, sin, cos_k, sin_k)
+    check_inputs(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask, dropout_p, is_causal)
+    settings = _resolve(backend, hadamard, on_unsupported)
+    layer = active.layer
+    if _traced():
+        operator = torch.ops.lpattn.rope_sdpa_lse if return_lse else torch.ops.lpattn.rope_sdpa
+        tag = None if layer is None else layer.tag
+        tables = (cos, sin, cos_k, sin_k, interleaved)
+        options = (attn_mask, dropout_p, is_causal, scale, tag, ops.encode(settings))
+        return operator(query, key, value, *tables, *options)
+    return attend_rope(
+        query,
+        key,
+        value,
+        cos,
+        sin,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        interleaved=interleaved,
+        cos_k=cos_k,
+        sin_k=sin_k,
+        settings=settings,
+        ledger=None if layer is None else layer.ledger,
+        return_lse=return_lse,
+    )
+
+
+def redirect(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    settings: Settings,
+    return_lse: bool = False,
+) -> Any:
+    """One SDPA call under settings: run at once in eager mode, put into the graph as an operator where one is traced."""
+    layer = active.layer
+    if not _traced():
+        ledger: Ledger | None = None if layer is None else layer.ledger
+        return attend(
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            settings=settings,
+            ledger=ledger,
+            return_lse=return_lse,
+        )
+    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    in_graph = query.dim() == 4 and key.dim() == 4 and query.shape[0] == key.shape[0] and not query.is_nested
+    if not return_lse and (needs_grad or not in_graph or dropout_p > 0.0 or (is_causal and attn_mask is not None)):
+        # The operator has no backward pass, and its random numbers would not be the compiler's.
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    query, key, value, attn_mask = cast_like_autocast(query, key, value, attn_mask)
+    operator = torch.ops.lpattn.sdpa_lse if return_lse else torch.ops.lpattn.sdpa
+    tag = None if layer is None else layer.tag
+    return operator(query, key, value, attn_mask, dropout_p, is_causal, scale, tag, ops.encode(settings))
+
+
+def explain(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    backend: str | AttentionBackend | None = None,
+    hadamard: str | HadamardMode | None = None,
+    on_unsupported: str | None = None,
+    return_lse: bool = False,
+) -> Explanation:
+    """What :func:`low_precision_sdpa` would do with these arguments: every known backend, with all its reasons.
+
+    Never launches a kernel and never raises for a call that cannot run; printing the result shows the text.
+
+    Raises:
+        InvalidArgumentError: inputs that no attention could take, or that no backend but PyTorch's own SDPA is asked
+            about (three-dimensional or nested tensors).
+    """
+    check_inputs(query, key, value, attn_mask, dropout_p, is_causal)
+    settings = _resolve(backend, hadamard, on_unsupported)
+    query, key, value, attn_mask = cast_like_autocast(query, key, value, attn_mask)
+    if reason := outside(query, key, value, attn_mask, is_causal):
+        raise InvalidArgumentError(f"such calls always run on PyTorch's own SDPA: {reason}")
+    call = build_call(query, key, value, attn_mask, dropout_p, is_causal, scale, settings.hadamard, return_lse)
+    return explain_call(call, settings)
+
+
+def _resolve(
+    backend: str | AttentionBackend | None, hadamard: str | HadamardMode | None, on_unsupported: str | None
+) -> Settings:
+    surrounding = current_settings() or _AUTOMATIC
+    if backend is None and hadamard is None and on_unsupported is None:
+        return surrounding
+    return _merged(backend, hadamard, on_unsupported, surrounding, registry.generation)
+
+
+@functools.lru_cache(maxsize=256)
+def _merged(
+    backend: str | AttentionBackend | None,
+    hadamard: str | HadamardMode | None,
+    on_unsupported: str | None,
+    surrounding: Settings,
+    generation: int,
+) -> Settings:
+    """A call's own arguments over the surrounding settings. The generation keeps stale names out of the cache."""
+    named = backend is not None
+    settings = make_settings(
+        backend if named else surrounding.backend,
+        hadamard if hadamard is not None else surrounding.hadamard,
+        on_unsupported if on_unsupported is not None else (None if named else surrounding.on_unsupported),
+        Provenance.ARGUMENT if named else surrounding.provenance,
+    )
+    provenance = settings.provenance if named else surrounding.provenance
+    return dataclasses.replace(settings, provenance=provenance, scope=surrounding.scope)
+
+
+def _traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def _check_rope(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    cos_k: torch.Tensor | None,
+    sin_k: torch.Tensor | None,
+) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() != 4:
+            got = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise InvalidArgumentError(f"{name} must be a [B, S, H, D] tensor; got {got}")
+    if (cos_k is None) != (sin_k is None):
+        raise InvalidArgumentError("cos_k and sin_k go together; got only one of them")
+    pairs = [("cos", cos, query), ("sin", sin, query)]
+    if cos_k is not None and sin_k is not None:
+        pairs += [("cos_k", cos_k, key), ("sin_k", sin_k, key)]
+    else:
+        pairs += [("cos (for the keys)", cos, key), ("sin (for the keys)", sin, key)]
+    rotary_dim = cos.shape[-1] if cos.dim() else 0
+    if rotary_dim % 2 or not 0 < rotary_dim <= query.shape[-1]:
+        raise InvalidArgumentError(
+            f"rotary_dim, the last dimension of cos, must be even and at most head_dim {query.shape[-1]}; "
+            f"got {rotary_dim}"
+        )
+    for name, table, x in pairs:
+        full = (*x.shape[:3], rotary_dim)
+        if table.device != x.device:
+            raise InvalidArgumentError(f"{name} must be on {x.device} as q and k are; got {table.device}")
+        shape = (1,) * (4 - table.dim()) + tuple(table.shape)
+        # [S, rotary_dim] would broadcast its positions over heads: ask for the axis instead of guessing.
+        fits = table.dim() in (3, 4) and shape[3] == rotary_dim
+        if not fits or any(t not in (1, f) for t, f in zip(shape, full, strict=True)):
+            raise InvalidArgumentError(
+                f"{name} {list(table.shape)} must broadcast to [B, S, H, rotary_dim] = {list(full)}"
+                "\n[S, rotary_dim] and [B, S, rotary_dim] tables need an axis for heads: cos.unsqueeze(-2)"
+            )

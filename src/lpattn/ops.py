@@ -1,0 +1,161 @@
+"""The ``torch.library`` operators that compiled graphs contain, their fakes, and how settings travel in them.
+
+Settings travel as one string and the layer as a 0-dim CPU tensor: with the string alone, or an int, torch.compile would
+make a graph per layer. The backend is chosen when the operator runs, on real sizes.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from lpattn.execute import attend, attend_rope, in_bshd_memory
+from lpattn.ledger import Ledger, find_ledger
+from lpattn.settings import OnUnsupported, Settings
+from lpattn.types import HadamardMode, Provenance
+
+_OPTIONS = "Tensor? attn_mask, float dropout_p, bool is_causal, float? scale"
+_SETTINGS = "Tensor? layer, str settings"
+_ROPE = "Tensor cos, Tensor sin, Tensor? cos_k, Tensor? sin_k, bool interleaved"
+_QKV = "Tensor query, Tensor key, Tensor value"
+
+_library = torch.library.Library("lpattn", "DEF")
+_library.define(f"sdpa({_QKV}, {_OPTIONS}, {_SETTINGS}) -> Tensor")
+_library.define(f"sdpa_lse({_QKV}, {_OPTIONS}, {_SETTINGS}) -> (Tensor, Tensor)")
+_library.define(f"rope_sdpa({_QKV}, {_ROPE}, {_OPTIONS}, {_SETTINGS}) -> Tensor")
+_library.define(f"rope_sdpa_lse({_QKV}, {_ROPE}, {_OPTIONS}, {_SETTINGS}) -> (Tensor, Tensor)")
+
+
+def encode(settings: Settings) -> str:
+    """Settings as the string that an operator takes."""
+    return "|".join(
+        (
+            settings.backend or "",
+            settings.hadamard.value,
+            settings.on_unsupported.value if settings.on_unsupported else "",
+            settings.provenance.value,
+            str(settings.scope),
+        )
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def decode(text: str) -> Settings:
+    """The settings that :func:`encode` wrote."""
+    backend, hadamard, on_unsupported, provenance, scope = text.split("|")
+    return Settings(
+        backend or None,
+        HadamardMode(hadamard),
+        OnUnsupported(on_unsupported) if on_unsupported else None,
+        Provenance(provenance),
+        int(scope),
+    )
+
+
+def _ledger(layer: torch.Tensor | None) -> Ledger | None:
+    return None if layer is None else find_ledger(int(layer))
+
+
+def _sdpa_with(return_lse: bool):  # type: ignore[no-untyped-def]
+    def run(query, key, value, attn_mask, dropout_p, is_causal, scale, layer, settings):  # type: ignore[no-untyped-def]
+        result = attend(
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+            settings=decode(settings),
+            ledger=_ledger(layer),
+            return_lse=return_lse,
+        )
+        return result if return_lse else in_bshd_memory(result)
+
+    return run
+
+
+def _rope_sdpa_with(return_lse: bool):  # type: ignore[no-untyped-def]
+    def run(  # type: ignore[no-untyped-def]
+        query,
+        key,
+        value,
+        cos,
+        sin,
+        cos_k,
+        sin_k,
+        interleaved,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        layer,
+        settings,
+    ):
+        result = attend_rope(
+            query,
+            key,
+            value,
+            cos,
+            sin,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            interleaved=interleaved,
+            cos_k=cos_k,
+            sin_k=sin_k,
+            settings=decode(settings),
+            ledger=_ledger(layer),
+            return_lse=return_lse,
+        )
+        return result if return_lse else in_bshd_memory(result)
+
+    return run
+
+
+def _empty_output(batch: int, heads: int, q_len: int, query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return query.new_empty(batch, q_len, heads, value.shape[-1]).transpose(1, 2)
+
+
+def _empty_lse(batch: int, heads: int, q_len: int, query: torch.Tensor) -> torch.Tensor:
+    return query.new_empty(batch, heads, q_len, dtype=torch.float32)
+
+
+def _fake_sdpa(query, key, value, *options):  # type: ignore[no-untyped-def]
+    batch, heads, q_len, _ = query.shape
+    return _empty_output(batch, heads, q_len, query, value)
+
+
+def _fake_sdpa_lse(query, key, value, *options):  # type: ignore[no-untyped-def]
+    batch, heads, q_len, _ = query.shape
+    return _empty_output(batch, heads, q_len, query, value), _empty_lse(batch, heads, q_len, query)
+
+
+def _fake_rope_sdpa(query, key, value, *options):  # type: ignore[no-untyped-def]
+    batch, q_len, heads, _ = query.shape
+    return _empty_output(batch, heads, q_len, query, value)
+
+
+def _fake_rope_sdpa_lse(query, key, value, *options):  # type: ignore[no-untyped-def]
+    batch, q_len, heads, _ = query.shape
+    return _empty_output(batch, heads, q_len, query, value), _empty_lse(batch, heads, q_len, query)
+
+
+def _no_backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    raise NotImplementedError(
+        "lpattn's operators have no backward pass; run them under torch.no_grad() or torch.inference_mode()"
+    )
+
+
+for _name, _run, _fake in (
+    ("sdpa", _sdpa_with(return_lse=False), _fake_sdpa),
+    ("sdpa_lse", _sdpa_with(return_lse=True), _fake_sdpa_lse),
+    ("rope_sdpa", _rope_sdpa_with(return_lse=False), _fake_rope_sdpa),
+    ("rope_sdpa_lse", _rope_sdpa_with(return_lse=True), _fake_rope_sdpa_lse),
+):
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lpattn::{_name}", _fake, lib=_library)
+    torch.library.register_autograd(f"lpattn::{_name}", _no_backward, lib=_library)
