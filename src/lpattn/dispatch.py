@@ -33,7 +33,7 @@ def choose(call: AttentionCall, settings: Settings) -> Choice:
         The choice. Where low precision was wanted but cannot run, exact attention with ``exact_reason``.
 
     Raises:
-        UnsupportedCallError: strict settings, and the wanted backend cannot run the call. Lists every backend's reasons.
+        UnsupportedCallError: strict settings, and the wanted backend cannot run the call; with every backend's reasons.
     """
     settings = with_environment(settings)
     key = (length_class(call), settings, registry.generation)
@@ -86,7 +86,7 @@ def _decide_named(call: AttentionCall, settings: Settings) -> Choice:
     wanted = settings.backend
     assert wanted is not None
     excluded = (Reason("excluded", f'excluded by backend="{wanted}" ({settings.provenance})'),)
-    reasons = {name: excluded for name in registry.names() if name != wanted}
+    reasons: dict[str, tuple[Reason, ...]] = {name: excluded for name in registry.names() if name != wanted}
     if not (against := reasons_against(wanted, call)):
         return Choice(wanted, settings.provenance, reasons, _exactness(wanted, settings))
     reasons[wanted] = against

@@ -99,15 +99,14 @@ def attend_rope(
     A backend without a fused rotation gets q and k rotated in plain PyTorch.
     """
     rope = Rope(interleaved, cos.shape[-1])
-    heads_first = [t.transpose(1, 2) for t in (query, key, value)]
-    call, choice = _plan(*heads_first, attn_mask, dropout_p, is_causal, scale, settings, return_lse, rope)
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    call, choice = _plan(q, k, v, attn_mask, dropout_p, is_causal, scale, settings, return_lse, rope)
     _account(call, choice, settings, ledger)
     backend = registry.get(choice.backend)
     assert backend is not None
     if call is None or not backend.capabilities.rope:
         q = rotate(query, cos, sin, interleaved).transpose(1, 2)
         k = rotate(key, cos if cos_k is None else cos_k, sin if sin_k is None else sin_k, interleaved).transpose(1, 2)
-        v = heads_first[2]
         if ledger is not None:
             ledger.rope = f"{choice.backend} has no fused rotation"
         if call is None:

@@ -17,7 +17,7 @@ from lpattn.errors import InvalidArgumentError
 from lpattn.execute import attend, attend_rope, cast_like_autocast
 from lpattn.ledger import Ledger
 from lpattn.registry import registry
-from lpattn.settings import Settings, make_settings
+from lpattn.settings import Settings, from_text, make_settings
 from lpattn.types import AttentionBackend, HadamardMode, Provenance
 
 _AUTOMATIC = Settings()
@@ -120,10 +120,10 @@ def low_precision_rope_sdpa(
     settings = _resolve(backend, hadamard, on_unsupported)
     layer = active.layer
     if _traced():
-        operator = torch.ops.lpattn.rope_sdpa_lse if return_lse else torch.ops.lpattn.rope_sdpa
+        operator = ops.rope_sdpa_lse if return_lse else ops.rope_sdpa
         tag = None if layer is None else layer.tag
         tables = (cos, sin, cos_k, sin_k, interleaved)
-        options = (attn_mask, dropout_p, is_causal, scale, tag, ops.encode(settings))
+        options = (attn_mask, dropout_p, is_causal, scale, tag, settings.text)
         return operator(query, key, value, *tables, *options)
     return attend_rope(
         query,
@@ -157,7 +157,7 @@ def redirect(
     settings: Settings,
     return_lse: bool = False,
 ) -> Any:
-    """One SDPA call under settings: run at once in eager mode, put into the graph as an operator where one is traced."""
+    """One SDPA call under settings: run at once in eager mode, put into the graph as an operator while tracing."""
     layer = active.layer
     if not _traced():
         ledger: Ledger | None = None if layer is None else layer.ledger
@@ -182,9 +182,9 @@ def redirect(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     query, key, value, attn_mask = cast_like_autocast(query, key, value, attn_mask)
-    operator = torch.ops.lpattn.sdpa_lse if return_lse else torch.ops.lpattn.sdpa
+    operator = ops.sdpa_lse if return_lse else ops.sdpa
     tag = None if layer is None else layer.tag
-    return operator(query, key, value, attn_mask, dropout_p, is_causal, scale, tag, ops.encode(settings))
+    return operator(query, key, value, attn_mask, dropout_p, is_causal, scale, tag, settings.text)
 
 
 def explain(
@@ -225,7 +225,9 @@ def _resolve(
     surrounding = current_settings() or _AUTOMATIC
     if backend is None and hadamard is None and on_unsupported is None:
         return surrounding
-    return _merged(backend, hadamard, on_unsupported, surrounding, registry.generation)
+    if torch.compiler.is_compiling():
+        return _merged_while_tracing(backend, hadamard, on_unsupported, surrounding.text)
+    return _merged(backend, hadamard, on_unsupported, surrounding.text, registry.generation)
 
 
 @functools.lru_cache(maxsize=256)
@@ -233,23 +235,37 @@ def _merged(
     backend: str | AttentionBackend | None,
     hadamard: str | HadamardMode | None,
     on_unsupported: str | None,
-    surrounding: Settings,
+    surrounding_text: str,
     generation: int,
 ) -> Settings:
     """A call's own arguments over the surrounding settings. The generation keeps stale names out of the cache."""
+    surrounding = from_text(surrounding_text)
     named = backend is not None
     settings = make_settings(
         backend if named else surrounding.backend,
         hadamard if hadamard is not None else surrounding.hadamard,
         on_unsupported if on_unsupported is not None else (None if named else surrounding.on_unsupported),
-        Provenance.ARGUMENT if named else surrounding.provenance,
+        Provenance.ARGUMENT,
     )
-    provenance = settings.provenance if named else surrounding.provenance
+    provenance = Provenance.ARGUMENT if named else surrounding.provenance
     return dataclasses.replace(settings, provenance=provenance, scope=surrounding.scope)
 
 
+def _merged_while_tracing(
+    backend: str | AttentionBackend | None,
+    hadamard: str | HadamardMode | None,
+    on_unsupported: str | None,
+    surrounding_text: str,
+) -> Settings:
+    return _merged(backend, hadamard, on_unsupported, surrounding_text, registry.generation)
+
+
+# As torch.compiler.assume_constant_result does, which would import Dynamo at once: looked up while tracing, not traced.
+_merged_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _traced() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 def _check_rope(

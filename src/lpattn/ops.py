@@ -6,14 +6,11 @@ make a graph per layer. The backend is chosen when the operator runs, on real si
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from lpattn.execute import attend, attend_rope, in_bshd_memory
 from lpattn.ledger import Ledger, find_ledger
-from lpattn.settings import OnUnsupported, Settings
-from lpattn.types import HadamardMode, Provenance
+from lpattn.settings import from_text
 
 _OPTIONS = "Tensor? attn_mask, float dropout_p, bool is_causal, float? scale"
 _SETTINGS = "Tensor? layer, str settings"
@@ -25,32 +22,6 @@ _library.define(f"sdpa({_QKV}, {_OPTIONS}, {_SETTINGS}) -> Tensor")
 _library.define(f"sdpa_lse({_QKV}, {_OPTIONS}, {_SETTINGS}) -> (Tensor, Tensor)")
 _library.define(f"rope_sdpa({_QKV}, {_ROPE}, {_OPTIONS}, {_SETTINGS}) -> Tensor")
 _library.define(f"rope_sdpa_lse({_QKV}, {_ROPE}, {_OPTIONS}, {_SETTINGS}) -> (Tensor, Tensor)")
-
-
-def encode(settings: Settings) -> str:
-    """Settings as the string that an operator takes."""
-    return "|".join(
-        (
-            settings.backend or "",
-            settings.hadamard.value,
-            settings.on_unsupported.value if settings.on_unsupported else "",
-            settings.provenance.value,
-            str(settings.scope),
-        )
-    )
-
-
-@functools.lru_cache(maxsize=1024)
-def decode(text: str) -> Settings:
-    """The settings that :func:`encode` wrote."""
-    backend, hadamard, on_unsupported, provenance, scope = text.split("|")
-    return Settings(
-        backend or None,
-        HadamardMode(hadamard),
-        OnUnsupported(on_unsupported) if on_unsupported else None,
-        Provenance(provenance),
-        int(scope),
-    )
 
 
 def _ledger(layer: torch.Tensor | None) -> Ledger | None:
@@ -68,7 +39,7 @@ def _sdpa_with(return_lse: bool):  # type: ignore[no-untyped-def]
             is_causal,
             scale,
             enable_gqa=query.shape[1] != key.shape[1],
-            settings=decode(settings),
+            settings=from_text(settings),
             ledger=_ledger(layer),
             return_lse=return_lse,
         )
@@ -107,7 +78,7 @@ def _rope_sdpa_with(return_lse: bool):  # type: ignore[no-untyped-def]
             interleaved=interleaved,
             cos_k=cos_k,
             sin_k=sin_k,
-            settings=decode(settings),
+            settings=from_text(settings),
             ledger=_ledger(layer),
             return_lse=return_lse,
         )
@@ -159,3 +130,8 @@ for _name, _run, _fake in (
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lpattn::{_name}", _fake, lib=_library)
     torch.library.register_autograd(f"lpattn::{_name}", _no_backward, lib=_library)
+
+sdpa = torch.ops.lpattn.sdpa.default
+sdpa_lse = torch.ops.lpattn.sdpa_lse.default
+rope_sdpa = torch.ops.lpattn.rope_sdpa.default
+rope_sdpa_lse = torch.ops.lpattn.rope_sdpa_lse.default

@@ -9,10 +9,11 @@ from __future__ import annotations
 import fnmatch
 import functools
 import importlib.resources
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Union
+from typing import Any
 
 from torch import nn
 
@@ -22,7 +23,7 @@ from lpattn.types import AttentionCall, CausalKind
 EXACT = "exact"
 AUTO = "auto"
 
-LayerRules = Union[Mapping[str, str], Callable[[str, nn.Module], "str | bool | None"]]
+LayerRules = Mapping[str, str] | Callable[[str, nn.Module], str | bool | None]
 """``{pattern: EXACT | AUTO | backend name}``, first match wins; or a callable of (name, module) that returns one of
 these, True (as the model's setting), False (exact) or None (no rule: as the model's setting)."""
 
@@ -52,7 +53,7 @@ def measured_speedup(backend: str, call: AttentionCall) -> float:
     length = math.sqrt(call.q_len * call.kv_len)
     if length <= points[0][0]:
         return points[0][1]
-    for (low, slow), (high, fast) in zip(points, points[1:], strict=False):
+    for (low, slow), (high, fast) in itertools.pairwise(points):
         if length <= high:
             weight = math.log(length / low) / math.log(high / low)
             return slow + weight * (fast - slow)

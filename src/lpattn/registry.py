@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, cast
 
 import pluggy
 import torch
@@ -254,7 +254,9 @@ class Registry:
             ]
             if not implementations:
                 raise RegistrationError(f"{source.entry_point} implements no lpattn_backends hook")
-            backends = [backend for i in implementations for backend in i.function()]
+            backends: list[Any] = []
+            for implementation in implementations:
+                backends.extend(cast("list[Any]", implementation.function()))
         except Exception as error:
             if manager.has_plugin(source.entry_point):
                 manager.unregister(name=source.entry_point)

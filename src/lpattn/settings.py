@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TypeVar
 
@@ -31,9 +31,9 @@ class OnUnsupported(str, Enum):
     __str__ = str.__str__
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Settings:
-    """A checked request.
+    """A checked request. Equal by :attr:`text`.
 
     Attributes:
         backend: canonical name; None leaves the choice to lpattn.
@@ -42,6 +42,7 @@ class Settings:
         provenance: the level that these settings come from.
         scope: number of the application or context manager that they belong to; 0 outside. Warnings are given once per
             scope and reason.
+        text: all of it as one string: what compiled graphs carry, and what dictionaries hash.
     """
 
     backend: str | None = None
@@ -49,6 +50,18 @@ class Settings:
     on_unsupported: OnUnsupported | None = None
     provenance: Provenance = Provenance.AUTOMATIC
     scope: int = 0
+    text: str = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        policy = self.on_unsupported.value if self.on_unsupported is not None else ""
+        parts = (self.backend or "", self.hadamard.value, policy, self.provenance.value, str(self.scope))
+        object.__setattr__(self, "text", "|".join(parts))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Settings) and self.text == other.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
 
     @property
     def strict(self) -> bool:
@@ -56,6 +69,19 @@ class Settings:
         if self.on_unsupported is None:
             return self.backend is not None
         return self.on_unsupported is OnUnsupported.RAISE
+
+
+@functools.lru_cache(maxsize=1024)
+def from_text(text: str) -> Settings:
+    """The settings whose :attr:`Settings.text` this is."""
+    backend, hadamard, on_unsupported, provenance, scope = text.split("|")
+    return Settings(
+        backend or None,
+        HadamardMode(hadamard),
+        OnUnsupported(on_unsupported) if on_unsupported else None,
+        Provenance(provenance),
+        int(scope),
+    )
 
 
 def make_settings(

@@ -149,7 +149,7 @@ class AttentionCall:
     @property
     def device(self) -> torch.device:
         """The device that the call runs on."""
-        return torch.device(self.device_type, self.device_index if self.device_type != "cpu" else None)
+        return torch.device("cpu") if self.device_type == "cpu" else torch.device(self.device_type, self.device_index)
 
     def describe(self) -> str:
         """The call on one line, as errors and reports print it."""

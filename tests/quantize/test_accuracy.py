@@ -8,6 +8,7 @@ below it something was not rounded.
 import math
 import types
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def _cases() -> dict[str, Case]:
     mask = torch.rand(1, 4, 96, 300, generator=generator) < 0.7
     mask[:, :, 5] = False
     mask[..., :40] = False
-    junk = torch.where(torch.arange(300)[:, None] < 40, 1e4, 1.0)
+    junk = torch.where(torch.arange(300)[:, None] < 40, 1e7, 1.0)
     cases["junk under the mask, rows without keys"] = Case(q, k * junk, (v + 1) * junk, {"attn_mask": mask})
     q, k, v = base()
     cases["bias"] = Case(q, k, v, {"attn_mask": 2 * randn(1, 4, 96, 300), "softmax_scale": 0.1})
@@ -177,9 +178,10 @@ def sqnr(name, recipe, expectations):
 def test_named_recipes_on_randn(expectations):
     """Closed form: every operand errs by 2.65 % rms (ulp^2 / 12 over a binade), q and k both in the logit.
 
-    Noise over signal is 0.0265^2 * (1 + 1 + 2 * std^2) for logits of that standard deviation: 25.5 dB at 1.
+    Noise over signal is 0.0265^2 * (1 + 1 + 2 * std^2) for logits of that standard deviation: 25.5 dB at 1. Flatter
+    logits do not spread P over a binade, sharper ones leave the first order.
     """
-    for std in (0.25, 0.5, 1.0):
+    for std in (0.5, 1.0):
         floor = -10 * math.log10(0.0265**2 * (2 + 2 * std**2)) - 1.0  # 1 dB: 25 % noise more, as AVERAGED admits
         for recipe in RECIPES.values():
             assert sqnr(f"logits std {std:g}", recipe, expectations) > floor
@@ -211,19 +213,19 @@ def test_finer_scales_pay_where_scales_differ():
     assert error(FA3_PER_HEAD) > 0.5
 
 
-def test_rotation_rescues_outlier_channels():
-    """One channel of q and k a thousand times the others pushes those below e4m3's range."""
+def test_rotation_averages_the_error_of_an_outlier_channel():
+    """One product dominates q.k, so its 3.7 % error is the logit's; rotated, 64 independent ones average out."""
     generator = torch.Generator().manual_seed(1)
-    q, k, v = (torch.randn(1, 1, 256, 64, generator=generator) for _ in range(3))
-    q[..., 3], k[..., 3] = 1e6, 0.0
-    k[:, :, 0, 3] = 1e-9
+    q, k, v = (torch.randn(1, 2, 256, 64, generator=generator) for _ in range(3))
+    q[..., 3] *= 12
+    k[..., 3] *= 12
     reference = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    plain, rotated = (
-        (emulated_attention(q, k, v, recipe=replace(PLAIN, hadamard=mode)) - reference).square().sum()
-        for mode in (HadamardMode.NONE, HadamardMode.QKV)
-    )
-    assert rotated.isfinite()
-    assert plain > 0.1 * reference.square().sum()
+
+    def noise(mode):
+        return (emulated_attention(q, k, v, recipe=replace(PLAIN, hadamard=mode)) - reference).square().sum()
+
+    assert noise(HadamardMode.QKV) < noise(HadamardMode.NONE) / 2
+    assert noise(HadamardMode.V_ONLY) > noise(HadamardMode.NONE) / 2  # v has no outlier
 
 
 def test_one_hot_rows_return_the_rounded_value_and_the_exact_logit():
@@ -252,26 +254,15 @@ def test_large_logits_stay_finite_and_within_the_values(factor, recipe):
 
 def mutant(edits: list[tuple[types.ModuleType, str, str]]):
     """emulated_attention of source in which the edits were made; the text to replace must occur exactly once."""
-    sources = {}
-    for module, old, new in edits:
-        if module not in sources:
-            with open(module.__file__, encoding="utf-8") as file:
-                sources[module] = file.read()
-        assert sources[module].count(old) == 1, f"{module.__name__} no longer has exactly one {old!r}"
-        sources[module] = sources[module].replace(old, new)
     spaces = {}
     for module in (visibility, emulate):
-        space = {"__name__": module.__name__ + "_mutant"}
-        source = sources.get(module)
-        if source is None:
-            space = dict(vars(module))
-        else:
-            exec(compile(source, module.__file__, "exec"), space)
-        spaces[module] = space
-    if visibility in sources and emulate not in sources:
-        with open(emulate.__file__, encoding="utf-8") as file:
-            exec(compile(file.read(), emulate.__file__, "exec"), space := {"__name__": "emulate_mutant"})
-        spaces[emulate] = space
+        source = Path(module.__file__).read_text(encoding="utf-8")
+        for edited, old, new in edits:
+            if edited is module:
+                assert source.count(old) == 1, f"{module.__name__} must have exactly one {old!r}"
+                source = source.replace(old, new)
+        spaces[module] = {"__name__": f"{module.__name__}_mutant"}
+        exec(compile(source, module.__file__, "exec"), spaces[module])
     spaces[emulate]["Visibility"] = spaces[visibility]["Visibility"]
     return spaces[emulate]["emulated_attention"]
 
@@ -315,7 +306,7 @@ MUTANTS = {
     ),
     "the diagonal is dropped": (
         [(visibility, "queries[:, None] >= torch", "queries[:, None] > torch")],
-        ("needle at the last allowed key", "plain", "noise"),
+        ("needle at the last allowed key", "plain", "finite"),
     ),
     "one key past the diagonal is seen": (
         [(visibility, "queries[:, None] >= torch", "queries[:, None] + 1 >= torch")],
@@ -323,7 +314,7 @@ MUTANTS = {
     ),
     "a causal tile starts a row late": (
         [(visibility, "start if self.is_causal else 0", "start + 1 if self.is_causal else 0")],
-        ("needle at the last allowed key", "plain", "noise"),
+        ("needle at the last allowed key", "plain", "finite"),
     ),
     "query heads read the wrong KV head": (
         [
@@ -352,8 +343,10 @@ MUTANTS = {
         ("K and V with a mean", "per_block", "noise"),
     ),
     "V's constant is added to rows without keys": (
-        [(emulate, "output = output.masked_fill(nothing, 0.0)", "output = output.nan_to_num(0.0)")]
-        + [(emulate, "output = output / row_sum", "output = output / row_sum.clamp_min(1e-30)")],
+        [
+            (emulate, "output = output.masked_fill(nothing, 0.0)", "pass"),
+            (emulate, "output = output / row_sum", "output = output / row_sum.clamp_min(1e-30)"),
+        ],
         ("junk under the mask, rows without keys", "per_block", "rows without keys"),
     ),
     "lse lacks K's constant": (
@@ -408,12 +401,9 @@ def test_the_gates_notice_a_planted_bug(bug, expectations):
     assert gate in failures(name, GATED[recipe], *expectations(name, GATED[recipe]), attend=attend)
 
 
-def test_a_mutant_without_edits_passes(expectations):
-    unchanged = mutant(
-        [(emulate, "summed = rounded", "summed = rounded"), (visibility, "self.mask is", "self.mask is")][:1]
-    )
-    name = "causal"
-    assert not failures(name, PER_BLOCK, *expectations(name, PER_BLOCK), attend=unchanged)
+@pytest.mark.parametrize("name", ["causal", "junk under the mask, rows without keys"])
+def test_a_mutant_without_edits_passes(name, expectations):
+    assert not failures(name, PER_BLOCK, *expectations(name, PER_BLOCK), attend=mutant([]))
 
 
 def test_the_float16_recipe_stays_below_the_largest_float16():

@@ -91,7 +91,7 @@ def log_sum_exp(
         log-sum-exp on every device and for every mask, so it is computed apart, a block of rows at a time.
     """
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    batch, heads, q_len, _ = query.shape
+    _, heads, q_len, _ = query.shape
     groups = heads // call.num_kv_heads
     keys = key.to(wide).transpose(-1, -2).unsqueeze(2)
     rows = []

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from lpattn.active import active
-from lpattn.eager.interception import included
+from lpattn.eager.interception import RedirectMode
 from lpattn.eager.layers import Application
 from lpattn.errors import LpattnWarning
 from lpattn.settings import check_machine, make_settings, with_environment
@@ -39,14 +39,17 @@ class low_precision_attention:
         if (text := check_machine(with_environment(settings))) is not None:
             warnings.warn(text, LpattnWarning, stacklevel=2)
         self.settings = replace(settings, scope=Application(None).scope)
-        self._entered: list[tuple[Any, Any]] = []
+        self._entered: list[tuple[Any, RedirectMode | None]] = []
 
     def __enter__(self) -> None:
-        guard = included()
-        guard.__enter__()
-        self._entered.append((active.context, guard))
+        # One mode serves nested contexts: each costs every operator a call.
+        mode = RedirectMode() if active.context is None else None
+        if mode is not None:
+            mode.__enter__()
+        self._entered.append((active.context, mode))
         active.context = self
 
     def __exit__(self, *exc: object) -> None:
-        active.context, guard = self._entered.pop()
-        guard.__exit__(None, None, None)
+        active.context, mode = self._entered.pop()
+        if mode is not None:
+            mode.__exit__(None, None, None)

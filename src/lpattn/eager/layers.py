@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from lpattn.active import active
-from lpattn.eager.interception import TracingMode, included, wrapper_codes
+from lpattn.eager.interception import RedirectMode, included, wrapper_codes
 from lpattn.errors import LpattnWarning
 from lpattn.ledger import Ledger
 from lpattn.settings import Settings
@@ -36,7 +36,6 @@ class Application:
 
     Attributes:
         scope: number under which warnings are given once.
-        root: the module it was applied to; None when that is gone.
     """
 
     _scopes = itertools.count(1)
@@ -47,6 +46,7 @@ class Application:
 
     @property
     def root(self) -> nn.Module | None:
+        """The module it was applied to; None when that is gone."""
         return None if self._root is None else self._root()
 
     def check_intercepted(self) -> None:
@@ -57,8 +57,8 @@ class Application:
         warnings.warn(
             f"{type(root).__name__} ran, but none of its attention was intercepted: nothing in it called "
             "torch.nn.functional.scaled_dot_product_attention inside a module's forward, so nothing runs in low "
-            "precision.\nLoad Hugging Face models with attn_implementation='sdpa' (not 'eager' or 'flex_attention'), and "
-            "have custom models call scaled_dot_product_attention",
+            "precision.\nLoad Hugging Face models with attn_implementation='sdpa' (not 'eager' or 'flex_attention'), "
+            "and have custom models call scaled_dot_product_attention",
             LpattnWarning,
             stacklevel=3,
         )
@@ -95,6 +95,7 @@ class LayerState:
 
     @property
     def module(self) -> nn.Module:
+        """The module that carries this state."""
         module = self._module()
         if module is None:
             raise ReferenceError("the module of this forward no longer exists; keep a reference to the module itself")
@@ -163,7 +164,7 @@ def detach(module: nn.Module, state: LayerState) -> None:
 
 def installed_forward(cls: type[nn.Module]) -> Callable[..., Any]:
     """The function that modules of a class carry as ``forward``, bound to their state."""
-    return _make_forward(cls, cls.forward)
+    return _make_forward(cls, cls.forward)  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -187,7 +188,7 @@ def _make_forward(cls: type[nn.Module], class_forward: Callable[..., Any]) -> Ca
                 if tracing:
                     return run(*all_args, **kwargs)
                 active.tracing = True
-                with TracingMode():
+                with RedirectMode():
                     return run(*all_args, **kwargs)
             if may_need_weights and kwargs.get("need_weights", len(args) <= 4 or args[4]):
                 self.ledger.count_exact(_NEED_WEIGHTS)

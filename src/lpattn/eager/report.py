@@ -35,7 +35,7 @@ class LayerReport:
 
 
 class AttentionReport(Mapping[str, LayerReport]):
-    """Layers by fully qualified name, in the model's order; only those whose attention was called. ``str()`` is a table."""
+    """Layers by fully qualified name, in the model's order; only those that attended. ``str()`` gives a text."""
 
     def __init__(self, layers: Mapping[str, LayerReport]) -> None:
         self._layers = dict(layers)
