@@ -35,6 +35,7 @@ class Active(threading.local):
         layer: innermost applied module; None outside of applied models.
         context: innermost context manager; None outside.
         tracing: whether a surrounding applied module already redirects the calls of the code being traced.
+        attended: whether a traced module has come to an attention call.
     """
 
     # Set per thread by __init__ and not as class attributes: Dynamo guards on the presence of instance attributes.
@@ -42,6 +43,7 @@ class Active(threading.local):
         self.layer: Layer | None = None
         self.context: Scope | None = None
         self.tracing = False
+        self.attended = False
 
 
 active = Active()

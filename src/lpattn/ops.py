@@ -11,6 +11,7 @@ import torch
 from lpattn.execute import attend, attend_rope, in_bshd_memory
 from lpattn.ledger import Ledger, find_ledger
 from lpattn.settings import from_text
+from lpattn.types import Reason
 
 _OPTIONS = "Tensor? attn_mask, float dropout_p, bool is_causal, float? scale"
 _SETTINGS = "Tensor? layer, str settings"
@@ -22,6 +23,8 @@ _library.define(f"sdpa({_QKV}, {_OPTIONS}, {_SETTINGS}) -> Tensor")
 _library.define(f"sdpa_lse({_QKV}, {_OPTIONS}, {_SETTINGS}) -> (Tensor, Tensor)")
 _library.define(f"rope_sdpa({_QKV}, {_ROPE}, {_OPTIONS}, {_SETTINGS}) -> Tensor")
 _library.define(f"rope_sdpa_lse({_QKV}, {_ROPE}, {_OPTIONS}, {_SETTINGS}) -> (Tensor, Tensor)")
+_library.define("count_exact(Tensor(a!) layer, str code, str message) -> ()")
+"""Counts a call that ran exactly where nothing was redirected. Declared to write its layer, so that it is kept."""
 
 
 def _ledger(layer: torch.Tensor | None) -> Ledger | None:
@@ -121,6 +124,14 @@ def _no_backward(ctx, *grads):  # type: ignore[no-untyped-def]
     )
 
 
+def _count_exact(layer: torch.Tensor, code: str, message: str) -> None:
+    if (ledger := _ledger(layer)) is not None:
+        ledger.count_exact(Reason(code, message))
+
+
+_library.impl("count_exact", _count_exact, "CompositeExplicitAutograd")
+torch.library.register_fake("lpattn::count_exact", lambda layer, code, message: None, lib=_library)
+
 for _name, _run, _fake in (
     ("sdpa", _sdpa_with(return_lse=False), _fake_sdpa),
     ("sdpa_lse", _sdpa_with(return_lse=True), _fake_sdpa_lse),
@@ -131,6 +142,7 @@ for _name, _run, _fake in (
     torch.library.register_fake(f"lpattn::{_name}", _fake, lib=_library)
     torch.library.register_autograd(f"lpattn::{_name}", _no_backward, lib=_library)
 
+count_exact = torch.ops.lpattn.count_exact.default
 sdpa = torch.ops.lpattn.sdpa.default
 sdpa_lse = torch.ops.lpattn.sdpa_lse.default
 rope_sdpa = torch.ops.lpattn.rope_sdpa.default

@@ -138,6 +138,9 @@ class Registry:
         if sources := self._conflicts.get(name):
             who = " and ".join(str(s) for s in sources)
             return (Reason("conflict", f"{who} both provide it", f"uninstall one, or name it in {DISABLE_VARIABLE}"),)
+        for failure in self._failures:
+            if failure.source.kind == "built-in" and failure.source.entry_point.endswith(name.rpartition("_")[2]):
+                return (Reason("load_failed", f"its module failed to load: {failure.message}", "see `lpattn info`"),)
         return (Reason("not_shipped", "this version of lpattn has no kernels for it", "use another backend"),)
 
     def probe(self, name: str, device: torch.device) -> tuple[Reason, ...]:

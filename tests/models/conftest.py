@@ -257,7 +257,7 @@ def _counted():
     original, calls = F.scaled_dot_product_attention, []
 
     def counting(*args, **kwargs):
-        calls.append(args[0].shape)
+        calls.append((args, kwargs))
         return original(*args, **kwargs)
 
     F.scaled_dot_product_attention = counting
@@ -280,7 +280,9 @@ class Subject:
     def __init__(self, build, bug, attention, calls=None, dtype=torch.float32, **gains):
         torch.manual_seed(0)
         self.model, self.run = build()
-        self.model = _sharpen(self.model, **gains).to(dtype).eval()
+        self.model = _sharpen(self.model, **gains).eval()
+        if dtype != torch.float32:
+            self.model.to(dtype)
         self.bug, self.attention = bug, attention
         with torch.no_grad(), _counted() as counted:
             self.want = self.run(self.model)
@@ -383,21 +385,9 @@ def fp8_emulated():
     if any(backend.name == name for backend in lpattn.available_backends("cpu")):
         yield name
         return
+    plugin = pytest.importorskip("lpattn_emulated", reason="the plugin lpattn-emulated is not installed")
+    lpattn.register_backend(plugin.EmulatedBackend())
     try:
-        import lpattn_emulated
-    except ImportError:
-        from lpattn.quantize import PER_BLOCK, emulated_attention
-        class E(lpattn.Backend):
-            name = "fp8_emulated"
-            automatic = False
-            capabilities = Planted.capabilities
-            def probe(self, device): return []
-            def attention(self, q, k, v, call, attn_mask=None, dropout_p=0.0):
-                return emulated_attention(q, k, v, recipe=PER_BLOCK, attn_mask=attn_mask, is_causal=call.causal is lpattn.CausalKind.TOP_LEFT, softmax_scale=call.softmax_scale)
-        lpattn.register_backend(E())
         yield name
+    finally:
         lpattn.unregister_backend(name)
-        return
-    lpattn.register_backend(lpattn_emulated.EmulatedBackend())
-    yield name
-    lpattn.unregister_backend(name)

@@ -63,14 +63,14 @@ def vit():
 
 
 CASES = {
-    "bert": {"build": bert, "bug": "mask_dropped", "attention": "BertSelfAttention"},
-    "bert-causal": {"build": bert, "bug": "causal", "attention": "BertSelfAttention"},
-    "bert-bf16": {"build": bert, "bug": "causal", "attention": "BertSelfAttention", "dtype": torch.bfloat16},
-    "roberta": {"build": roberta, "bug": "mask_dropped", "attention": "RobertaSelfAttention"},
+    "bert": {"build": bert, "bug": "mask_dropped", "attention": "BertSelfAttention", "qk": 2.0, "vo": 1.0},
+    "bert-causal": {"build": bert, "bug": "causal", "attention": "BertSelfAttention", "qk": 2.0, "vo": 1.0},
+    "bert-bf16": {"build": bert, "bug": "causal", "attention": "BertSelfAttention", "qk": 2.0, "vo": 1.0, "dtype": torch.bfloat16},
+    "roberta": {"build": roberta, "bug": "mask_dropped", "attention": "RobertaSelfAttention", "qk": 1.8},
     "distilbert": {"build": distilbert, "bug": "mask_dropped", "attention": "DistilBertSelfAttention"},
     "modernbert-padding": {"build": modernbert, "bug": "first_batch_mask", "attention": "ModernBertAttention"},
     "modernbert-window": {"build": modernbert, "bug": "mask_dropped", "attention": "ModernBertAttention"},
-    "vit": {"build": vit, "bug": "causal", "attention": "ViTAttention"},
+    "vit": {"build": vit, "bug": "causal", "attention": "ViTAttention", "qk": 1.2},
 }
 
 

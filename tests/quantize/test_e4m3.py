@@ -60,6 +60,12 @@ def test_the_largest_magnitude_of_each_group_maps_to_qmax(granularity, qmax, pow
     assert (error <= torch.maximum(x.abs() * 2**-4, quantized.broadcast_scale() * 2**-10) * (1 + 1e-6)).all()
 
 
+def test_a_scale_that_is_a_power_of_two_already_stays():
+    x = torch.full((1, 1, 4, 2), 448.0 * 2**-7)
+    assert (quantize_e4m3(x, Granularity.PER_TOKEN, power_of_two=True).scale == 2**-7).all()
+    assert (quantize_e4m3(x * 1.001, Granularity.PER_TOKEN, power_of_two=True).scale == 2**-6).all()
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False), min_size=1, max_size=24),

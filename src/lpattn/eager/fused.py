@@ -1,13 +1,15 @@
-"""PyTorch's fused inference operators of nn.MultiheadAttention and nn.TransformerEncoderLayer, in terms of SDPA.
+"""nn.MultiheadAttention and nn.TransformerEncoderLayer, so that their attention can be redirected.
 
-Their fast paths attend inside one C++ operator, where nothing can be redirected. Under lpattn that operator is replaced
-by the same computation around :func:`lpattn.functional.redirect`.
+Their fast paths attend inside one C++ operator; that operator is replaced by the same computation around
+:func:`lpattn.functional.redirect`. Dynamo puts the slow path, ``F.multi_head_attention_forward``, into the graph as one
+opaque function; :mod:`lpattn.eager.traced_functional` has a copy that Dynamo can look into.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from lpattn.active import active, current_settings
 from lpattn.functional import redirect
@@ -130,3 +132,35 @@ def encoder_layer(
     finally:
         active.layer = layer
     return x if filled is None else torch._nested_tensor_from_mask(x, filled)
+
+
+def traced_encoder_layer_forward(
+    layer: nn.TransformerEncoderLayer,
+    src: torch.Tensor,
+    src_mask: torch.Tensor | None = None,
+    src_key_padding_mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    """nn.TransformerEncoderLayer.forward without its fast path, which Dynamo would take into the graph."""
+    src_key_padding_mask = F._canonical_mask(
+        mask=src_key_padding_mask,
+        mask_name="src_key_padding_mask",
+        other_type=F._none_or_dtype(src_mask),
+        other_name="src_mask",
+        target_type=src.dtype,
+    )
+    src_mask = F._canonical_mask(
+        mask=src_mask,
+        mask_name="src_mask",
+        other_type=None,
+        other_name="",
+        target_type=src.dtype,
+        check_other=False,
+    )
+    masks = (src_mask, src_key_padding_mask)
+    x = src
+    if layer.norm_first:
+        x = x + layer._sa_block(layer.norm1(x), *masks, is_causal=is_causal)
+        return x + layer._ff_block(layer.norm2(x))
+    x = layer.norm1(x + layer._sa_block(x, *masks, is_causal=is_causal))
+    return layer.norm2(x + layer._ff_block(x))

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from lpattn.active import active, current_settings
 from lpattn.eager import fused
+from lpattn.eager.traced_functional import multi_head_attention_forward
 from lpattn.functional import redirect
 from lpattn.types import Reason
 
@@ -110,14 +111,14 @@ class RedirectMode(TorchFunctionMode):
             settings = current_settings()
             if settings is None:
                 return func(*args, **kwargs)
+            active.attended = True
             if torch.compiler.is_compiling():
                 return redirect(*args, **kwargs, settings=settings)
             with _excluded():
                 return redirect(*args, **kwargs, settings=settings)
-        if func is torch._native_multi_head_attention:
-            return fused.multi_head_attention(*args, **kwargs)
-        if func is torch._transformer_encoder_layer_fwd:
-            return fused.encoder_layer(*args, **kwargs)
+        if func is F.multi_head_attention_forward and not kwargs.get("need_weights", True):
+            active.attended = True
+            return multi_head_attention_forward(*args, **kwargs)
         if func is torch.Tensor.unflatten:
             # Its Python body calls super(), on which Dynamo breaks the graph under any mode.
             return _unflatten(*args, **kwargs)

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lpattn import ops
 from lpattn.active import active
+from lpattn.eager import fused
 from lpattn.eager.interception import RedirectMode, included, wrapper_codes
 from lpattn.errors import LpattnWarning
 from lpattn.ledger import Ledger
@@ -29,6 +31,9 @@ from lpattn.types import Reason
 _NEED_WEIGHTS = Reason(
     "need_weights", "nn.MultiheadAttention with need_weights=True computes its weights exactly, without SDPA"
 )
+
+
+_applications: weakref.WeakValueDictionary[int, Application] = weakref.WeakValueDictionary()
 
 
 class Application:
@@ -43,6 +48,7 @@ class Application:
     def __init__(self, root: nn.Module | None) -> None:
         self._root = None if root is None else weakref.ref(root)
         self.scope = next(Application._scopes)
+        _applications[self.scope] = self
 
     @property
     def root(self) -> nn.Module | None:
@@ -71,6 +77,16 @@ class Application:
 
     def __reduce__(self) -> Any:
         return Application, (self.root,)
+
+
+def warn_untouched(scope: int) -> None:
+    """While tracing: warn that the application's root holds no attention that could be redirected."""
+    if (application := _applications.get(scope)) is not None:
+        application.check_intercepted()
+
+
+# As torch.compiler.assume_constant_result does, which would import Dynamo at once: runs while tracing, is not traced.
+warn_untouched._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class LayerState:
@@ -171,11 +187,13 @@ def installed_forward(cls: type[nn.Module]) -> Callable[..., Any]:
 def _make_forward(cls: type[nn.Module], class_forward: Callable[..., Any]) -> Callable[..., Any]:
     # Captured per class, since Dynamo cannot follow the look-up on every module.
     may_need_weights = issubclass(cls, nn.MultiheadAttention)
+    is_encoder_layer = class_forward is nn.TransformerEncoderLayer.forward
+    traced_forward = fused.traced_encoder_layer_forward if is_encoder_layer else class_forward
 
     def forward(self: LayerState, /, *args: Any, **kwargs: Any) -> Any:
         run = self.inner
         if run is None:
-            run = class_forward
+            run = traced_forward if torch.compiler.is_compiling() else class_forward
             all_args = (self.module, *args)
         else:
             all_args = args
@@ -184,14 +202,19 @@ def _make_forward(cls: type[nn.Module], class_forward: Callable[..., Any]) -> Ca
         outer, tracing = active.layer, active.tracing
         active.layer = self
         try:
+            if may_need_weights and kwargs.get("need_weights", len(args) <= 4 or args[4]):
+                ops.count_exact(self.tag, _NEED_WEIGHTS.code, _NEED_WEIGHTS.message)
+                active.attended = True
             if torch.compiler.is_compiling():
                 if tracing:
                     return run(*all_args, **kwargs)
                 active.tracing = True
+                active.attended = False
                 with RedirectMode():
-                    return run(*all_args, **kwargs)
-            if may_need_weights and kwargs.get("need_weights", len(args) <= 4 or args[4]):
-                self.ledger.count_exact(_NEED_WEIGHTS)
+                    result = run(*all_args, **kwargs)
+                if self.watched is not None and not active.attended:
+                    warn_untouched(self.watched.scope)
+                return result
             if outer is not None:
                 return run(*all_args, **kwargs)
             with included():

@@ -1,0 +1,84 @@
+"""``lpattn explain``: the decision on a call that is described, not made."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+import torch
+
+from lpattn.calls import default_scale, device_capability
+from lpattn.cli.text import explanation_data, install_hint, print_json
+from lpattn.dispatch import explain_call
+from lpattn.errors import InvalidArgumentError, UnknownBackendError
+from lpattn.registry import local_devices
+from lpattn.settings import make_settings
+from lpattn.types import AttentionCall, CausalKind, HadamardMode, MaskKind, Provenance
+
+
+def run(arguments: Namespace) -> int:
+    """Print the explanation. Returns 0 where the call runs, 1 where it would be an error."""
+    _check(arguments)
+    try:
+        settings = make_settings(arguments.backend, arguments.hadamard, arguments.on_unsupported, Provenance.ARGUMENT)
+        explanation = explain_call(describe(arguments, settings.hadamard), settings)
+    except UnknownBackendError as error:
+        arguments.parser.error(f"{error}{install_hint(arguments.backend)}")
+    except InvalidArgumentError as error:
+        arguments.parser.error(str(error))
+    if arguments.json:
+        print_json({**explanation_data(explanation), "hypothetical": arguments.arch is not None})
+    else:
+        print(explanation)
+        if arguments.arch is not None:
+            print("The architecture is hypothetical: capabilities are judged for it, probes speak of this machine.")
+    return 0 if explanation.choice is not None else 1
+
+
+def describe(arguments: Namespace, hadamard: HadamardMode) -> AttentionCall:
+    """The call that the options describe. Allocates nothing."""
+    batch, heads, q_len, head_dim = arguments.shape
+    kv_len = arguments.kv_len or q_len
+    where = _device(arguments)
+    mask = MaskKind(arguments.mask)
+    return AttentionCall(
+        batch=batch,
+        num_heads=heads,
+        num_kv_heads=arguments.kv_heads or heads,
+        q_len=q_len,
+        kv_len=kv_len,
+        head_dim=head_dim,
+        head_dim_v=arguments.head_dim_v or head_dim,
+        dtype=arguments.dtype,
+        device_type=where.type,
+        device_index=where.index or 0,
+        capability=arguments.arch or device_capability(where.type, where.index),
+        softmax_scale=default_scale(head_dim) if arguments.scale is None else arguments.scale,
+        mask=mask,
+        mask_shape=None if mask is MaskKind.NONE else (batch, 1, q_len, kv_len),
+        causal=CausalKind.TOP_LEFT if arguments.causal else CausalKind.NONE,
+        hadamard=hadamard,
+        return_lse=arguments.lse,
+    )
+
+
+def _check(arguments: Namespace) -> None:
+    heads, kv_heads = arguments.shape[1], arguments.kv_heads
+    if kv_heads is not None and heads % kv_heads:
+        arguments.parser.error(f"argument --kv-heads: {heads} heads must be a multiple of it; got {kv_heads}")
+    if arguments.causal and arguments.mask != "none":
+        arguments.parser.error(f"--causal and --mask {arguments.mask} contradict each other: SDPA takes one of them")
+    where, here = arguments.device, local_devices()
+    if arguments.arch is not None:
+        if where is not None and where.type != "cuda":
+            arguments.parser.error(f"--arch is an architecture of CUDA devices; got --device {where} with it")
+    elif where is not None and (torch.device("cuda", 0) if str(where) == "cuda" else where) not in here:
+        arguments.parser.error(
+            f"argument --device: this machine has no {where}; it has {', '.join(map(str, here))}. "
+            "--arch sm_90 asks about an architecture that it does not have"
+        )
+
+
+def _device(arguments: Namespace) -> torch.device:
+    if arguments.device is not None:
+        return torch.device(arguments.device)
+    return torch.device("cuda", 0) if arguments.arch is not None else local_devices()[0]
