@@ -1,7 +1,8 @@
-"""What is in force on this thread: the context manager's settings, and the layer whose forward runs."""
+"""What is in force on this thread: the context manager's settings, the layer whose forward runs, the redirection."""
 
 from __future__ import annotations
 
+import functools
 import threading
 from typing import Protocol
 
@@ -9,6 +10,17 @@ import torch
 
 from lpattn.ledger import Ledger
 from lpattn.settings import Settings
+
+REDIRECTION_KEY = "TESTING_ONLY_GenericMode"
+"""Dispatch key of the redirection: above autocast, autograd and vmap, so that calls are seen as the user wrote them.
+PyTorch itself leaves it empty. Kernels for it are registered in :mod:`lpattn.eager.interception`."""
+
+_key = torch._C._dispatch_key_parse(REDIRECTION_KEY)
+# Partial objects and not functions, so that Dynamo finds no frame to compile where it has broken a graph around them.
+included = functools.partial(torch._C._IncludeDispatchKeyGuard, _key)
+"""Makes a context manager: SDPA calls of this thread are redirected inside."""
+excluded = functools.partial(torch._C._ExcludeDispatchKeyGuard, torch._C.DispatchKeySet(_key))
+"""Makes a context manager: SDPA calls of this thread are not redirected inside. Surrounds every backend."""
 
 
 class Layer(Protocol):

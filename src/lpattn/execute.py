@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lpattn.active import excluded
 from lpattn.calls import build_call, outside
 from lpattn.dispatch import POLICY_CODES, REFERENCE, choose, error_text, reason_lines
 from lpattn.errors import InvalidArgumentError, LpattnWarning, UnsupportedCallError
@@ -66,13 +67,14 @@ def attend(
     if call is None:
         if return_lse:
             raise InvalidArgumentError(f"return_lse needs plain [B, H, S, D] tensors: {choice.exact_reason}")
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        with excluded():
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
     query, key, value, attn_mask = cast_like_autocast(query, key, value, attn_mask)
     backend = registry.get(choice.backend)
     assert backend is not None
-    with _no_autocast(call):
+    with excluded(), _no_autocast(call):
         return _finish(backend.attention(query, key, value, call, _four_dims(attn_mask), dropout_p), return_lse)
 
 
@@ -110,15 +112,16 @@ def attend_rope(
         if ledger is not None:
             ledger.rope = f"{choice.backend} has no fused rotation"
         if call is None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)
+            with excluded():
+                return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)
         q, k, v, attn_mask = cast_like_autocast(q, k, v, attn_mask)
-        with _no_autocast(call):
+        with excluded(), _no_autocast(call):
             call = dataclasses.replace(call, rope=None)
             return _finish(backend.attention(q, k, v, call, _four_dims(attn_mask), dropout_p), return_lse)
     if ledger is not None:
         ledger.rope = "fused"
     query, key, value, attn_mask = cast_like_autocast(query, key, value, attn_mask)
-    with _no_autocast(call):
+    with excluded(), _no_autocast(call):
         out = backend.rope_attention(
             query, key, value, cos, sin, call, _four_dims(attn_mask), dropout_p, cos_k=cos_k, sin_k=sin_k
         )

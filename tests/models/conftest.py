@@ -6,7 +6,6 @@ output: with default-initialised weights a BERT that ignores its mask still scor
 
 import math
 import re
-import warnings
 from contextlib import contextmanager
 
 import pytest
@@ -125,10 +124,6 @@ def _first_query_mask(q, k, v, call, mask):
     return _none(q, k, v, call, None if mask is None else mask[:, :, :1])
 
 
-def _mask_inverted(q, k, v, call, mask):
-    return _none(q, k, v, call, ~mask if mask is not None and mask.dtype == torch.bool else mask)
-
-
 def _heads_tiled(q, k, v, call, mask):
     """kv heads repeated as [0, 1, 0, 1] instead of [0, 0, 1, 1]."""
     return _attend(q, k, v, call, *_split(call, mask), tiled=True)
@@ -169,7 +164,6 @@ BUGS = {
         _first_batch_mask,
         _first_head_mask,
         _first_query_mask,
-        _mask_inverted,
         _heads_tiled,
         _default_scale,
         _short_keys,
@@ -324,7 +318,7 @@ class Subject:
         return score
 
     def check_bug(self, bug=None):
-        """The planted bug scores far below low precision: this case would notice it. The same code without it is exact."""
+        """The planted bug scores far below low precision, so that this case would notice it; its formula does not."""
         with _planted("none") as name:
             score = _sqnr(self.want, self.under(name)[0])
             assert score >= 35, f"not the bug but the formula that it is planted in scores {score:.1f} dB"
@@ -332,9 +326,6 @@ class Subject:
             score = _sqnr(self.want, self.under(name)[0])
         assert score < CEILING, f"{score:.1f} dB: this case does not notice {bug or self.bug}"
         return score
-
-
-_subjects: dict[object, Subject] = {}
 
 
 @pytest.fixture(scope="module")

@@ -8,26 +8,34 @@ transformers = pytest.importorskip("transformers")
 PROMPT, ROOM = 13, 64
 
 
+SIZES = {
+    "vocab_size": 99,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
 def llama():
-    config = transformers.LlamaConfig(
-        vocab_size=99,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=96,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return transformers.LlamaModel(config)
+    return transformers.LlamaModel(transformers.LlamaConfig(**SIZES))
 
 
-def in_pieces(make_cache, pieces, *, padded=False, judged=0):
-    """Llama run piece by piece over one cache.
+def mistral():
+    """Its cache keeps no more than the window."""
+    return transformers.MistralModel(transformers.MistralConfig(**SIZES, sliding_window=8))
+
+
+def in_pieces(make_model, make_cache, pieces, *, padded=False, judged=0):
+    """A model run piece by piece over one cache.
 
     Args:
+        make_model: takes nothing.
         make_cache: takes the model's configuration.
         pieces: number of tokens in each forward.
         padded: 6 of the tokens of the second sequence are padding on the left.
@@ -35,7 +43,7 @@ def in_pieces(make_cache, pieces, *, padded=False, judged=0):
     """
 
     def build():
-        model = llama()
+        model = make_model()
         ids = torch.randint(5, 99, (2, sum(pieces)))
         mask = torch.ones_like(ids)
         if padded:
@@ -70,9 +78,10 @@ def dynamic(config):
     return transformers.DynamicCache(config=config)
 
 
-def case(bug, make_cache, pieces, *, qk=1.5, **options):
-    build = in_pieces(make_cache, pieces, **options)
-    return {"build": build, "bug": bug, "attention": "LlamaAttention", "qk": qk, "vo": 2.0}
+def case(bug, make_cache, pieces, *, model=llama, qk=1.3, **options):
+    build = in_pieces(model, make_cache, pieces, **options)
+    attention = "LlamaAttention" if model is llama else "MistralAttention"
+    return {"build": build, "bug": bug, "attention": attention, "qk": qk, "vo": 2.0}
 
 
 DECODE = (PROMPT, 1, 1, 1)
@@ -91,6 +100,11 @@ CASES = {
     "dynamic-decode-padded": case("mask_dropped", dynamic, DECODE, padded=True, judged=1),
     "dynamic-second-prompt": case("mask_dropped", dynamic, (PROMPT, 9), judged=1),
     "dynamic-second-prompt-top-left": case("top_left", dynamic, (PROMPT, 9), judged=1),
+    "window-prompt": case("causal", dynamic, (PROMPT,), model=mistral),
+    "window-decode": case("top_left", dynamic, DECODE, model=mistral, judged=1),
+    "window-second-prompt": case("causal", dynamic, (PROMPT, 12), model=mistral, judged=1),
+    "window-static-decode": case("mask_dropped", static, (5, 1, 1), model=mistral, judged=1, qk=1.0),
+    "window-static-second-prompt": case("mask_offset", static, (PROMPT, 12), model=mistral, judged=1),
 }
 
 

@@ -62,12 +62,11 @@ def llama_prefix():
 
 def llama_additive():
     """The same in the additive form that older code passes."""
-    model, run = llama_prefix()
     ids = torch.randint(5, 99, (2, 40))
     mask = torch.full((2, 1, 40, 40), torch.finfo(torch.float32).min).triu(1)
-    mask[:, :, :, 3] += -1.5  # a bias that is no mask
+    mask[:, :, :, ::4] -= 3.0  # a bias that hides nothing
     mask[1, :, 10:30, :5] = torch.finfo(torch.float32).min
-    return model, lambda model: model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    return llama(), lambda model: model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
 
 
 def qwen3():
@@ -81,26 +80,34 @@ def mistral_window():
 
 def gemma3():
     config = transformers.Gemma3TextConfig(
-        **SIZES, head_dim=32, sliding_window=8, layer_types=["sliding_attention", "full_attention"],
-        query_pre_attn_scalar=8,
+        **SIZES,
+        head_dim=32,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+        query_pre_attn_scalar=12,
     )
     return plain(transformers.Gemma3TextModel(config), 64)
 
 
+def case(build, bug, **options):
+    return {"build": build, "bug": bug, **{"qk": 1.3, **options}}
+
+
 CASES = {
-    "llama": {"build": llama_plain, "bug": "not_causal", "attention": "LlamaAttention"},
-    "llama-heads": {"build": llama_plain, "bug": "heads_tiled", "attention": "LlamaAttention"},
-    "llama-bf16": {"build": llama_plain, "bug": "not_causal", "attention": "LlamaAttention", "dtype": torch.bfloat16},
-    "llama-left-padding": {"build": llama_left_padding, "bug": "causal", "attention": "LlamaAttention"},
-    "llama-left-padding-batch": {"build": llama_left_padding, "bug": "first_batch_mask", "attention": "LlamaAttention"},
-    "llama-packed": {"build": llama_packed, "bug": "causal", "attention": "LlamaAttention"},
-    "llama-prefix": {"build": llama_prefix, "bug": "causal", "attention": "LlamaAttention"},
-    "llama-additive": {"build": llama_additive, "bug": "causal", "attention": "LlamaAttention"},
-    "qwen3": {"build": qwen3, "bug": "not_causal", "attention": "Qwen3Attention"},
-    "qwen3-heads": {"build": qwen3, "bug": "heads_tiled", "attention": "Qwen3Attention"},
-    "mistral-window": {"build": mistral_window, "bug": "causal", "attention": "MistralAttention"},
-    "gemma3-window": {"build": gemma3, "bug": "causal", "attention": "Gemma3Attention"},
-    "gemma3-scale": {"build": gemma3, "bug": "default_scale", "attention": "Gemma3Attention"},
+    "llama": case(llama_plain, "not_causal", attention="LlamaAttention"),
+    "llama-heads": case(llama_plain, "heads_tiled", attention="LlamaAttention"),
+    "llama-bf16": case(llama_plain, "not_causal", attention="LlamaAttention", dtype=torch.bfloat16),
+    "llama-left-padding": case(llama_left_padding, "causal", attention="LlamaAttention"),
+    "llama-left-padding-batch": case(llama_left_padding, "first_batch_mask", attention="LlamaAttention"),
+    "llama-packed": case(llama_packed, "causal", attention="LlamaAttention"),
+    "llama-prefix": case(llama_prefix, "causal", attention="LlamaAttention"),
+    "llama-additive": case(llama_additive, "causal", attention="LlamaAttention"),
+    "llama-additive-bias": case(llama_additive, "bias_dropped", attention="LlamaAttention"),
+    "qwen3": case(qwen3, "not_causal", attention="Qwen3Attention"),
+    "qwen3-heads": case(qwen3, "heads_tiled", attention="Qwen3Attention"),
+    "mistral-window": case(mistral_window, "causal", attention="MistralAttention"),
+    "gemma3-window": case(gemma3, "causal", qk=1.1, attention="Gemma3Attention"),
+    "gemma3-scale": case(gemma3, "default_scale", qk=1.1, attention="Gemma3Attention"),
 }
 
 

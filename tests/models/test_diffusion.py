@@ -26,7 +26,7 @@ def flux():
         "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0)),
         "txt_ids": torch.zeros(8, 3),
     }
-    return model, lambda model: model(**inputs).sample
+    return model, lambda model: model(**{name: x.to(model.dtype) for name, x in inputs.items()}).sample
 
 
 def sd3():
@@ -154,6 +154,7 @@ def pixart():
 
 CASES = {
     "flux": {"build": flux, "bug": "causal", "attention": "FluxAttention", "vo": 4.0},
+    "flux-bf16": {"build": flux, "bug": "causal", "attention": "FluxAttention", "vo": 4.0, "dtype": torch.bfloat16},
     "sd3": {"build": sd3, "bug": "causal", "attention": "Attention", "vo": 3.0},
     "wan": {"build": wan, "bug": "causal", "attention": "WanAttention"},
     "ltx": {"build": ltx, "bug": "mask_dropped", "attention": "LTXAttention"},

@@ -20,9 +20,7 @@ def translate(model):
     target_mask[0, 15:] = 0
 
     def run(model):
-        out = model(
-            input_ids=ids, attention_mask=mask, decoder_input_ids=targets, decoder_attention_mask=target_mask
-        )
+        out = model(input_ids=ids, attention_mask=mask, decoder_input_ids=targets, decoder_attention_mask=target_mask)
         return out.last_hidden_state[target_mask.bool()], out.encoder_last_hidden_state[mask.bool()]
 
     return model, run

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import lpattn
+
 transformers = pytest.importorskip("transformers")
 
 SIZES = {
@@ -48,8 +50,14 @@ def distilbert():
 
 def modernbert():
     config = transformers.ModernBertConfig(
-        **SIZES, local_attention=16, global_attn_every_n_layers=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        cls_token_id=1, sep_token_id=2,
+        **SIZES,
+        local_attention=16,
+        global_attn_every_n_layers=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        cls_token_id=1,
+        sep_token_id=2,
     )
     return encoder(transformers.ModernBertModel(config))
 
@@ -65,7 +73,14 @@ def vit():
 CASES = {
     "bert": {"build": bert, "bug": "mask_dropped", "attention": "BertSelfAttention", "qk": 2.0, "vo": 1.0},
     "bert-causal": {"build": bert, "bug": "causal", "attention": "BertSelfAttention", "qk": 2.0, "vo": 1.0},
-    "bert-bf16": {"build": bert, "bug": "causal", "attention": "BertSelfAttention", "qk": 2.0, "vo": 1.0, "dtype": torch.bfloat16},
+    "bert-bf16": {
+        "build": bert,
+        "bug": "causal",
+        "attention": "BertSelfAttention",
+        "qk": 2.0,
+        "vo": 1.0,
+        "dtype": torch.bfloat16,
+    },
     "roberta": {"build": roberta, "bug": "mask_dropped", "attention": "RobertaSelfAttention", "qk": 1.8},
     "distilbert": {"build": distilbert, "bug": "mask_dropped", "attention": "DistilBertSelfAttention"},
     "modernbert-padding": {"build": modernbert, "bug": "first_batch_mask", "attention": "ModernBertAttention"},
@@ -84,3 +99,14 @@ def test_low_precision_keeps_the_answer(subject, fp8_emulated):
 
 def test_planted_bug_is_noticed(subject):
     subject.check_bug()
+
+
+def test_default_weights_would_hide_the_bug(planted, sqnr):
+    """Why the weights are scaled: attention of a freshly initialised BERT hardly matters, with or without its mask."""
+    torch.manual_seed(0)
+    model, run = bert()
+    model.eval()
+    with planted("mask_dropped") as backend, torch.no_grad():
+        want = run(model)
+        lpattn.apply_low_precision_attention(model, backend)
+        assert sqnr(want, run(model)) > 35

@@ -29,7 +29,7 @@ from lpattn.eager.report import AttentionReport, attention_report
 from lpattn.errors import LpattnError, LpattnWarning, UnknownBackendError
 from lpattn.registry import local_devices, registry
 from lpattn.settings import make_settings
-from lpattn.types import Provenance
+from lpattn.types import HadamardMode, Provenance
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,12 @@ class Run:
         assert self.explanation.choice is not None
         return self.explanation.choice.backend
 
+    @property
+    def hadamard_dropped(self) -> bool:
+        """Whether a rotation was asked for, and the call ran exactly without it."""
+        choice, hadamard = self.explanation.choice, self.explanation.call.hadamard
+        return choice is not None and choice.exact_reason is not None and hadamard is not HadamardMode.NONE
+
 
 def run(arguments: Namespace) -> int:
     """Run the demo. Returns 0, or raises an LpattnError where a setting that the user named cannot run."""
@@ -124,7 +130,7 @@ def _setup(seq_len: int | None) -> Setup:
     device = local_devices()[0]
     if device.type == "cuda":
         return Setup(device, torch.bfloat16, seq_len or 8192, embed_dim=2048, num_heads=16, repeats=30)
-    return Setup(device, torch.float32, seq_len or 1024, embed_dim=512, num_heads=4, repeats=21)
+    return Setup(device, torch.float32, seq_len or 1024, embed_dim=512, num_heads=4, repeats=9)
 
 
 def _resolve(backend: str) -> str:
@@ -252,6 +258,8 @@ def _show(setup: Setup, bench: Bench, runs: list[Run], failed: dict[str, str], e
         console.print(f"Time of one forward: {_timing_text(r.eager)}")
         if r.compiled is not None:
             console.print(f"The same with torch.compile, both models: {_timing_text(r.compiled)}")
+        if r.hadamard_dropped:
+            console.print(f"hadamard={r.explanation.call.hadamard.value!r} is not applied to exact attention.")
         if r.backend == EMULATION and r.eager.ratio > 1.0:
             where = "a CPU" if setup.device.type == "cpu" else "a GPU"
             console.print(f"Slower on {where}: the emulation computes FP8 rounding in software.")
@@ -259,8 +267,8 @@ def _show(setup: Setup, bench: Bench, runs: list[Run], failed: dict[str, str], e
         console.print(f'\nbackend="{name}" could not run:', style="bold")
         console.print(_indented(message))
     console.print(
-        f"\nTimes are medians of {setup.repeats} forwards in which the two models took turns, after one that was not "
-        "measured."
+        f"\nTimes are medians of {setup.repeats} forwards in which the two models took turns, after two that were "
+        "not measured."
     )
     if emulation_missing:
         console.print(f"{EMULATION} shows on any device what FP8 does to a model's output: {INSTALL_EMULATION}")
@@ -274,7 +282,8 @@ def _timing_text(timing: Timing) -> str:
 
 
 def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms"
+    milliseconds = seconds * 1e3
+    return f"{milliseconds:.2f} ms" if milliseconds < 10.0 else f"{milliseconds:.1f} ms"
 
 
 def _indented(text: str) -> str:

@@ -68,10 +68,13 @@ def _check(arguments: Namespace) -> None:
     if arguments.causal and arguments.mask != "none":
         arguments.parser.error(f"--causal and --mask {arguments.mask} contradict each other: SDPA takes one of them")
     where, here = arguments.device, local_devices()
-    if arguments.arch is not None:
-        if where is not None and where.type != "cuda":
-            arguments.parser.error(f"--arch is an architecture of CUDA devices; got --device {where} with it")
-    elif where is not None and (torch.device("cuda", 0) if str(where) == "cuda" else where) not in here:
+    if where is None:
+        return
+    if arguments.arch is not None and where.type != "cuda":
+        arguments.parser.error(f"--arch is an architecture of CUDA devices; got --device {where} with it")
+    # Without any GPU, an architecture stands for one.
+    imagined = arguments.arch is not None and here == [torch.device("cpu")]
+    if (torch.device("cuda", 0) if str(where) == "cuda" else where) not in here and not imagined:
         arguments.parser.error(
             f"argument --device: this machine has no {where}; it has {', '.join(map(str, here))}. "
             "--arch sm_90 asks about an architecture that it does not have"

@@ -2,16 +2,19 @@
 
 Their fast paths attend inside one C++ operator; that operator is replaced by the same computation around
 :func:`lpattn.functional.redirect`. Dynamo puts the slow path, ``F.multi_head_attention_forward``, into the graph as one
-opaque function; :mod:`lpattn.eager.traced_functional` has a copy that Dynamo can look into.
+opaque function, so that it is written out here, too.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lpattn.active import active, current_settings
+from lpattn.active import active, current_settings, excluded
 from lpattn.functional import redirect
 
 _PADDING_MASK = 1
@@ -39,21 +42,22 @@ def multi_head_attention(
     """
     settings = current_settings()
     if need_weights or settings is None or query.is_nested:
-        result: tuple[torch.Tensor, torch.Tensor] = torch._native_multi_head_attention(
-            query,
-            key,
-            value,
-            embed_dim,
-            num_heads,
-            qkv_weight,
-            qkv_bias,
-            proj_weight,
-            proj_bias,
-            mask,
-            need_weights,
-            average_attn_weights,
-            mask_type,
-        )
+        with excluded():
+            result: tuple[torch.Tensor, torch.Tensor] = torch._native_multi_head_attention(
+                query,
+                key,
+                value,
+                embed_dim,
+                num_heads,
+                qkv_weight,
+                qkv_bias,
+                proj_weight,
+                proj_bias,
+                mask,
+                need_weights,
+                average_attn_weights,
+                mask_type,
+            )
         return result
     weights = qkv_weight.chunk(3)
     biases = qkv_bias.chunk(3)
@@ -164,3 +168,95 @@ def traced_encoder_layer_forward(
         return x + layer._ff_block(layer.norm2(x))
     x = layer.norm1(x + layer._sa_block(x, *masks, is_causal=is_causal))
     return layer.norm2(x + layer._ff_block(x))
+
+
+def can_redirect(options: Mapping[str, Any]) -> bool:
+    """Whether a call of F.multi_head_attention_forward with these keyword arguments attends through SDPA."""
+    statics = options.get("static_k"), options.get("static_v")
+    return not options.get("need_weights", True) and statics == (None, None) and current_settings() is not None
+
+
+def traced_multi_head_attention_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: torch.Tensor | None,
+    in_proj_bias: torch.Tensor | None,
+    bias_k: torch.Tensor | None,
+    bias_v: torch.Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: torch.Tensor,
+    out_proj_bias: torch.Tensor | None,
+    training: bool = True,
+    key_padding_mask: torch.Tensor | None = None,
+    need_weights: bool = False,
+    attn_mask: torch.Tensor | None = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: torch.Tensor | None = None,
+    k_proj_weight: torch.Tensor | None = None,
+    v_proj_weight: torch.Tensor | None = None,
+    static_k: torch.Tensor | None = None,
+    static_v: torch.Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[torch.Tensor, None]:
+    """F.multi_head_attention_forward where :func:`can_redirect` says so; q, k, v are [S, B, E] or [S, E]."""
+    settings = current_settings()
+    assert settings is not None
+    batched = query.dim() == 3
+    if not batched:
+        query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
+        key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+    q_len, batch, embed_dim = query.shape
+    if in_proj_weight is not None and not use_separate_proj_weight:
+        q_proj_weight, k_proj_weight, v_proj_weight = in_proj_weight.chunk(3)
+    biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
+    q = F.linear(query, _present(q_proj_weight), biases[0])
+    k = F.linear(key, _present(k_proj_weight), biases[1])
+    v = F.linear(value, _present(v_proj_weight), biases[2])
+    extra_keys = 0
+    if bias_k is not None and bias_v is not None:
+        k = torch.cat((k, bias_k.expand(1, batch, -1)))
+        v = torch.cat((v, bias_v.expand(1, batch, -1)))
+        extra_keys += 1
+    if add_zero_attn:
+        k, v = F.pad(k, (0, 0, 0, 0, 0, 1)), F.pad(v, (0, 0, 0, 0, 0, 1))
+        extra_keys += 1
+    # is_causal is a hint about attn_mask: where nothing else is masked, it stands for it.
+    only_causal = is_causal and key_padding_mask is None and not extra_keys
+    mask = None if only_causal else _merged_mask(attn_mask, key_padding_mask, extra_keys, batch, num_heads, q)
+    q, k, v = (x.reshape(x.shape[0], batch, num_heads, -1).permute(1, 2, 0, 3) for x in (q, k, v))
+    dropout = dropout_p if training else 0.0
+    out = redirect(q, k, v, mask, dropout, only_causal, settings=settings)
+    out = F.linear(out.permute(2, 0, 1, 3).reshape(q_len, batch, embed_dim), out_proj_weight, out_proj_bias)
+    return (out if batched else out.squeeze(1)), None
+
+
+def _present(weight: torch.Tensor | None) -> torch.Tensor:
+    assert weight is not None
+    return weight
+
+
+def _merged_mask(
+    attn_mask: torch.Tensor | None,
+    key_padding_mask: torch.Tensor | None,
+    extra_keys: int,
+    batch: int,
+    num_heads: int,
+    query: torch.Tensor,
+) -> torch.Tensor | None:
+    """Additive mask of both; bool masks of nn.MultiheadAttention mark what is masked out."""
+    masks = []
+    if attn_mask is not None:
+        masks.append(attn_mask.unflatten(0, (batch, num_heads)) if attn_mask.dim() == 3 else attn_mask[None, None])
+    if key_padding_mask is not None:
+        masks.append(key_padding_mask[:, None, None, :])
+    total = None
+    for mask in masks:
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(mask, float("-inf"))
+        total = mask if total is None else total + mask
+    return total if total is None or not extra_keys else F.pad(total, (0, extra_keys))

@@ -12,7 +12,6 @@ operator, which is why applied models do without.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any, cast
 
@@ -20,33 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from lpattn.active import active, current_settings
+from lpattn.active import REDIRECTION_KEY, active, current_settings, excluded
 from lpattn.eager import fused
-from lpattn.eager.traced_functional import multi_head_attention_forward
 from lpattn.functional import redirect
 from lpattn.types import Reason
 
-_KEY_NAME = "TESTING_ONLY_GenericMode"
-"""Above autocast, autograd and vmap, so that calls are seen as the user wrote them. PyTorch itself leaves it empty."""
-
-_key = torch._C._dispatch_key_parse(_KEY_NAME)
-_key_set = torch._C.DispatchKeySet(_key)
 _fallthrough = torch.library.Library("_", "IMPL")
-_fallthrough.fallback(torch.library.fallthrough_kernel, _KEY_NAME)
+_fallthrough.fallback(torch.library.fallthrough_kernel, REDIRECTION_KEY)
 _kernels = torch.library.Library("aten", "IMPL")
 
 _MODULE_CALL = torch.nn.Module._call_impl.__code__
 wrapper_codes: set[CodeType] = set()
 """Code objects of the forwards that lpattn installs: where the walk up the stack ends."""
-
-
-def included() -> Any:
-    """Context manager: SDPA calls of this thread are redirected inside."""
-    return torch._C._IncludeDispatchKeyGuard(_key)
-
-
-def _excluded() -> Any:
-    return torch._C._ExcludeDispatchKeyGuard(_key_set)
 
 
 def _sdpa(
@@ -59,13 +43,13 @@ def _sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    with _excluded():
-        settings = current_settings()
-        if settings is None or _belongs_elsewhere():
+    settings = current_settings()
+    if settings is None or _belongs_elsewhere():
+        with excluded():
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
-        return redirect(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, settings=settings)
+    return redirect(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, settings=settings)
 
 
 def _belongs_elsewhere() -> bool:
@@ -87,17 +71,9 @@ def _belongs_elsewhere() -> bool:
     return False
 
 
-def _fused_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    def kernel(*args: Any, **kwargs: Any) -> Any:
-        with _excluded():
-            return function(*args, **kwargs)
-
-    return kernel
-
-
-_kernels.impl("scaled_dot_product_attention", _sdpa, _KEY_NAME)
-_kernels.impl("_native_multi_head_attention", _fused_kernel(fused.multi_head_attention), _KEY_NAME)
-_kernels.impl("_transformer_encoder_layer_fwd", _fused_kernel(fused.encoder_layer), _KEY_NAME)
+_kernels.impl("scaled_dot_product_attention", _sdpa, REDIRECTION_KEY)
+_kernels.impl("_native_multi_head_attention", fused.multi_head_attention, REDIRECTION_KEY)
+_kernels.impl("_transformer_encoder_layer_fwd", fused.encoder_layer, REDIRECTION_KEY)
 
 
 class RedirectMode(TorchFunctionMode):
@@ -112,13 +88,10 @@ class RedirectMode(TorchFunctionMode):
             if settings is None:
                 return func(*args, **kwargs)
             active.attended = True
-            if torch.compiler.is_compiling():
-                return redirect(*args, **kwargs, settings=settings)
-            with _excluded():
-                return redirect(*args, **kwargs, settings=settings)
-        if func is F.multi_head_attention_forward and not kwargs.get("need_weights", True):
+            return redirect(*args, **kwargs, settings=settings)
+        if func is F.multi_head_attention_forward and fused.can_redirect(kwargs):
             active.attended = True
-            return multi_head_attention_forward(*args, **kwargs)
+            return fused.traced_multi_head_attention_forward(*args, **kwargs)
         if func is torch.Tensor.unflatten:
             # Its Python body calls super(), on which Dynamo breaks the graph under any mode.
             return _unflatten(*args, **kwargs)

@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from lpattn import ops
-from lpattn.active import active
+from lpattn.active import active, included
 from lpattn.eager import fused
-from lpattn.eager.interception import RedirectMode, included, wrapper_codes
+from lpattn.eager.interception import RedirectMode, wrapper_codes
 from lpattn.errors import LpattnWarning
 from lpattn.ledger import Ledger
 from lpattn.settings import Settings
@@ -41,6 +41,7 @@ class Application:
 
     Attributes:
         scope: number under which warnings are given once.
+        checked: whether it is known that the root attends, or said that it does not.
     """
 
     _scopes = itertools.count(1)
@@ -48,6 +49,7 @@ class Application:
     def __init__(self, root: nn.Module | None) -> None:
         self._root = None if root is None else weakref.ref(root)
         self.scope = next(Application._scopes)
+        self.checked = False
         _applications[self.scope] = self
 
     @property
@@ -57,6 +59,7 @@ class Application:
 
     def check_intercepted(self) -> None:
         """Warn if no layer under the root has seen a call: then the model's attention does not go through SDPA."""
+        self.checked = True
         root = self.root
         if root is None or any(s.ledger.total for m in root.modules() if (s := state_of(m)) is not None):
             return
@@ -81,12 +84,15 @@ class Application:
 
 def warn_untouched(scope: int) -> None:
     """While tracing: warn that the application's root holds no attention that could be redirected."""
-    if (application := _applications.get(scope)) is not None:
+    if (application := _applications.get(scope)) is not None and not application.checked:
         application.check_intercepted()
 
 
 # As torch.compiler.assume_constant_result does, which would import Dynamo at once: runs while tracing, is not traced.
 warn_untouched._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+_states: weakref.WeakKeyDictionary[nn.Module, LayerState] = weakref.WeakKeyDictionary()
 
 
 class LayerState:
@@ -97,7 +103,7 @@ class LayerState:
         entries: applications that cover the module, weakest (outermost root) first.
         inner: the user's own instance ``forward`` underneath; None where the class's runs.
         ledger, tag: counts, and the 0-dim tensor by which compiled code names them.
-        watched: on an application's root until it has run once; None elsewhere.
+        watched: on an application's root, that application; None elsewhere.
     """
 
     def __init__(self, module: nn.Module, inner: Callable[..., Any] | None = None) -> None:
@@ -108,6 +114,7 @@ class LayerState:
         self.ledger = Ledger()
         self.tag = torch.tensor(self.ledger.id, device="cpu")
         self.watched: Application | None = None
+        _states[module] = self
 
     @property
     def module(self) -> nn.Module:
@@ -133,7 +140,10 @@ class LayerState:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerState:
         module = self.module
-        clone = LayerState(memo.get(id(module), module), copy.deepcopy(self.inner, memo))
+        # Copied apart from its module, a state would be a second one for it: the original serves.
+        if id(module) not in memo:
+            return self
+        clone = LayerState(memo[id(module)], copy.deepcopy(self.inner, memo))
         memo[id(self)] = clone
         clone._adopt([(copy.deepcopy(application, memo), settings) for application, settings in self.entries])
         return clone
@@ -154,15 +164,21 @@ def _rebuild(
 
 
 def state_of(module: nn.Module) -> LayerState | None:
-    """The state that a module carries; None if lpattn is not applied to it."""
-    forward = module.__dict__.get("forward")
-    state = getattr(forward, "__self__", None)
+    """The state that a module carries, also under somebody else's wrapper; None if lpattn is not applied to it."""
+    return _visible_state(module) or _states.get(module)
+
+
+def _visible_state(module: nn.Module) -> LayerState | None:
+    state = getattr(module.__dict__.get("forward"), "__self__", None)
     return state if isinstance(state, LayerState) else None
 
 
 def attach(module: nn.Module) -> LayerState:
     """Install a forward on the module, or return the state that it already carries."""
-    if (state := state_of(module)) is None:
+    if (state := _visible_state(module)) is None:
+        if (covered := _states.get(module)) is not None:
+            # Somebody's forward lies over ours, or replaced it: ours becomes inert, and a new one goes on top.
+            covered.set_entries([])
         state = LayerState(module, module.__dict__.get("forward"))
         module.__dict__["forward"] = state.forward
     return state
@@ -171,7 +187,8 @@ def attach(module: nn.Module) -> LayerState:
 def detach(module: nn.Module, state: LayerState) -> None:
     """Put back what was there. Where somebody wrapped the installed forward, it stays as an inert pass-through."""
     state.set_entries([])
-    if state_of(module) is state:
+    _states.pop(module, None)
+    if _visible_state(module) is state:
         if state.inner is None:
             del module.__dict__["forward"]
         else:
@@ -219,9 +236,8 @@ def _make_forward(cls: type[nn.Module], class_forward: Callable[..., Any]) -> Ca
                 return run(*all_args, **kwargs)
             with included():
                 result = run(*all_args, **kwargs)
-            if self.watched is not None:
+            if self.watched is not None and not self.watched.checked:
                 self.watched.check_intercepted()
-                self.watched = None
             return result
         finally:
             active.layer = outer

@@ -65,7 +65,7 @@ def quantize_v(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _divided(x: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
-    """x / divisor in [B, S, H, D] memory: one pass that reads x and writes e4m3."""
+    """Compute x / divisor in [B, S, H, D] memory: one pass that reads x and writes e4m3."""
     batch, heads, tokens, dim = x.shape
     data = torch.empty(batch, tokens, heads, dim, dtype=torch.float8_e4m3fn, device=x.device)
     torch.div(x.transpose(1, 2), divisor.transpose(1, 2), out=data)

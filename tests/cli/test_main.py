@@ -1,0 +1,52 @@
+"""The command as a whole: usage, exit codes, and that it runs as a program."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+import lpattn
+
+Cli = Any
+
+
+def test_version(cli: Cli) -> None:
+    result = cli("--version")
+    assert (result.code, result.out) == (0, f"lpattn {lpattn.__version__}\n")
+
+
+def test_without_a_command_it_shows_the_commands(cli: Cli) -> None:
+    result = cli()
+    assert result.code == 2
+    assert all(command in result.out for command in ("info", "explain", "demo"))
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("info", "--help"), ("explain", "--help"), ("demo", "--help")])
+def test_help(cli: Cli, arguments: tuple[str, ...]) -> None:
+    result = cli(*arguments)
+    assert result.code == 0
+    assert result.out.startswith("usage: lpattn")
+
+
+def test_an_unknown_command_is_bad_usage(cli: Cli) -> None:
+    result = cli("inform")
+    assert result.code == 2
+    assert "inform" in result.err
+
+
+def test_options_are_not_abbreviated(cli: Cli) -> None:
+    result = cli("info", "--verb")
+    assert result.code == 2
+    assert "unrecognized arguments: --verb" in result.err
+
+
+def test_python_dash_m_runs_the_command() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "LPATTN_BACKEND"}
+    command = [sys.executable, "-m", "lpattn", "explain", "--shape", "1,16,4096,128", "--device", "cpu"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("q [1, 16, 4096, 128] bfloat16 on cpu, not causal, mask none\n")

@@ -1,0 +1,465 @@
+"""Finding backends: plugins are loaded lazily and each apart, and what fails is recorded and harms nothing else."""
+
+import threading
+import time
+import types
+
+import pytest
+import torch
+
+import lpattn
+from lpattn import Reason, RegistrationError, UnknownBackendError
+from lpattn.registry import Registry, Source, registry
+
+CPU = torch.device("cpu")
+BUILT_IN = {"bf16_reference", "fp8_fa3"}
+
+
+def only_failure(reg):
+    (failure,) = reg.failures()
+    return failure
+
+
+def raiser(error):
+    def load():
+        raise error
+
+    return load
+
+
+# Loading
+
+
+def test_nothing_is_loaded_before_the_first_question(install, plugin, make_backend):
+    loaded = []
+
+    def load():
+        loaded.append("x")
+        return plugin(make_backend("late"))
+
+    install(("x", "lpattn-x", load))
+    reg = Registry()
+    assert not loaded
+    assert reg.get("late").name == "late"
+    reg.backends(), reg.names(), reg.failures()
+    assert loaded == ["x"]
+
+
+def test_a_plugin_says_where_it_comes_from(install, plugin, make_backend):
+    install(("some_entry", "lpattn-x", plugin(make_backend("one"), make_backend("two"))))
+    reg = Registry()
+    assert set(reg.backends()) == BUILT_IN | {"one", "two"}
+    source = reg.source("two")
+    assert (source.kind, source.distribution, source.version) == ("plugin", "lpattn-x", "1.0")
+    assert source.entry_point == "some_entry"
+    assert str(source) == "lpattn-x 1.0"
+    assert str(reg.source("bf16_reference")) == "built-in"
+    assert source.load_seconds > 0
+    assert reg.failures() == []
+
+
+def test_built_in_backends_come_first(install, plugin, make_backend):
+    install(("a", "lpattn-a", plugin(make_backend("aaa"))))
+    assert list(Registry().backends()) == ["bf16_reference", "fp8_fa3", "aaa"]
+
+
+def with_unknown_hook(plugin, make_backend):
+    whole = plugin(make_backend("broken"))
+    whole.lpattn_kernels = lpattn.hookimpl(lambda: [])
+    return whole
+
+
+def with_attribute(name, value):
+    def load(plugin, make_backend):
+        backend = make_backend("broken")
+        setattr(backend, name, value)
+        return plugin(backend)
+
+    return load
+
+
+# name: (what the entry point loads, part of the recorded message)
+BROKEN = {
+    "crashes_on_import": (lambda p, b: raiser(ImportError("no cuda_13")), "ImportError: no cuda_13"),
+    "hook_raises": (lambda p, b: p(error=KeyError("flags")), "KeyError: 'flags'"),
+    "unknown_hook": (with_unknown_hook, "unknown hook 'lpattn_kernels'"),
+    "no_hook": (lambda p, b: types.SimpleNamespace(), "bad_entry implements no lpattn_backends hook"),
+    "hook_returns_none": (
+        lambda p, b: types.SimpleNamespace(lpattn_backends=lpattn.hookimpl(lambda: None)),
+        "'NoneType' object is not iterable",
+    ),
+    "protocol": (
+        with_attribute("protocol_version", 7),
+        "broken was written for protocol version 7; this lpattn speaks version 1: install a version of it that fits",
+    ),
+    "capabilities": (with_attribute("capabilities", {"gqa": True}), "broken.capabilities must be an lpattn.Capab"),
+    "bad_name": (
+        lambda p, b: p(b("My-FP8")),
+        "FakeBackend.name must be a lower-case identifier such as 'my_fp8'; got 'My-FP8'",
+    ),
+    "class": (lambda p, b: p(type(b())), "pass an instance, not the class"),
+    "no_backend": (lambda p, b: p("broken"), "a backend must be an instance of lpattn.Backend; got 'broken'"),
+    "duplicate": (
+        lambda p, b: p(b("bf16_reference")),
+        "backend name 'bf16_reference' is already taken by built-in; choose another name",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_plugin_is_recorded_and_harms_nothing_else(install, plugin, make_backend, kind):
+    make, message = BROKEN[kind]
+    load = make(plugin, make_backend)
+    before, after = plugin(make_backend("before")), plugin(make_backend("zafter"))
+    install(("a", "lpattn-before", before), ("bad_entry", "lpattn-bad", load), ("z", "lpattn-after", after))
+    reg = Registry()
+    assert set(reg.backends()) == BUILT_IN | {"before", "zafter"}
+    failure = only_failure(reg)
+    assert message in failure.message
+    assert (failure.source.distribution, failure.source.entry_point) == ("lpattn-bad", "bad_entry")
+    assert failure.traceback.startswith("Traceback (most recent call last):")
+    assert failure.message in failure.traceback
+    assert reg.get("bf16_reference").exact
+
+
+def test_the_traceback_leads_to_the_plugin(install, plugin):
+    def load():
+        return a_line_in_the_plugin()
+
+    def a_line_in_the_plugin():
+        raise OSError("libcuda.so.1")
+
+    install(("x", "lpattn-x", load))
+    assert "a_line_in_the_plugin" in only_failure(Registry()).traceback
+
+
+def test_one_bad_backend_of_a_plugin_leaves_its_others(install, plugin, make_backend):
+    install(("x", "lpattn-x", plugin(make_backend("good"), make_backend("Bad"), make_backend("fine"))))
+    reg = Registry()
+    assert set(reg.backends()) == BUILT_IN | {"good", "fine"}
+    assert "'Bad'" in only_failure(reg).message
+
+
+@pytest.mark.xfail(strict=True, reason="_load_plugin catches RegistrationError only; the registry stays half loaded")
+@pytest.mark.parametrize("attribute", ["name", "capabilities", "protocol_version"])
+def test_a_backend_whose_data_raises_is_recorded(install, plugin, make_backend, attribute):
+    def broken(self):
+        raise RuntimeError("needs a device")
+
+    backend = make_backend("broken")
+    backend.__class__ = type("Broken", (type(backend),), {attribute: property(broken)})
+    install(("a", "lpattn-bad", plugin(backend)), ("z", "lpattn-good", plugin(make_backend("good"))))
+    reg = Registry()
+    assert set(reg.backends()) == BUILT_IN | {"good"}
+    assert "needs a device" in only_failure(reg).message
+
+
+@pytest.mark.xfail(strict=True, reason="_load_plugin does not catch SystemExit; the registry stays half loaded")
+def test_a_plugin_that_exits_on_import_is_recorded(install, plugin, make_backend):
+    install(("a", "lpattn-bad", raiser(SystemExit(2))), ("z", "lpattn-good", plugin(make_backend("good"))))
+    reg = Registry()
+    try:
+        reg.backends()
+    except SystemExit:
+        pytest.fail("SystemExit came through")
+    assert "good" in reg.backends()
+    assert "SystemExit" in only_failure(reg).message
+
+
+@pytest.mark.xfail(strict=True, reason="_loading stays set after an error: later questions see a half-loaded registry")
+def test_loading_that_was_interrupted_starts_again(install, plugin, make_backend):
+    interrupts = iter([KeyboardInterrupt()])
+
+    def load():
+        if error := next(interrupts, None):
+            raise error
+        return plugin(make_backend("a"))
+
+    install(("a", "lpattn-a", load), ("z", "lpattn-z", plugin(make_backend("z"))))
+    reg = Registry()
+    with pytest.raises(KeyboardInterrupt):
+        reg.backends()
+    assert set(reg.backends()) == BUILT_IN | {"a", "z"}
+
+
+@pytest.mark.xfail(strict=True, reason="pluggy's names are entry point names: the second 'fp8' is refused by chance")
+def test_two_distributions_may_use_one_entry_point_name(install, plugin, make_backend):
+    install(("fp8", "lpattn-a", plugin(make_backend("a"))), ("fp8", "lpattn-b", plugin(make_backend("b"))))
+    reg = Registry()
+    assert set(reg.backends()) == BUILT_IN | {"a", "b"}
+    assert reg.failures() == []
+
+
+# Names that two want
+
+
+@pytest.fixture
+def conflict(install, plugin, make_backend):
+    install(
+        ("a", "lpattn-a", plugin(make_backend("shared"), make_backend("own"))),
+        ("b", "lpattn-b", plugin(make_backend("shared"))),
+    )
+    return Registry()
+
+
+def test_of_two_plugins_with_one_name_neither_wins(conflict):
+    assert set(conflict.backends()) == BUILT_IN | {"own"}
+    assert conflict.get("shared") is None
+    assert "shared" in conflict.names()
+    assert "'shared' is claimed by lpattn-a 1.0 and lpattn-b 1.0" in only_failure(conflict).message
+    assert conflict.probe("shared", CPU) == (
+        Reason(
+            "conflict",
+            "lpattn-a 1.0 and lpattn-b 1.0 both provide it",
+            "uninstall one, or name it in LPATTN_DISABLE_PLUGINS",
+        ),
+    )
+
+
+def test_a_third_claim_is_named_as_well(install, plugin, make_backend):
+    install(*((name, f"lpattn-{name}", plugin(make_backend("shared"))) for name in "abc"))
+    (reason,) = Registry().absence("shared")
+    assert "lpattn-a 1.0 and lpattn-b 1.0 and lpattn-c 1.0" in reason.message
+
+
+def test_using_a_name_in_conflict_is_an_error_that_names_both(conflict, monkeypatch, qkv):
+    monkeypatch.setattr(registry, "_conflicts", conflict._conflicts)
+    q, k, v = qkv()
+    with pytest.raises(lpattn.UnsupportedCallError, match=r"shared +lpattn-a 1\.0 and lpattn-b 1\.0 both provide it"):
+        lpattn.low_precision_sdpa(q, k, v, backend="shared")
+    with pytest.raises(lpattn.BackendUnavailableError, match=r"lpattn-a 1\.0 and lpattn-b 1\.0 both provide it"):
+        lpattn.low_precision_attention("shared")
+
+
+def test_disabling_one_of_two_ends_the_conflict(install, plugin, make_backend, monkeypatch):
+    monkeypatch.setenv("LPATTN_DISABLE_PLUGINS", "lpattn-b")
+    install(
+        ("a", "lpattn-a", plugin(make_backend("shared"))),
+        ("b", "lpattn-b", plugin(make_backend("shared"))),
+    )
+    assert str(Registry().source("shared")) == "lpattn-a 1.0"
+
+
+@pytest.mark.xfail(strict=True, reason="_add appends a refused in-process registration to the conflict's sources")
+def test_a_refused_registration_leaves_the_conflict_as_it_was(conflict, make_backend):
+    before = conflict.absence("shared")
+    with pytest.raises(RegistrationError, match="shared"):
+        conflict.register(make_backend("shared"), Source("registered"))
+    assert conflict.absence("shared") == before
+
+
+# Keeping plugins out
+
+
+@pytest.mark.parametrize("value", ["1", "true", "ALL", " 1 "])
+def test_all_plugins_can_be_kept_out(install, plugin, make_backend, monkeypatch, value):
+    monkeypatch.setenv("LPATTN_DISABLE_PLUGINS", value)
+    install(("x", "lpattn-x", raiser(AssertionError("was loaded"))))
+    reg = Registry()
+    assert set(reg.backends()) == BUILT_IN
+    assert reg.failures() == []
+
+
+@pytest.mark.parametrize("value", ["", "0", "false"])
+def test_plugins_are_let_in_by_default(install, plugin, make_backend, monkeypatch, value):
+    monkeypatch.setenv("LPATTN_DISABLE_PLUGINS", value)
+    install(("x", "lpattn-x", plugin(make_backend("x"))))
+    reg = Registry()
+    assert set(reg.backends()) == BUILT_IN | {"x"}
+    assert reg.failures() == []
+
+
+@pytest.mark.parametrize("value", ["x_entry,lpattn-y", " lpattn-x , y_entry ", "lpattn-y,,x_entry"])
+def test_plugins_are_kept_out_by_distribution_or_entry_point(install, plugin, make_backend, monkeypatch, value):
+    monkeypatch.setenv("LPATTN_DISABLE_PLUGINS", value)
+    install(
+        ("x_entry", "lpattn-x", raiser(AssertionError("x was loaded"))),
+        ("y_entry", "lpattn-y", raiser(AssertionError("y was loaded"))),
+        ("z_entry", "lpattn-z", plugin(make_backend("z"))),
+    )
+    reg = Registry()
+    assert set(reg.backends()) == BUILT_IN | {"z"}
+    assert reg.failures() == []
+
+
+def test_a_name_that_keeps_nothing_out_is_recorded(install, plugin, make_backend, monkeypatch):
+    monkeypatch.setenv("LPATTN_DISABLE_PLUGINS", "lpattn_x,x")
+    install(("x", "lpattn-x", plugin(make_backend("x"))), ("y", "lpattn-y", plugin(make_backend("y"))))
+    reg = Registry()
+    assert set(reg.backends()) == BUILT_IN | {"y"}
+    message = "LPATTN_DISABLE_PLUGINS names lpattn_x, but no such plugin is installed"
+    assert only_failure(reg).message == message
+
+
+# Asking while it loads
+
+
+def test_a_plugin_may_ask_the_registry_while_it_loads(install, plugin, make_backend):
+    seen = []
+
+    def load():
+        seen.extend(reg.backends())
+        reg.resolve("bf16_reference")
+        return plugin(make_backend("curious"))
+
+    install(("a", "lpattn-a", plugin(make_backend("first"))), ("b", "lpattn-b", load))
+    reg = Registry()
+    assert set(reg.backends()) == BUILT_IN | {"first", "curious"}
+    assert set(seen) == BUILT_IN | {"first"}
+    assert reg.failures() == []
+
+
+def test_threads_that_ask_at_once_see_the_full_registry(install, plugin, make_backend):
+    loads = []
+
+    def slow(name):
+        def load():
+            loads.append(name)
+            time.sleep(0.02)
+            return plugin(make_backend(name))
+
+        return load
+
+    install(*((name, f"lpattn-{name}", slow(name)) for name in "abcd"))
+    reg = Registry()
+    barrier = threading.Barrier(16)
+    answers = []
+
+    def ask(index):
+        barrier.wait()
+        questions = (
+            lambda: set(reg.backends()) >= set("abcd"),
+            lambda: reg.get("d") is not None,
+            lambda: set(reg.names()) >= set("abcd"),
+            lambda: reg.absence("d") == (),
+        )
+        answers.append(questions[index % len(questions)]())
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [True] * 16
+    assert sorted(loads) == list("abcd")
+
+
+# Probes
+
+
+def test_a_probe_is_asked_once_per_device(add_backend):
+    reason = Reason("driver", "driver 535: needs 550")
+    fake = add_backend(device=[reason])
+    other = torch.device("meta")
+    for _ in range(3):
+        assert registry.probe("fake", CPU) == (reason,)
+        assert registry.probe("fake", other) == (reason,)
+    assert fake.probed == [CPU, other]
+
+
+def test_registering_does_not_probe(add_backend):
+    assert add_backend().probed == []
+
+
+def test_a_probe_that_raises_is_recorded_once(add_backend):
+    fake = add_backend(device=OSError("libcuda.so.1: cannot open"))
+    expected = (Reason("probe_failed", "its probe raised OSError: libcuda.so.1: cannot open"),)
+    assert registry.probe("fake", CPU) == expected
+    assert registry.probe("fake", CPU) == expected
+    assert len(fake.probed) == 1
+
+
+def test_available_backends_lists_every_name_with_its_reasons(add_backend):
+    add_backend("ready", automatic=False)
+    add_backend("broken", device=[Reason("driver", "driver 535: needs 550")])
+    infos = {info.name: info for info in lpattn.available_backends("cpu")}
+    assert set(infos) == {"bf16_reference", "fp8_fa3", "fp8_triton", "ready", "broken"}
+    assert (infos["ready"].available, infos["ready"].reasons, infos["ready"].automatic) == (True, (), False)
+    assert infos["ready"].source == "registered"
+    assert not infos["broken"].available
+    assert infos["broken"].reasons[0].code == "driver"
+    assert infos["bf16_reference"].source == "built-in"
+    assert infos["bf16_reference"].version == str(torch.__version__)
+    assert infos["fp8_triton"].source == "not loaded"
+    assert [r.code for r in infos["fp8_triton"].reasons] == ["not_shipped"]
+    assert all(info.device == CPU for info in infos.values())
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "no_such_device"])
+def test_available_backends_refuses_a_device_that_is_not_there(device):
+    with pytest.raises(lpattn.InvalidArgumentError, match=device):
+        lpattn.available_backends(device)
+
+
+# Registration in process
+
+
+def test_register_and_unregister(add_backend, qkv):
+    fake = add_backend("mine")
+    lpattn.low_precision_sdpa(*qkv(), backend="mine")
+    assert len(fake.calls) == 1
+    lpattn.unregister_backend("MINE")
+    with pytest.raises(UnknownBackendError, match="mine"):
+        lpattn.low_precision_sdpa(*qkv(), backend="mine")
+    add_backend("mine")
+
+
+@pytest.mark.parametrize("name", ["bf16_reference", "mine"])
+def test_a_name_is_taken_once(add_backend, make_backend, name):
+    first = add_backend("mine")
+    with pytest.raises(RegistrationError, match=f"backend name '{name}' is already taken by (built-in|registered)"):
+        lpattn.register_backend(make_backend(name))
+    assert registry.get("mine") is first
+
+
+@pytest.mark.parametrize("name", ["My_fp8", "fp8-mine", "8bit", "", "fp8 ", "fp8\n", "a|b", "ä", None, 8])
+def test_names_are_lower_case_identifiers(make_backend, name):
+    with pytest.raises(RegistrationError, match="must be a lower-case identifier such as 'my_fp8'; got"):
+        lpattn.register_backend(make_backend(name))
+
+
+def test_what_is_registered_must_be_a_backend(make_backend):
+    with pytest.raises(RegistrationError, match="pass an instance, not the class"):
+        lpattn.register_backend(type(make_backend()))
+    with pytest.raises(RegistrationError, match=r"must be an instance of lpattn\.Backend; got None"):
+        lpattn.register_backend(None)
+
+
+def test_unregister_refuses_what_was_not_registered_here(install, plugin, make_backend):
+    with pytest.raises(RegistrationError, match="bf16_reference was not registered in this process"):
+        lpattn.unregister_backend("bf16_reference")
+    with pytest.raises(RegistrationError, match="fp8_triton was not registered in this process"):
+        lpattn.unregister_backend("fp8_triton")
+    with pytest.raises(UnknownBackendError, match="no_such_thing"):
+        lpattn.unregister_backend("no_such_thing")
+    install(("x", "lpattn-x", plugin(make_backend("x"))))
+    reg = Registry()
+    with pytest.raises(RegistrationError, match=r"it is lpattn-x 1\.0.*LPATTN_DISABLE_PLUGINS keeps plugins out"):
+        reg.unregister("x")
+    assert reg.get("x") is not None
+
+
+def test_every_change_raises_the_generation(add_backend):
+    before = registry.generation
+    add_backend()
+    between = registry.generation
+    lpattn.unregister_backend("fake")
+    assert before < between < registry.generation
+
+
+def test_unknown_names_are_answered_with_the_valid_ones(add_backend):
+    add_backend("my_kernel")
+    with pytest.raises(UnknownBackendError) as caught:
+        registry.resolve("fp8_fa4")
+    assert str(caught.value) == (
+        "unknown backend 'fp8_fa4'; did you mean 'fp8_fa3'? "
+        "known backends: bf16_reference, my_kernel, fp8_fa3, fp8_triton\n"
+        "`lpattn info` shows where each comes from, and plugins that failed to load"
+    )
+    with pytest.raises(UnknownBackendError, match=r"^unknown backend 'zzz'; known backends: bf16_reference"):
+        registry.resolve("zzz")
+
+
+def test_a_backend_must_be_named_by_a_string():
+    with pytest.raises(lpattn.InvalidArgumentError, match=r"an AttentionBackend, a string or None; got 8 \(int\)"):
+        registry.resolve(8)

@@ -1,0 +1,165 @@
+"""Applied models under torch.compile: same numbers, right counts, no stale code, no graph per length or layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import lpattn
+
+LAYERS = ["blocks.0.attn", "blocks.1.attn", "blocks.2.attn"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def low_calls(model, backend="marked"):
+    return {name: layer.low.get(backend, 0) for name, layer in lpattn.attention_report(model).items()}
+
+
+@pytest.mark.parametrize("how", ["eager", "aot_eager", "inductor"])
+def test_fullgraph_equals_eager_and_is_counted(model, x, marked, how):
+    lpattn.apply_low_precision_attention(model, "marked")
+    expected = model(x)
+    compiled = torch.compile(model, backend=how, fullgraph=True)
+    for run in (2, 3):
+        torch.testing.assert_close(compiled(x), expected)
+        assert low_calls(model) == dict.fromkeys(LAYERS, run)
+
+
+def test_apply_and_remove_after_compiling(model, x, marked, other):
+    plain = model(x)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), plain)
+    assert lpattn.apply_low_precision_attention(compiled, "marked") is compiled
+    assert not torch.allclose(compiled(x), plain)
+    assert low_calls(compiled) == dict.fromkeys(LAYERS, 1)
+    lpattn.apply_low_precision_attention(compiled, "other")
+    compiled(x)
+    assert low_calls(compiled, "other") == dict.fromkeys(LAYERS, 1)
+    lpattn.remove_low_precision_attention(compiled)
+    torch.testing.assert_close(compiled(x), plain)
+    assert len(marked.calls) == len(other.calls) == 3
+
+
+def test_module_compiled_in_place(model, x, marked):
+    model.compile(backend="aot_eager", fullgraph=True)
+    plain = model(x)
+    lpattn.apply_low_precision_attention(model, "marked")
+    assert not torch.allclose(model(x), plain)
+    lpattn.remove_low_precision_attention(model)
+    torch.testing.assert_close(model(x), plain)
+
+
+def test_one_graph_for_ten_lengths(model, marked):
+    lpattn.apply_low_precision_attention(model, "marked")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    for length in range(20, 30):
+        x = torch.randn(2, length, 32)
+        torch.testing.assert_close(compiled(x), model(x))
+    assert counter.frame_count == 1
+
+
+def test_one_graph_for_all_blocks(classes, x, marked):
+    """Regional compilation: twelve blocks share one graph, and each counts for itself."""
+    model = classes.Model(depth=12).eval()
+    lpattn.apply_low_precision_attention(model, "marked")
+    counter = CompileCounterWithBackend("aot_eager")
+    for block in model.blocks:
+        block.compile(backend=counter, fullgraph=True)
+    model(x)
+    assert counter.frame_count == 1
+    assert low_calls(model) == {f"blocks.{i}.attn": 1 for i in range(12)}
+
+
+def test_blocks_compiled_before_applying(classes, x, marked):
+    model = classes.Model().eval()
+    for index, block in enumerate(model.blocks):
+        model.blocks[index] = torch.compile(block, backend="aot_eager", fullgraph=True)
+    model(x)
+    lpattn.apply_low_precision_attention(model, "marked", layers={"blocks.1": "exact"})
+    model(x)
+    report = lpattn.attention_report(model)
+    assert list(report) == LAYERS
+    assert report["blocks.1.attn"].exact == {"layer_rule": 1}
+
+
+def test_the_context_manager_around_compiled_code(model, x, marked):
+    compiled = torch.compile(model, backend="inductor", fullgraph=True)
+    plain = compiled(x)
+    for _ in range(2):
+        with lpattn.low_precision_attention("marked"):
+            assert not torch.allclose(compiled(x), plain)
+        torch.testing.assert_close(compiled(x), plain)
+    assert len(marked.calls) == 6
+
+
+def test_functions_inside_of_compiled_code(marked):
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def attend(q):
+        out, lse = lpattn.low_precision_sdpa(q, q, q, backend="bf16_reference", return_lse=True)
+        return out + lpattn.low_precision_sdpa(q, q, q, backend="Marked"), lse
+
+    q = torch.randn(1, 2, 5, 8)
+    out, lse = attend(q)
+    torch.testing.assert_close(out, 3 * F.scaled_dot_product_attention(q, q, q))
+    torch.testing.assert_close(lse, (q @ q.mT / 8**0.5).logsumexp(-1))
+
+
+def test_rope_function_inside_of_compiled_code():
+    q, k, v = (torch.randn(2, 5, h, 8) for h in (4, 2, 2))
+    angle = torch.randn(1, 5, 1, 8)
+
+    def attend(q, k, v):
+        return lpattn.low_precision_rope_sdpa(q, k, v, angle.cos(), angle.sin(), backend="bf16_reference")
+
+    torch.testing.assert_close(torch.compile(attend, backend="aot_eager", fullgraph=True)(q, k, v), attend(q, k, v))
+
+
+def test_training_is_traced_exactly_with_gradients(model, x, marked):
+    lpattn.apply_low_precision_attention(model, "marked", on_unsupported="fallback")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.enable_grad():
+        compiled(x).sum().backward()
+        got = model.blocks[0].attn.qkv.weight.grad.clone()
+        model.zero_grad()
+        lpattn.remove_low_precision_attention(model)
+        model(x).sum().backward()
+    torch.testing.assert_close(got, model.blocks[0].attn.qkv.weight.grad)
+    assert not marked.calls
+
+
+def test_autocast_in_the_graph(model, x, marked):
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    lpattn.apply_low_precision_attention(model, "marked")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        compiled(x)
+    assert {call.dtype for call in marked.calls} == {torch.bfloat16}
+
+
+def test_graph_breaks_are_survived(classes, x, marked):
+    class Breaking(classes.Model):
+        def forward(self, x):
+            x = self.blocks[0](x)
+            torch._dynamo.graph_break()
+            return self.head(self.blocks[2](self.blocks[1](x)))
+
+    model = Breaking().eval()
+    lpattn.apply_low_precision_attention(model, "marked")
+    expected = model(x)
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager")(x), expected)
+    assert low_calls(model) == dict.fromkeys(LAYERS, 2)
+
+
+def test_an_untouched_model_says_so_while_it_is_traced(x):
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32))
+    lpattn.apply_low_precision_attention(model, "bf16_reference")
+    with pytest.warns(lpattn.LpattnWarning, match="none of its attention was intercepted"):
+        torch.compile(model, backend="aot_eager", fullgraph=True)(x)
