@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from lpattn.errors import UnsupportedCallError
 from lpattn.registry import registry
-from lpattn.settings import Settings, with_environment
+from lpattn.settings import OnUnsupported, Settings, with_environment
 from lpattn.types import AttentionBackend, AttentionCall, Choice, HadamardMode, Provenance, Reason
 
 REFERENCE = AttentionBackend.BF16_REFERENCE.value
-POLICY_CODES = frozenset({"not_faster"})
+POLICY_CODES = frozenset({"not_faster", "not_measured"})
 """Codes of reasons that are lpattn's own choice, not a limit: they warrant no warning and no error."""
 
 _CACHE_SIZE = 4096
@@ -75,7 +75,8 @@ def reasons_against(name: str, call: AttentionCall) -> tuple[Reason, ...]:
     backend = registry.get(name)
     if backend is None:
         return probed
-    return (*probed, *backend.supports(call))
+    # The probe and the capabilities may both object to the device.
+    return tuple(dict.fromkeys((*probed, *backend.supports(call))))
 
 
 def _decide(call: AttentionCall, settings: Settings) -> Choice:
@@ -85,15 +86,19 @@ def _decide(call: AttentionCall, settings: Settings) -> Choice:
 def _decide_named(call: AttentionCall, settings: Settings) -> Choice:
     wanted = settings.backend
     assert wanted is not None
-    excluded = (Reason("excluded", f'excluded by backend="{wanted}" ({settings.provenance})'),)
+    excluded = (_excluded(settings),)
     reasons: dict[str, tuple[Reason, ...]] = {name: excluded for name in registry.names() if name != wanted}
     if not (against := reasons_against(wanted, call)):
         return Choice(wanted, settings.provenance, reasons, _exactness(wanted, settings))
     reasons[wanted] = against
     if settings.strict:
-        raise UnsupportedCallError(error_text(call, reasons))
+        raise UnsupportedCallError(error_text(call, reasons), reasons)
     reasons.pop(REFERENCE, None)
     return Choice(REFERENCE, settings.provenance, reasons, against[0])
+
+
+def _excluded(settings: Settings) -> Reason:
+    return Reason("excluded", f'excluded by backend="{settings.backend}" ({settings.provenance})')
 
 
 def _exactness(name: str, settings: Settings) -> Reason | None:
@@ -122,8 +127,7 @@ def _decide_automatic(call: AttentionCall, settings: Settings) -> Choice:
             if rank > 1.0:
                 ranks[name] = rank
                 continue
-            known = f"x{rank:.2f} expected" if rank > 0.0 else "no measurement for such calls"
-            against = (Reason("not_faster", f"not faster than exact attention here: {known}", f'backend="{name}"'),)
+            against = (_not_worth_it(name, rank),)
         reasons[name] = against
     if ranks:
         best = max(ranks, key=ranks.__getitem__)
@@ -135,8 +139,16 @@ def _decide_automatic(call: AttentionCall, settings: Settings) -> Choice:
         return Choice(best, settings.provenance, reasons)
     exact = _why_exact(call, reasons)
     if settings.strict and exact.code not in POLICY_CODES:
-        raise UnsupportedCallError(error_text(call, reasons))
+        reasons[REFERENCE] = (Reason("exact", f"exact, where on_unsupported={OnUnsupported.RAISE.value!r} wants low"),)
+        raise UnsupportedCallError(error_text(call, reasons), reasons)
     return Choice(REFERENCE, settings.provenance, reasons, exact)
+
+
+def _not_worth_it(name: str, rank: float) -> Reason:
+    remedy = f'name it to run it all the same: backend="{name}"'
+    if rank > 0.0:
+        return Reason("not_faster", f"not faster than exact attention here: x{rank:.2f} expected", remedy)
+    return Reason("not_measured", "nobody measured whether it is faster than exact attention here", remedy)
 
 
 def _why_exact(call: AttentionCall, reasons: Mapping[str, tuple[Reason, ...]]) -> Reason:
@@ -193,24 +205,10 @@ class Explanation:
 
 
 def explain_call(call: AttentionCall, settings: Settings) -> Explanation:
-    """Explain the decision on a call, also where it is an error. Never launches a kernel.
-
-    A named backend hides nothing here: what every other backend could say about the call is listed after the fact that
-    it was excluded.
-    """
+    """Explain the decision on a call, also where it is an error. Never launches a kernel."""
     settings = with_environment(settings)
     try:
         choice = _decide(call, settings)
-    except UnsupportedCallError:
-        choice = None
-    decided = choice.reasons if choice is not None else {}
-    reasons = {}
-    for name in registry.names():
-        if choice is not None and name == choice.backend:
-            continue
-        own = reasons_against(name, call)
-        first = decided.get(name, ())
-        if settings.backend is not None and name != settings.backend and not first:
-            first = (Reason("excluded", f'excluded by backend="{settings.backend}" ({settings.provenance})'),)
-        reasons[name] = (*first, *(r for r in own if r not in first))
-    return Explanation(call, choice, reasons)
+    except UnsupportedCallError as error:
+        return Explanation(call, None, error.reasons)
+    return Explanation(call, choice, choice.reasons)

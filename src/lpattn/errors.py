@@ -13,6 +13,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lpattn.types import Reason
+
 
 class LpattnError(Exception):
     """Base of everything lpattn raises on purpose."""
@@ -23,7 +29,15 @@ class UnknownBackendError(LpattnError, ValueError):
 
 
 class UnsupportedCallError(LpattnError, RuntimeError):
-    """No backend that the settings admit can run this attention call."""
+    """No backend that the settings admit can run this attention call.
+
+    Attributes:
+        reasons: for every known backend, all its reasons (:class:`lpattn.Reason`), as the message lists them.
+    """
+
+    def __init__(self, message: str, reasons: Mapping[str, tuple[Reason, ...]] | None = None) -> None:
+        super().__init__(message)
+        self.reasons = dict(reasons or {})
 
 
 class BackendUnavailableError(LpattnError, RuntimeError):

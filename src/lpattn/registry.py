@@ -30,6 +30,8 @@ from lpattn.types import AttentionBackend, Reason
 
 BUILTIN_MODULES = ("lpattn.backends.reference", "lpattn.backends.fa3")
 DISABLE_VARIABLE = "LPATTN_DISABLE_PLUGINS"
+_PLUGIN_PACKAGES = {"fp8_emulated": "lpattn-emulated"}
+"""Backends of the plugins that lpattn's own repository holds, for the error that names what to install."""
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
 
 
@@ -123,6 +125,11 @@ class Registry:
         known = self.names()
         if canonical in known:
             return canonical
+        if package := _PLUGIN_PACKAGES.get(canonical):
+            raise UnknownBackendError(
+                f"unknown backend {plain!r}: it comes with the plugin {package}, which is not loaded\n"
+                f"pip install {package}; `lpattn info` shows plugins that are kept out or failed to load"
+            )
         near = difflib.get_close_matches(canonical, known, n=2)
         hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
         raise UnknownBackendError(

@@ -223,6 +223,7 @@ def test_a_third_claim_is_named_as_well(install, plugin, make_backend):
 
 
 def test_using_a_name_in_conflict_is_an_error_that_names_both(conflict, monkeypatch, qkv):
+    assert "shared" in conflict.names()
     monkeypatch.setattr(registry, "_conflicts", conflict._conflicts)
     q, k, v = qkv()
     with pytest.raises(lpattn.UnsupportedCallError, match=r"shared +lpattn-a 1\.0 and lpattn-b 1\.0 both provide it"):

@@ -59,7 +59,7 @@ def test_module_compiled_in_place(model, x, marked):
 
 def test_one_graph_for_ten_lengths(model, marked):
     lpattn.apply_low_precision_attention(model, "marked")
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
     for length in range(20, 30):
         x = torch.randn(2, length, 32)

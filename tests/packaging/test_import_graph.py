@@ -18,12 +18,12 @@ SOURCE = Path(__file__).parents[2] / "src" / "lpattn"
 
 ROOT = "__init__"
 WORDS = {"types", "errors"}
-PUBLIC = {*WORDS, "backend", "hookspecs", "registry", "settings", "active", "ledger", "functional", "eager"}
+PUBLIC = {*WORDS, "backend", "hookspecs", "inventory", "registry", "policy", "dispatch", "functional", "eager"}
 
 # From the bottom up. No arrow leads to `backends`: `registry` loads them by name, in the same way as plugins.
 MAY_IMPORT: dict[str, set[str]] = {
     "types": set(),
-    "errors": set(),
+    "errors": {"types"},
     "rope": set(),
     "backend": {"types"},
     "hookspecs": {"backend"},
@@ -33,18 +33,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "registry": {"hookspecs", "backend", *WORDS},
     "settings": {"registry", *WORDS},
     "dispatch": {"registry", "policy", "settings", *WORDS},
-    "execute": {"dispatch", "registry", "settings", "calls", "ledger", "rope", *WORDS},
+    "inventory": {"registry", "backend", *WORDS},
+    "active": {"settings", "ledger"},
+    "execute": {"dispatch", "registry", "settings", "active", "calls", "ledger", "rope", *WORDS},
     "quantize": {*WORDS},
     "kernels": {"types"},
     "backends": {"backend", "hookspecs", "quantize", "kernels", "policy", "rope", *WORDS},
-    "active": {"settings", "ledger"},
     "ops": {"execute", "dispatch", "settings", "ledger", *WORDS},
     "functional": {"active", "ops", "execute", "dispatch", "registry", "settings", "calls", "ledger", *WORDS},
     "eager": {"active", "functional", "ops", "execute", "dispatch", "settings", "policy", "ledger", *WORDS},
     "compile": {"ops", "types"},
     ROOT: PUBLIC,
     "testing": {ROOT, *PUBLIC},
-    "cli": {ROOT, *PUBLIC, "policy", "testing"},
+    "cli": {ROOT, *PUBLIC, "settings", "calls", "testing"},
+    "__main__": {"cli"},
 }
 
 # Packages that only some parts may import. The others must work, or at least import, without them.

@@ -33,7 +33,7 @@ def test_dropout_is_refused():
     assert reason.code == "dropout"
 
 
-@pytest.mark.parametrize("dtype", EmulatedBackend.capabilities.dtypes, ids=str)
+@pytest.mark.parametrize("dtype", sorted(EmulatedBackend.capabilities.dtypes, key=str), ids=str)
 @pytest.mark.parametrize("hadamard", HadamardMode)
 @pytest.mark.parametrize("causal", CausalKind)
 @pytest.mark.parametrize("mask", MaskKind)

@@ -19,14 +19,13 @@ from lpattn.cli.text import (
     INSTALL_EMULATION,
     dtype_name,
     explanation_data,
-    install_hint,
     make_console,
     print_json,
 )
 from lpattn.dispatch import Explanation, explain_call
 from lpattn.eager.apply import apply_low_precision_attention
 from lpattn.eager.report import AttentionReport, attention_report
-from lpattn.errors import LpattnError, LpattnWarning, UnknownBackendError
+from lpattn.errors import LpattnError, LpattnWarning
 from lpattn.registry import local_devices, registry
 from lpattn.settings import make_settings
 from lpattn.types import HadamardMode, Provenance
@@ -99,7 +98,7 @@ def run(arguments: Namespace) -> int:
     setup = _setup(arguments.seq_len)
     hadamard = arguments.hadamard or "none"
     if arguments.backend is not None:
-        requested: list[str | None] = [_resolve(arguments.backend)]
+        requested: list[str | None] = [registry.resolve(arguments.backend)]
     else:
         make_settings(None, hadamard, None, Provenance.MODEL)
         requested = [None, *_low_precision_backends(setup.device)]
@@ -131,13 +130,6 @@ def _setup(seq_len: int | None) -> Setup:
     if device.type == "cuda":
         return Setup(device, torch.bfloat16, seq_len or 8192, embed_dim=2048, num_heads=16, repeats=30)
     return Setup(device, torch.float32, seq_len or 1024, embed_dim=512, num_heads=4, repeats=9)
-
-
-def _resolve(backend: str) -> str:
-    try:
-        return registry.resolve(backend)
-    except UnknownBackendError as error:
-        raise UnknownBackendError(f"{error}{install_hint(backend)}") from None
 
 
 def _low_precision_backends(device: torch.device) -> list[str]:

@@ -7,7 +7,7 @@ from argparse import Namespace
 import torch
 
 from lpattn.calls import default_scale, device_capability
-from lpattn.cli.text import explanation_data, install_hint, print_json
+from lpattn.cli.text import explanation_data, print_json
 from lpattn.dispatch import explain_call
 from lpattn.errors import InvalidArgumentError, UnknownBackendError
 from lpattn.registry import local_devices
@@ -22,7 +22,7 @@ def run(arguments: Namespace) -> int:
         settings = make_settings(arguments.backend, arguments.hadamard, arguments.on_unsupported, Provenance.ARGUMENT)
         explanation = explain_call(describe(arguments, settings.hadamard), settings)
     except UnknownBackendError as error:
-        arguments.parser.error(f"{error}{install_hint(arguments.backend)}")
+        arguments.parser.error(str(error))
     except InvalidArgumentError as error:
         arguments.parser.error(str(error))
     if arguments.json:

@@ -33,13 +33,6 @@ def make_console(stderr: bool = False) -> Console:
     )
 
 
-def install_hint(backend: str | None) -> str:
-    """A line for the error that an uninstalled backend is unknown; empty for other names."""
-    if backend is None or backend.strip().lower() != EMULATION:
-        return ""
-    return f"\n{EMULATION} is a plugin: {INSTALL_EMULATION}"
-
-
 def print_json(document: object) -> None:
     """Print one JSON document."""
     print(json.dumps(document, indent=2, allow_nan=False))
