@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from lpattn.ledger import Ledger
-from lpattn.settings import Settings
+from lpattn.settings import Settings, overlay
 
 REDIRECTION_KEY = "TESTING_ONLY_GenericMode"
 """Dispatch key of the redirection: above autocast, autograd and vmap, so that calls are seen as the user wrote them.
@@ -62,7 +62,12 @@ active = Active()
 
 
 def current_settings() -> Settings | None:
-    """The settings in force on this thread, the context manager's before the layer's; None if there are none."""
-    if active.context is not None:
-        return active.context.settings
-    return active.layer.settings if active.layer is not None else None
+    """The settings in force on this thread; None if there are none.
+
+    The context manager's come before the layer's; where it names no backend, the layer's stands.
+    """
+    own = None if active.layer is None else active.layer.settings
+    if active.context is None:
+        return own
+    settings = active.context.settings
+    return settings if own is None or settings.backend is not None else overlay(settings.text, own.text)

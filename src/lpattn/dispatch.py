@@ -18,6 +18,9 @@ REFERENCE = AttentionBackend.BF16_REFERENCE.value
 POLICY_CODES = frozenset({"not_faster", "not_measured"})
 """Codes of reasons that are lpattn's own choice, not a limit: they warrant no warning and no error."""
 
+ASKED_CODES = frozenset({"requested", "layer_rule"})
+"""Codes of reasons that are the user's wish."""
+
 _CACHE_SIZE = 4096
 _cache: dict[object, Choice] = {}
 
@@ -40,10 +43,16 @@ def choose(call: AttentionCall, settings: Settings) -> Choice:
     choice = _cache.get(key)
     if choice is None:
         choice = _decide(call, settings)
+        if _is_fallback(choice):
+            return choice  # its reasons name this call's values, and must not be told of another
         if len(_cache) >= _CACHE_SIZE:
             _cache.pop(next(iter(_cache)), None)
         _cache[key] = choice
     return choice
+
+
+def _is_fallback(choice: Choice) -> bool:
+    return choice.exact_reason is not None and choice.exact_reason.code not in POLICY_CODES | ASKED_CODES
 
 
 def length_class(call: AttentionCall) -> AttentionCall:
@@ -57,11 +66,12 @@ def length_class(call: AttentionCall) -> AttentionCall:
     if call.q_len != call.kv_len and q_len == kv_len:
         # Keep them apart, on the side where they are: causal alignment depends on it.
         q_len += 1 if call.q_len > call.kv_len else -1
+    batch = _floor(call.batch)
     mask_shape = call.mask_shape
     if mask_shape is not None:
-        full = (call.batch, call.num_heads, call.q_len, call.kv_len)
-        mask_shape = tuple(1 if m == 1 != f else 2 for m, f in zip(mask_shape, full, strict=True))  # type: ignore[assignment]
-    return dataclasses.replace(call, batch=_floor(call.batch), q_len=q_len, kv_len=kv_len, mask_shape=mask_shape)
+        full = (batch, call.num_heads, q_len, kv_len)
+        mask_shape = tuple(1 if m == 1 else f for m, f in zip(mask_shape, full, strict=True))  # type: ignore[assignment]
+    return dataclasses.replace(call, batch=batch, q_len=q_len, kv_len=kv_len, mask_shape=mask_shape)
 
 
 def _floor(length: int) -> int:

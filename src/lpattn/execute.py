@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from lpattn.active import excluded
 from lpattn.calls import build_call, outside
-from lpattn.dispatch import POLICY_CODES, REFERENCE, choose, error_text, reason_lines
+from lpattn.dispatch import ASKED_CODES, POLICY_CODES, REFERENCE, choose, error_text, reason_lines
 from lpattn.errors import InvalidArgumentError, LpattnWarning, UnsupportedCallError
 from lpattn.ledger import Ledger
 from lpattn.registry import registry
@@ -31,7 +31,7 @@ _GRADIENT = Reason(
     "inputs require grad: low precision has no backward pass",
     "wrap the forward in torch.no_grad() or torch.inference_mode()",
 )
-_QUIET_CODES = POLICY_CODES | {"empty", "requested", "layer_rule"}
+_QUIET_CODES = POLICY_CODES | ASKED_CODES | {"empty"}
 
 
 def attend(

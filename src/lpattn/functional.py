@@ -225,6 +225,8 @@ def _resolve(
     surrounding = current_settings() or _AUTOMATIC
     if backend is None and hadamard is None and on_unsupported is None:
         return surrounding
+    if not all(isinstance(argument, (str, type(None))) for argument in (backend, hadamard, on_unsupported)):
+        make_settings(backend, hadamard, on_unsupported, Provenance.ARGUMENT)  # raises, and names the value
     if torch.compiler.is_compiling():
         return _merged_while_tracing(backend, hadamard, on_unsupported, surrounding.text)
     return _merged(backend, hadamard, on_unsupported, surrounding.text, registry.generation)

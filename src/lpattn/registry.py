@@ -204,14 +204,16 @@ class Registry:
             self._sources[name] = source
             self._changed()
             return
-        if (other is not None and source.kind == other.kind == "plugin") or name in self._conflicts:
+        rivals = (other is not None and other.kind == "plugin") or name in self._conflicts
+        if rivals and source.kind == "plugin":
             # Two plugins claim one name: which of them loads first is chance, so neither may win.
             if other is not None:
                 del self._backends[name], self._sources[name]
             self._conflicts.setdefault(name, [other] if other else []).append(source)
             self._changed()
             raise RegistrationError(f"backend name {name!r} is claimed by {_join(self._conflicts[name])}")
-        raise RegistrationError(f"backend name {name!r} is already taken by {other}; choose another name")
+        takers = other or _join(self._conflicts[name])
+        raise RegistrationError(f"backend name {name!r} is already taken by {takers}; choose another name")
 
     def _changed(self) -> None:
         self._probes.clear()
@@ -226,15 +228,24 @@ class Registry:
             # A plugin that asks the registry while it is being loaded sees what is there so far.
             if not self._loaded and not self._loading:
                 self._loading = True
-                manager = pluggy.PluginManager("lpattn")
-                manager.add_hookspecs(Hooks)
-                for module in BUILTIN_MODULES:
-                    load = functools.partial(importlib.import_module, module)
-                    self._load_plugin(manager, Source("built-in", entry_point=module), load)
-                for entry_point, source in self._entry_points():
-                    self._load_plugin(manager, source, entry_point.load)
-                self._loaded = True
+                try:
+                    self._load_all()
+                    self._loaded = True
+                finally:
+                    self._loading = False
         return self
+
+    def _load_all(self) -> None:
+        # An earlier load may have been interrupted from the keyboard: start from nothing.
+        for known in (self._backends, self._sources, self._conflicts, self._failures):
+            known.clear()
+        manager = pluggy.PluginManager("lpattn")
+        manager.add_hookspecs(Hooks)
+        for module in BUILTIN_MODULES:
+            load = functools.partial(importlib.import_module, module)
+            self._load_plugin(manager, Source("built-in", entry_point=module), load)
+        for entry_point, source in self._entry_points():
+            self._load_plugin(manager, source, entry_point.load)
 
     def _entry_points(self) -> Iterator[tuple[importlib.metadata.EntryPoint, Source]]:
         disabled = _disabled_plugins()
@@ -255,21 +266,20 @@ class Registry:
 
     def _load_plugin(self, manager: pluggy.PluginManager, source: Source, load: Any) -> None:
         start = time.perf_counter()
+        name = f"{source.distribution}:{source.entry_point}"
         try:
             plugin = load()
-            manager.register(plugin, name=source.entry_point)
+            manager.register(plugin, name=name)
             manager.check_pending()
-            implementations = [
-                i for i in manager.hook.lpattn_backends.get_hookimpls() if i.plugin_name == source.entry_point
-            ]
+            implementations = [i for i in manager.hook.lpattn_backends.get_hookimpls() if i.plugin_name == name]
             if not implementations:
                 raise RegistrationError(f"{source.entry_point} implements no lpattn_backends hook")
             backends: list[Any] = []
             for implementation in implementations:
                 backends.extend(cast("list[Any]", implementation.function()))
-        except Exception as error:
-            if manager.has_plugin(source.entry_point):
-                manager.unregister(name=source.entry_point)
+        except (Exception, SystemExit) as error:  # a module may call sys.exit() when it does not like the machine
+            if manager.has_plugin(name):
+                manager.unregister(name=name)
             self._fail(source, error)
             return
         seconds = time.perf_counter() - start
@@ -278,10 +288,10 @@ class Registry:
             try:
                 validate_backend(backend)
                 self._add(backend, source)
-            except RegistrationError as error:
+            except Exception as error:
                 self._fail(source, error)
 
-    def _fail(self, source: Source, error: Exception) -> None:
+    def _fail(self, source: Source, error: BaseException) -> None:
         text = "".join(traceback.format_exception(error))
         self._failures.append(Failure(source, f"{type(error).__name__}: {error}", text))
 

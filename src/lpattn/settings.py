@@ -120,6 +120,30 @@ def make_settings(
     return Settings(name, mode, policy, provenance)
 
 
+def overlay(upper_text: str, lower_text: str) -> Settings:
+    """The settings of a level that names no backend, over those of the next weaker level.
+
+    The weaker level's backend stands; a Hadamard mode or an on_unsupported of the stronger level goes over its own.
+
+    Raises:
+        InvalidArgumentError: the backend does not offer the Hadamard mode.
+    """
+    return _overlay(upper_text, lower_text, registry.generation)
+
+
+# As torch.compiler.assume_constant_result does, which would import Dynamo at once: looked up while tracing, not traced.
+overlay._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.lru_cache(maxsize=64)
+def _overlay(upper_text: str, lower_text: str, generation: int) -> Settings:
+    upper, lower = from_text(upper_text), from_text(lower_text)
+    hadamard = lower.hadamard if upper.hadamard is HadamardMode.NONE else upper.hadamard
+    on_unsupported = lower.on_unsupported if upper.on_unsupported is None else upper.on_unsupported
+    checked = make_settings(lower.backend, hadamard, on_unsupported, lower.provenance)
+    return replace(checked, provenance=lower.provenance, scope=lower.scope)
+
+
 def with_environment(settings: Settings) -> Settings:
     """The settings, with ``LPATTN_BACKEND`` taken into account where no level named a backend.
 

@@ -91,9 +91,7 @@ class FakeRopeBackend(FakeBackend):
         super().__init__(name, **{"rope": True, **options})
         self.tables: list[tuple[torch.Tensor | None, ...]] = []
 
-    def rope_attention(
-        self, query, key, value, cos, sin, call, attn_mask=None, dropout_p=0.0, cos_k=None, sin_k=None
-    ):
+    def rope_attention(self, query, key, value, cos, sin, call, attn_mask=None, dropout_p=0.0, cos_k=None, sin_k=None):
         self.tables.append((cos, sin, cos_k, sin_k))
         pairs = call.rope.interleaved
         q = plain_rotation(query, cos, sin, pairs)

@@ -53,9 +53,7 @@ def test_the_strongest_of_many_levels_decides(attend_with, count):
     assert attend_with(levels) == (backend_of(levels[0]), levels[0])
 
 
-def test_an_automatic_layer_rule_is_stronger_than_model_and_environment(
-    add_backend, make_model, monkeypatch, qkv
-):
+def test_an_automatic_layer_rule_is_stronger_than_model_and_environment(add_backend, make_model, monkeypatch, qkv):
     add_backend("fast", rank=3.0)
     add_backend("named", rank=0.5)
     monkeypatch.setenv("LPATTN_BACKEND", "named")
@@ -82,7 +80,6 @@ def test_a_context_that_names_no_backend_leaves_it_to_the_environment(add_backen
     assert (len(named.calls), len(fast.calls)) == (1, 0)
 
 
-@pytest.mark.xfail(strict=True, reason="current_settings returns the context's settings though they name no backend")
 def test_a_context_that_names_no_backend_leaves_it_to_the_model(add_backend, make_model, qkv):
     add_backend("fast", rank=3.0)
     add_backend("named", rank=0.5)

@@ -140,7 +140,9 @@ def test_the_names_that_the_design_fixes():
     assert {m.name: m.value for m in HadamardMode} == {"NONE": "none", "QKV": "qkv", "V_ONLY": "v_only"}
 
 
-@pytest.mark.parametrize("name", ["bf16_reference", "BF16_Reference", " BF16_REFERENCE ", AttentionBackend.BF16_REFERENCE])
+@pytest.mark.parametrize(
+    "name", ["bf16_reference", "BF16_Reference", " BF16_REFERENCE ", AttentionBackend.BF16_REFERENCE]
+)
 def test_backends_are_named_in_any_case(qkv, name, make_model):
     q, k, v = qkv()
     lpattn.low_precision_sdpa(q, k, v, backend=name)
