@@ -1,7 +1,7 @@
 """Measure when low precision pays on this machine, and write src/lpattn/speedups.json from it.
 
-Rows of other architectures in that file are kept. Without --write, the table is only printed; --from takes the results of
-an earlier ``attention.py --sweep --out FILE`` instead of measuring again.
+Rows of other architectures in that file are kept. Without --write, the table is only printed; --from takes the results
+of an earlier ``attention.py --sweep --out FILE`` instead of measuring again.
 """
 
 from __future__ import annotations

@@ -20,8 +20,12 @@ from typing import Any
 import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-if not any(p.endswith("src") and "lpattn" in os.listdir(p) for p in sys.path if os.path.isdir(p)):
+try:
+    import lpattn
+except ImportError:
+    # From a checkout, without an installation.
     sys.path.insert(0, str(REPOSITORY / "src"))
+    import lpattn
 
 
 def parser(description: str, budget: float) -> argparse.ArgumentParser:
@@ -155,8 +159,6 @@ PACKAGES = ("torch", "triton", "lpattn", "fa3-fwd", "flash-attn-3", "transformer
 
 def _version(name: str) -> str:
     if name == "lpattn":
-        import lpattn
-
         return lpattn.__version__
     try:
         return metadata.version(name)

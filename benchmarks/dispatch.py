@@ -6,6 +6,7 @@ The tensors are tiny, so that on the CPU too little of what is measured is atten
 from __future__ import annotations
 
 import sys
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,8 @@ def main() -> int:
     given = parser(__doc__ or "", budget=60.0).parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
+    # Calls this small run exactly.
+    warnings.simplefilter("ignore", lpattn.LpattnWarning)
     q, k, v = (torch.randn(1, 2, 16, 64, device=device, dtype=torch.bfloat16) for _ in range(3))
     settings = Settings()
     call = build_call(q, k, v, None, 0.0, False, None, HadamardMode.NONE, False)

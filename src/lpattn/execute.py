@@ -227,6 +227,8 @@ def _outside_plan(reason: Reason, settings: Settings) -> Plan:
 def _account(call: AttentionCall | None, choice: Choice, settings: Settings, ledger: Ledger | None) -> None:
     if ledger is not None:
         ledger.count(choice)
+        if call is not None and call.device_type == "cuda" and torch.cuda.is_current_stream_capturing():
+            ledger.captured = True
     reason = choice.exact_reason
     if reason is None or reason.code in _QUIET_CODES:
         return

@@ -22,9 +22,10 @@ class Ledger:
         details: for each such code, the latest reason in full.
         rope: ``"fused"``, or why not; None where no rotation was asked for.
         provenance: which setting decided the latest call.
+        captured: whether a CUDA graph captured a call: its replays run no host code and are not counted.
     """
 
-    __slots__ = ("__weakref__", "_lock", "details", "exact", "id", "low", "provenance", "rope")
+    __slots__ = ("__weakref__", "_lock", "captured", "details", "exact", "id", "low", "provenance", "rope")
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -34,6 +35,7 @@ class Ledger:
         self.details: dict[str, Reason] = {}
         self.rope: str | None = None
         self.provenance: Provenance | None = None
+        self.captured = False
         _ledgers[self.id] = self
 
     def count(self, choice: Choice) -> None:
@@ -59,6 +61,7 @@ class Ledger:
             self.details.clear()
             self.rope = None
             self.provenance = None
+            self.captured = False
 
     @property
     def total(self) -> int:

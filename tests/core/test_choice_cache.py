@@ -23,13 +23,22 @@ def empty_cache():
 # Which calls share a choice
 
 
-def test_ten_thousand_lengths_share_few_choices(add_backend, make_call):
-    fake = add_backend(head_dims=frozenset({64}))
+@pytest.mark.parametrize("rank", [2.0, 0.5])
+def test_ten_thousand_lengths_share_few_choices(add_backend, make_call, rank):
+    fake = add_backend(rank=rank)
     call = make_call()
     for length in range(1, 10_001):
         dispatch.choose(dataclasses.replace(call, q_len=length, kv_len=length), AUTOMATIC)
     assert len(dispatch._cache) < 100
     assert len(fake.asked) < 100
+
+
+def test_ten_thousand_fallbacks_fill_nothing(add_backend, make_call):
+    add_backend(head_dims=frozenset({64}))
+    call = make_call()
+    for length in range(1, 10_001):
+        dispatch.choose(dataclasses.replace(call, q_len=length, kv_len=length), AUTOMATIC)
+    assert len(dispatch._cache) < 100
 
 
 def test_batches_and_masks_share_choices_too(add_backend, make_call):
@@ -134,16 +143,15 @@ def test_backends_that_need_exact_lengths_are_asked_per_length(add_backend, make
     assert len(dispatch._cache) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="remembered reasons name the lengths of the call that came first")
-def test_remembered_reasons_name_the_values_of_this_call(add_backend, make_call):
+@pytest.mark.parametrize("request_", [AUTOMATIC, Settings("fake", on_unsupported=OnUnsupported.FALLBACK)])
+def test_the_reasons_of_a_fallback_name_the_values_of_this_call(add_backend, make_call, request_):
     add_backend(causal_rectangular=False)
     for q_len, kv_len in ((100, 101), (105, 106)):
         call = make_call(q_len=q_len, kv_len=kv_len, causal=CausalKind.TOP_LEFT)
-        reason = dispatch.choose(call, AUTOMATIC).exact_reason
+        reason = dispatch.choose(call, request_).exact_reason
         assert f"causal with q_len {q_len} and kv_len {kv_len}" in reason.message
 
 
-@pytest.mark.xfail(strict=True, reason="length_class marks mask dimensions by 1 and 2, and rank() is given the result")
 def test_ranks_are_asked_about_calls_that_can_exist(add_backend, make_call):
     seen = []
     add_backend(rank=lambda call: seen.append(call) or 2.0)

@@ -132,11 +132,6 @@ def test_low_precision_keeps_the_answer(subject, fp8_emulated):
     subject.check_low_precision(fp8_emulated)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="compiled as the root, nn.MultiheadAttention with need_weights=True counts its call and then warns that "
-    "nothing was intercepted: the trace of a root forgets that the root itself attended",
-)
 def test_weights_are_counted_per_call(fp8_emulated):
     """nn.MultiheadAttention with need_weights=True: exact, compiled as in eager mode, and counted each time it runs."""
     torch.manual_seed(0)

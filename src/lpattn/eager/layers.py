@@ -219,6 +219,8 @@ def _make_forward(cls: type[nn.Module], class_forward: Callable[..., Any]) -> Ca
         outer, tracing = active.layer, active.tracing
         active.layer = self
         try:
+            if not tracing:
+                active.attended = False
             if may_need_weights and kwargs.get("need_weights", len(args) <= 4 or args[4]):
                 ops.count_exact(self.tag, _NEED_WEIGHTS.code, _NEED_WEIGHTS.message)
                 active.attended = True
@@ -226,7 +228,6 @@ def _make_forward(cls: type[nn.Module], class_forward: Callable[..., Any]) -> Ca
                 if tracing:
                     return run(*all_args, **kwargs)
                 active.tracing = True
-                active.attended = False
                 with RedirectMode():
                     result = run(*all_args, **kwargs)
                 if self.watched is not None and not active.attended:

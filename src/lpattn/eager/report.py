@@ -22,6 +22,7 @@ class LayerReport:
         reasons: for each such code, the latest reason in words.
         rope: ``"fused"`` or why not; None where no rotation was handed over.
         provenance: which setting decided the latest call, such as ``"model"`` or ``"layer rule"``.
+        captured: True if a CUDA graph captured calls of this layer; its replays run no host code and are not counted.
     """
 
     low: Mapping[str, int]
@@ -29,6 +30,7 @@ class LayerReport:
     reasons: Mapping[str, str]
     rope: str | None
     provenance: str | None
+    captured: bool
 
     def __getitem__(self, field: str) -> Any:
         return asdict(self)[field]
@@ -57,7 +59,9 @@ class AttentionReport(Mapping[str, LayerReport]):
             ran = [f"{backend} x{count}" for backend, count in layer.low.items()]
             ran += [f"exact x{count} ({layer.reasons[code]})" for code, count in layer.exact.items()]
             rope = f"; rope {layer.rope}" if layer.rope else ""
-            lines.append(f"{name or '(root)'}: {', '.join(ran)} [{layer.provenance}]{rope}")
+            replays = "; captured in a CUDA graph, replays are not counted" if layer.captured else ""
+            decided = f" [{layer.provenance}]" if layer.provenance else ""
+            lines.append(f"{name or '(root)'}: {', '.join(ran)}{decided}{rope}{replays}")
         return "\n".join(lines)
 
 
@@ -85,5 +89,6 @@ def attention_report(model: nn.Module) -> AttentionReport:
             reasons={code: str(reason) for code, reason in ledger.details.items()},
             rope=ledger.rope,
             provenance=str(ledger.provenance) if ledger.provenance else None,
+            captured=ledger.captured,
         )
     return AttentionReport(layers)
