@@ -142,7 +142,9 @@ def _plan(
 ) -> Plan:
     if query.is_nested or key.is_nested or value.is_nested:
         return _outside_plan(Reason("nested", "nested tensors: lpattn takes plain tensors"), settings)
-    gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return _outside_plan(Reason("functorch", "inside of a torch.func transform, such as vmap"), settings)
+    gradient = torch.is_grad_enabled() and needs_grad(query, key, value, attn_mask)
     device = query.device
     # One tuple of plain facts: everything that a decision or a description can depend on.
     facts = (
@@ -181,6 +183,11 @@ def _plan(
             _plans.clear()
         _plans[facts] = plan
     return plan
+
+
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether any of the tensors requires grad."""
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _make_plan(

@@ -14,7 +14,7 @@ from lpattn.active import active, current_settings
 from lpattn.calls import build_call, check_inputs, outside
 from lpattn.dispatch import Explanation, explain_call
 from lpattn.errors import InvalidArgumentError
-from lpattn.execute import attend, attend_rope, cast_like_autocast
+from lpattn.execute import attend, attend_rope, cast_like_autocast, needs_grad
 from lpattn.ledger import Ledger
 from lpattn.registry import registry
 from lpattn.settings import Settings, from_text, make_settings
@@ -174,9 +174,9 @@ def redirect(
             ledger=ledger,
             return_lse=return_lse,
         )
-    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    gradient = torch.is_grad_enabled() and needs_grad(query, key, value, attn_mask)
     in_graph = query.dim() == 4 and key.dim() == 4 and query.shape[0] == key.shape[0] and not query.is_nested
-    if not return_lse and (needs_grad or not in_graph or dropout_p > 0.0 or (is_causal and attn_mask is not None)):
+    if not return_lse and (gradient or not in_graph or dropout_p > 0.0 or (is_causal and attn_mask is not None)):
         # The operator has no backward pass, and its random numbers would not be the compiler's.
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa

@@ -26,6 +26,9 @@ EVERYTHING = {
 }
 
 
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
 def plain_attention(q, k, v, attn_mask=None, is_causal=False, scale=None):
     """(output, lse) in float64 by the formula; rows that attend to nothing give 0 and -inf."""
     q, k, v = q.double(), k.double(), v.double()
@@ -256,3 +259,27 @@ def install(monkeypatch):
         monkeypatch.setattr(importlib.metadata, "entry_points", entry_points_of)
 
     return pretend
+
+
+@pytest.fixture
+def agree(add_backend, in_bshd):
+    """Run a call on a backend and compare with SDPA: values, dtype, memory, and inputs left alone."""
+    fake = add_backend()
+
+    def check(backend, q, k, v, attn_mask=None, **options):
+        tensors = [t for t in (q, k, v, attn_mask) if t is not None]
+        copies, versions = [t.clone() for t in tensors], [t._version for t in tensors]
+        gqa = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+        expected = F.scaled_dot_product_attention(q, k, v, attn_mask, **{**options, **gqa})
+        before = len(fake.calls)
+        out = lpattn.low_precision_sdpa(q, k, v, attn_mask, **options, backend=backend)
+        assert len(fake.calls) - before == (backend == "fake")
+        assert (out.shape, out.dtype, out.device) == (expected.shape, expected.dtype, expected.device)
+        torch.testing.assert_close(out, expected, atol=TOLERANCE[q.dtype], rtol=TOLERANCE[q.dtype])
+        assert in_bshd(out)
+        assert [t._version for t in tensors] == versions
+        assert all(torch.equal(t, c) for t, c in zip(tensors, copies, strict=True))
+        return out
+
+    check.fake, check.tolerance = fake, TOLERANCE
+    return check

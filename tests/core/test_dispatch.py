@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import lpattn
-from lpattn import AttentionCall, CausalKind, LpattnWarning, Provenance, Reason, UnsupportedCallError, dispatch, execute
+from lpattn import AttentionCall, CausalKind, LpattnWarning, Provenance, Reason, UnsupportedCallError, dispatch
 from lpattn.settings import OnUnsupported, Settings
 
 NAMED = Settings("narrow", provenance=Provenance.ARGUMENT)
@@ -323,7 +323,5 @@ def test_threads_choose_at_once(add_backend, make_call, monkeypatch):
     assert errors == []
 
 
-def test_the_names_that_programs_compare():
-    assert dispatch.REFERENCE == "bf16_reference"
-    assert frozenset({"not_faster", "not_measured"}) == dispatch.POLICY_CODES
-    assert execute._QUIET_CODES == dispatch.POLICY_CODES | {"requested", "layer_rule", "empty"}
+def test_the_codes_that_are_no_limits():
+    assert set(dispatch.POLICY_CODES) == {"not_faster", "not_measured"}

@@ -438,6 +438,36 @@ class TestCompany:
         finally:
             distributed.destroy_process_group()
 
+    def test_wrapped_over_and_applied_again(self, model, x, marked):
+        lpattn.apply_low_precision_attention(model, "marked")
+        attn = model.blocks[0].attn
+        inner = attn.forward
+        attn.forward = lambda x: inner(x)
+        lpattn.apply_low_precision_attention(model, "marked")
+        model(x)
+        assert low_calls(model) == dict.fromkeys(LAYERS, 1)
+        assert len(marked.calls) == 3
+
+    @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # PyTorch's, without lpattn too
+    def test_vmap(self, x, marked):
+        class Direct(nn.Module):
+            def forward(self, q):
+                return F.scaled_dot_product_attention(q, q, q)
+
+        model, q = Direct(), torch.randn(3, 1, 2, 4, 8)
+        expected = torch.func.vmap(model)(q)
+        lpattn.apply_low_precision_attention(model, "marked", on_unsupported="fallback")
+        with pytest.warns(lpattn.LpattnWarning, match="vmap"):
+            torch.testing.assert_close(torch.func.vmap(model)(q), expected)
+
+    def test_applied_in_inference_mode(self, x):
+        torch._dynamo.reset()
+        model = nn.Sequential(nn.MultiheadAttention(32, 4, batch_first=True)).eval()
+        with torch.inference_mode():
+            lpattn.apply_low_precision_attention(model, "bf16_reference")
+        torch.compile(model[0], backend="aot_eager", fullgraph=True)(x, x, x)
+        assert lpattn.attention_report(model)["0"].exact == {"need_weights": 1}
+
 
 class TestGradients:
     def test_training_runs_exactly_with_gradients(self, model, x, marked):
@@ -479,3 +509,20 @@ class TestOnce:
             block.compile(backend="eager", fullgraph=True)
         torch.testing.assert_close(model(x), expected)
         assert low_calls(model) == dict.fromkeys(LAYERS, 2)
+
+
+def test_a_mask_that_requires_grad_keeps_its_gradient(marked):
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = nn.Parameter(torch.randn(1, 2, 4, 4))
+
+        def forward(self, q):
+            return F.scaled_dot_product_attention(q, q, q, self.bias)
+
+    model, q = Biased(), torch.randn(1, 2, 4, 8)
+    lpattn.apply_low_precision_attention(model, "marked", on_unsupported="fallback")
+    with torch.enable_grad(), pytest.warns(lpattn.LpattnWarning, match="require grad"):
+        model(q).sum().backward()
+    assert model.bias.grad is not None
+    assert not marked.calls

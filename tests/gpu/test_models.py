@@ -306,8 +306,9 @@ def test_llama_generates(fa3) -> None:
         generated = llama.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
     assert generated.shape == (1, 208)
     for entry in lpattn.attention_report(llama).values():
+        # transformers decides by its version which of these calls carry a dense mask; none may be missed.
         assert sum(entry["low"].values()) + sum(entry["exact"].values()) == 8
-        assert entry["low"]["fp8_fa3"] >= 1
+        assert set(entry["exact"]) <= {"mask"}
 
 
 @torch.inference_mode()

@@ -112,7 +112,8 @@ class LayerState:
         self.entries: list[tuple[Application, Settings]] = []
         self.settings: Settings | None = None
         self.ledger = Ledger()
-        self.tag = torch.tensor(self.ledger.id, device="cpu")
+        with torch.inference_mode(False):  # compiled code may pass it to an operator outside of inference mode
+            self.tag = torch.tensor(self.ledger.id, device="cpu")
         self.watched: Application | None = None
         _states[module] = self
 
