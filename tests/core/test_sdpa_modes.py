@@ -104,7 +104,6 @@ def test_the_reference_has_gradients_and_is_quiet(qkv):
     assert q.grad is not None
 
 
-@pytest.mark.xfail(strict=True, reason="_plan looks at q, k and v only: the mask is detached")
 def test_a_mask_that_requires_grad_is_not_detached(agree, qkv):
     bias = torch.randn(6, 6, requires_grad=True)
     with pytest.warns(LpattnWarning, match="require grad"):
