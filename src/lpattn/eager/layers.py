@@ -102,6 +102,7 @@ class LayerState:
         settings: the strongest entry's; None makes the installed forward an inert pass-through.
         entries: applications that cover the module, weakest (outermost root) first.
         inner: the user's own instance ``forward`` underneath; None where the class's runs.
+        class_forward, traced_forward: the class's forward, and what stands for it while it is traced.
         ledger, tag: counts, and the 0-dim tensor by which compiled code names them.
         watched: on an application's root, that application; None elsewhere.
     """
@@ -109,6 +110,10 @@ class LayerState:
     def __init__(self, module: nn.Module, inner: Callable[..., Any] | None = None) -> None:
         self._module = weakref.ref(module)
         self.inner = inner
+        # Kept here, since Dynamo cannot follow the look-up on every class, and torch 2.11's loses track of closures.
+        self.class_forward: Callable[..., Any] = type(module).forward
+        is_encoder_layer = self.class_forward is nn.TransformerEncoderLayer.forward
+        self.traced_forward = fused.traced_encoder_layer_forward if is_encoder_layer else self.class_forward
         self.entries: list[tuple[Application, Settings]] = []
         self.settings: Settings | None = None
         self.ledger = Ledger()
@@ -203,15 +208,12 @@ def installed_forward(cls: type[nn.Module]) -> Callable[..., Any]:
 
 @functools.cache
 def _make_forward(cls: type[nn.Module], class_forward: Callable[..., Any]) -> Callable[..., Any]:
-    # Captured per class, since Dynamo cannot follow the look-up on every module.
     may_need_weights = issubclass(cls, nn.MultiheadAttention)
-    is_encoder_layer = class_forward is nn.TransformerEncoderLayer.forward
-    traced_forward = fused.traced_encoder_layer_forward if is_encoder_layer else class_forward
 
     def forward(self: LayerState, /, *args: Any, **kwargs: Any) -> Any:
         run = self.inner
         if run is None:
-            run = traced_forward if torch.compiler.is_compiling() else class_forward
+            run = self.traced_forward if torch.compiler.is_compiling() else self.class_forward
             all_args = (self.module, *args)
         else:
             all_args = args
