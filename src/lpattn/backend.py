@@ -35,6 +35,7 @@ class Capabilities:
         hadamard: modes that can be applied. HadamardMode.NONE belongs in it.
         rope: whether ``rope_attention`` is implemented. Elsewhere lpattn rotates q and k first.
         strided_last_dim: whether the last dimension of q, k, v may have a stride other than 1.
+        backward: whether gradients flow through the output.
     """
 
     dtypes: frozenset[torch.dtype]
@@ -51,6 +52,7 @@ class Capabilities:
     hadamard: frozenset[HadamardMode] = frozenset({HadamardMode.NONE})
     rope: bool = False
     strided_last_dim: bool = True
+    backward: bool = False
 
     def reasons_against(self, call: AttentionCall) -> list[Reason]:
         """All reasons why a backend with these capabilities cannot run the call; empty if it can."""
@@ -59,6 +61,12 @@ class Capabilities:
         def refuse(code: str, message: str, remedy: str = "") -> None:
             reasons.append(Reason(code, message, remedy))
 
+        if call.requires_grad and not self.backward:
+            refuse(
+                "requires_grad",
+                "inputs require grad: has no backward pass",
+                "wrap the forward in torch.no_grad() or torch.inference_mode()",
+            )
         if self.device_types is not None and call.device_type not in self.device_types:
             refuse("device", f"device {call.device_type}: runs on {_join(self.device_types)}")
         if self.architectures is not None and call.capability is not None:

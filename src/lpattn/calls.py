@@ -19,8 +19,11 @@ def outside(
     is_causal: bool,
 ) -> Reason | None:
     """Why an AttentionCall cannot describe these inputs, so that only PyTorch's own SDPA can take (or refuse) them."""
-    tensors = [query, key, value, *([] if attn_mask is None else [attn_mask])]
-    for tensor in tensors:
+    if query.is_nested or key.is_nested or value.is_nested:
+        return Reason("nested", "nested tensors: lpattn takes plain tensors")
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return Reason("functorch", "inside of a torch.func transform, such as vmap")
+    for tensor in (query, key, value, *([] if attn_mask is None else [attn_mask])):
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             return Reason("tensor_subclass", f"{type(tensor).__name__}: lpattn takes plain tensors")
     if any(t.dim() != 4 for t in (query, key, value)):
@@ -32,9 +35,7 @@ def outside(
         return Reason("mask", f"attn_mask of {attn_mask.dim()} dimensions")
     if problem := problem_with(query, key, value, attn_mask):
         return Reason("shapes", problem)
-    if 0 in (*query.shape, *key.shape, *value.shape):
-        return Reason("empty", "an empty dimension: nothing to compute")
-    return None
+    return Reason("head_dim", "head_dim 0") if query.shape[3] == 0 else None
 
 
 def problem_with(
@@ -79,6 +80,7 @@ def check_inputs(
     attn_mask: torch.Tensor | None,
     dropout_p: float,
     is_causal: bool,
+    scale: float | None,
 ) -> None:
     """Refuse what no attention could run, with a text that names the value and the limit.
 
@@ -88,12 +90,18 @@ def check_inputs(
     for name, tensor in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
         if not isinstance(tensor, torch.Tensor) and not (name == "attn_mask" and tensor is None):
             raise InvalidArgumentError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
+    for name, number in (("dropout_p", dropout_p), ("scale", 0.0 if scale is None else scale)):
+        if not isinstance(number, (int, float, torch.SymInt, torch.SymFloat)):
+            raise InvalidArgumentError(f"{name} must be a number; got {number!r} ({type(number).__name__})")
+    if query.is_nested or key.is_nested or value.is_nested:
+        return  # their shapes are not numbers; PyTorch checks them
     if attn_mask is not None and is_causal:
         raise InvalidArgumentError(
             "attn_mask and is_causal=True contradict each other; pass one, or fold the causal part into the mask"
         )
     if not 0.0 <= dropout_p <= 1.0:
         raise InvalidArgumentError(f"dropout_p must lie in [0, 1]; got {dropout_p}")
+    query, key, value, attn_mask = cast_like_autocast(query, key, value, attn_mask)
     if query.dim() == key.dim() == value.dim() == 4 and (attn_mask is None or attn_mask.dim() <= 4):
         if problem := problem_with(query, key, value, attn_mask):
             raise InvalidArgumentError(problem + _layout_hint(query, key))
@@ -120,6 +128,7 @@ def build_call(
     hadamard: HadamardMode,
     return_lse: bool,
     rope: Rope | None = None,
+    requires_grad: bool = False,
 ) -> AttentionCall:
     """Describe inputs that :func:`outside` let pass. q, k, v are [B, H, S, D]."""
     batch, num_heads, q_len, head_dim = query.shape
@@ -150,6 +159,7 @@ def build_call(
         return_lse=return_lse,
         rope=rope,
         contiguous_last_dim=query.stride(3) == key.stride(3) == value.stride(3) == 1,
+        requires_grad=requires_grad,
     )
 
 
@@ -164,3 +174,26 @@ def device_capability(device_type: str, index: int | None) -> tuple[int, int] | 
     if device_type != "cuda" or not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_capability(index or 0)
+
+
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether grad is enabled and any of the tensors requires it."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def cast_like_autocast(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Cast as SDPA casts its inputs under autocast: floating point but not float64, to the autocast dtype."""
+    device_type = query.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return query, key, value, attn_mask
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def cast(tensor: torch.Tensor) -> torch.Tensor:
+        eligible = (
+            tensor.dtype.is_floating_point and tensor.dtype != torch.float64 and tensor.device.type == device_type
+        )
+        return tensor.to(dtype) if eligible else tensor
+
+    return cast(query), cast(key), cast(value), None if attn_mask is None else cast(attn_mask)

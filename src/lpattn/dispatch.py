@@ -21,6 +21,7 @@ POLICY_CODES = frozenset({"not_faster", "not_measured"})
 ASKED_CODES = frozenset({"requested", "layer_rule"})
 """Codes of reasons that are the user's wish."""
 
+_EMPTY = Reason("empty", "an empty dimension: nothing to compute")
 _CACHE_SIZE = 4096
 _cache: dict[object, Choice] = {}
 
@@ -90,6 +91,8 @@ def reasons_against(name: str, call: AttentionCall) -> tuple[Reason, ...]:
 
 
 def _decide(call: AttentionCall, settings: Settings) -> Choice:
+    if call.is_empty:
+        return Choice(REFERENCE, settings.provenance, {}, _EMPTY)
     return _decide_named(call, settings) if settings.backend is not None else _decide_automatic(call, settings)
 
 
@@ -99,10 +102,10 @@ def _decide_named(call: AttentionCall, settings: Settings) -> Choice:
     excluded = (_excluded(settings),)
     reasons: dict[str, tuple[Reason, ...]] = {name: excluded for name in registry.names() if name != wanted}
     if not (against := reasons_against(wanted, call)):
-        return Choice(wanted, settings.provenance, reasons, _exactness(wanted, settings))
+        return Choice(wanted, settings.provenance, reasons, asked_for_exact(settings))
     reasons[wanted] = against
     if settings.strict:
-        raise UnsupportedCallError(error_text(call, reasons), reasons)
+        raise _unsupported(call, reasons)
     reasons.pop(REFERENCE, None)
     return Choice(REFERENCE, settings.provenance, reasons, against[0])
 
@@ -111,8 +114,10 @@ def _excluded(settings: Settings) -> Reason:
     return Reason("excluded", f'excluded by backend="{settings.backend}" ({settings.provenance})')
 
 
-def _exactness(name: str, settings: Settings) -> Reason | None:
-    backend = registry.get(name)
+def asked_for_exact(settings: Settings) -> Reason | None:
+    """Why exact attention is what the settings ask for; None if they do not."""
+    name = settings.backend
+    backend = registry.get(name) if name is not None else None
     if backend is None or not backend.exact:
         return None
     if settings.provenance is Provenance.LAYER_RULE:
@@ -150,7 +155,7 @@ def _decide_automatic(call: AttentionCall, settings: Settings) -> Choice:
     exact = _why_exact(call, reasons)
     if settings.strict and exact.code not in POLICY_CODES:
         reasons[REFERENCE] = (Reason("exact", f"exact, where on_unsupported={OnUnsupported.RAISE.value!r} wants low"),)
-        raise UnsupportedCallError(error_text(call, reasons), reasons)
+        raise _unsupported(call, reasons)
     return Choice(REFERENCE, settings.provenance, reasons, exact)
 
 
@@ -168,6 +173,12 @@ def _why_exact(call: AttentionCall, reasons: Mapping[str, tuple[Reason, ...]]) -
         return Reason("no_backend", f"no low-precision backend can run on {call.describe_device()}")
     name, closest = min(present.items(), key=lambda item: (item[1][0].code not in POLICY_CODES, len(item[1])))
     return dataclasses.replace(closest[0], message=f"{name}: {closest[0].message}")
+
+
+def _unsupported(call: AttentionCall, reasons: Mapping[str, tuple[Reason, ...]]) -> UnsupportedCallError:
+    error = UnsupportedCallError(error_text(call, reasons))
+    error.reasons = reasons
+    return error
 
 
 def error_text(call: AttentionCall, reasons: Mapping[str, tuple[Reason, ...]]) -> str:

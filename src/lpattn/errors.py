@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,12 +33,12 @@ class UnsupportedCallError(LpattnError, RuntimeError):
     """No backend that the settings admit can run this attention call.
 
     Attributes:
-        reasons: for every known backend, all its reasons (:class:`lpattn.Reason`), as the message lists them.
+        reasons: for every known backend, all its reasons (:class:`lpattn.Reason`), as the message lists them; empty
+            where the inputs themselves are the reason.
     """
 
-    def __init__(self, message: str, reasons: Mapping[str, tuple[Reason, ...]] | None = None) -> None:
-        super().__init__(message)
-        self.reasons = dict(reasons or {})
+    # Set after creation, since Dynamo cannot trace an exception that has an __init__ of its own.
+    reasons: Mapping[str, tuple[Reason, ...]] = MappingProxyType({})
 
 
 class BackendUnavailableError(LpattnError, RuntimeError):

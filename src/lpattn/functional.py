@@ -11,14 +11,16 @@ import torch.nn.functional as F
 
 from lpattn import ops
 from lpattn.active import active, current_settings
-from lpattn.calls import build_call, check_inputs, outside
+from lpattn.calls import build_call, cast_like_autocast, check_inputs, needs_grad, outside
 from lpattn.dispatch import Explanation, explain_call
-from lpattn.errors import InvalidArgumentError
-from lpattn.execute import attend, attend_rope, cast_like_autocast, needs_grad
+from lpattn.errors import InvalidArgumentError, UnsupportedCallError
+from lpattn.execute import attend, attend_rope
 from lpattn.ledger import Ledger
+from lpattn.plan import refusal_outside
 from lpattn.registry import registry
+from lpattn.rope import rotate
 from lpattn.settings import Settings, from_text, make_settings
-from lpattn.types import AttentionBackend, HadamardMode, Provenance
+from lpattn.types import AttentionBackend, HadamardMode, Provenance, Reason
 
 _AUTOMATIC = Settings()
 
@@ -68,7 +70,7 @@ def low_precision_sdpa(
     Precision:
         Whatever the chosen backend states. Inputs that require grad run exactly: there is no backward pass.
     """
-    check_inputs(query, key, value, attn_mask, dropout_p, is_causal)
+    check_inputs(query, key, value, attn_mask, dropout_p, is_causal, scale)
     settings = _resolve(backend, hadamard, on_unsupported)
     return redirect(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, settings=settings, return_lse=return_lse
@@ -116,10 +118,19 @@ def low_precision_rope_sdpa(
         As :func:`low_precision_sdpa`.
     """
     _check_rope(query, key, value, cos, sin, cos_k, sin_k)
-    check_inputs(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask, dropout_p, is_causal)
+    check_inputs(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask, dropout_p, is_causal, scale
+    )
     settings = _resolve(backend, hadamard, on_unsupported)
     layer = active.layer
     if _traced():
+        if needs_grad(query, key, value, attn_mask, cos, sin, cos_k, sin_k) or dropout_p > 0.0:
+            q = rotate(query, cos, sin, interleaved).transpose(1, 2)
+            k = rotate(key, cos if cos_k is None else cos_k, sin if sin_k is None else sin_k, interleaved)
+            k, v = k.transpose(1, 2), value.transpose(1, 2)
+            return redirect(
+                q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, settings=settings, return_lse=return_lse
+            )
         operator = ops.rope_sdpa_lse if return_lse else ops.rope_sdpa
         tag = None if layer is None else layer.tag
         tables = (cos, sin, cos_k, sin_k, interleaved)
@@ -174,12 +185,16 @@ def redirect(
             ledger=ledger,
             return_lse=return_lse,
         )
-    gradient = torch.is_grad_enabled() and needs_grad(query, key, value, attn_mask)
-    in_graph = query.dim() == 4 and key.dim() == 4 and query.shape[0] == key.shape[0] and not query.is_nested
-    if not return_lse and (gradient or not in_graph or dropout_p > 0.0 or (is_causal and attn_mask is not None)):
-        # The operator has no backward pass, and its random numbers would not be the compiler's.
+    if reason := _unfit_for_graph(query, key, value, attn_mask, dropout_p, is_causal):
+        if refusal := _refusal_while_tracing(settings.text, *reason):
+            raise UnsupportedCallError(refusal)
+        if return_lse:
+            raise InvalidArgumentError(f"return_lse cannot be traced for this call: {reason[1]}")
+        if layer is not None:
+            ops.count_exact(layer.tag, *reason)
+        grouped = query.dim() == 4 and query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa or grouped
         )
     query, key, value, attn_mask = cast_like_autocast(query, key, value, attn_mask)
     operator = ops.sdpa_lse if return_lse else ops.sdpa
@@ -210,12 +225,24 @@ def explain(
         InvalidArgumentError: inputs that no attention could take, or that no backend but PyTorch's own SDPA is asked
             about (three-dimensional or nested tensors).
     """
-    check_inputs(query, key, value, attn_mask, dropout_p, is_causal)
+    check_inputs(query, key, value, attn_mask, dropout_p, is_causal, scale)
     settings = _resolve(backend, hadamard, on_unsupported)
     query, key, value, attn_mask = cast_like_autocast(query, key, value, attn_mask)
     if reason := outside(query, key, value, attn_mask, is_causal):
         raise InvalidArgumentError(f"such calls always run on PyTorch's own SDPA: {reason}")
-    call = build_call(query, key, value, attn_mask, dropout_p, is_causal, scale, settings.hadamard, return_lse)
+    gradient = needs_grad(query, key, value, attn_mask)
+    call = build_call(
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        settings.hadamard,
+        return_lse,
+        requires_grad=gradient,
+    )
     return explain_call(call, settings)
 
 
@@ -266,6 +293,35 @@ def _merged_while_tracing(
 _merged_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _unfit_for_graph(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+) -> tuple[str, str] | None:
+    """Code and message of why a traced call must stay PyTorch's own SDPA; None if it can become an operator."""
+    if needs_grad(query, key, value, attn_mask):
+        return "requires_grad", "inputs require grad, and compiled low precision has no backward pass"
+    if dropout_p > 0.0:
+        return "dropout", "dropout_p > 0: an operator's random numbers would not be the compiler's"
+    if query.is_nested or query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
+        return "dimensions", "q, k, v are not plain [B, H, S, D] tensors"
+    if query.shape[0] != key.shape[0]:
+        return "shapes", "q and k have different batch sizes"
+    if is_causal and attn_mask is not None:
+        return "mask_and_causal", "both attn_mask and is_causal=True"
+    return None
+
+
+def _refusal_while_tracing(settings_text: str, code: str, message: str) -> str:
+    return refusal_outside(from_text(settings_text), Reason(code, message))
+
+
+_refusal_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
@@ -279,24 +335,27 @@ def _check_rope(
     cos_k: torch.Tensor | None,
     sin_k: torch.Tensor | None,
 ) -> None:
+    if (cos_k is None) != (sin_k is None):
+        raise InvalidArgumentError("cos_k and sin_k go together; got only one of them")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, torch.Tensor) or tensor.dim() != 4:
             got = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise InvalidArgumentError(f"{name} must be a [B, S, H, D] tensor; got {got}")
-    if (cos_k is None) != (sin_k is None):
-        raise InvalidArgumentError("cos_k and sin_k go together; got only one of them")
-    pairs = [("cos", cos, query), ("sin", sin, query)]
+    tables = [("cos", cos, query), ("sin", sin, query)]
     if cos_k is not None and sin_k is not None:
-        pairs += [("cos_k", cos_k, key), ("sin_k", sin_k, key)]
-    else:
-        pairs += [("cos (for the keys)", cos, key), ("sin (for the keys)", sin, key)]
+        tables += [("cos_k", cos_k, key), ("sin_k", sin_k, key)]
+    for name, table, _ in tables:
+        if not isinstance(table, torch.Tensor):
+            raise InvalidArgumentError(f"{name} must be a tensor; got {table!r} ({type(table).__name__})")
     rotary_dim = cos.shape[-1] if cos.dim() else 0
     if rotary_dim % 2 or not 0 < rotary_dim <= query.shape[-1]:
         raise InvalidArgumentError(
             f"rotary_dim, the last dimension of cos, must be even and at most head_dim {query.shape[-1]}; "
             f"got {rotary_dim}"
         )
-    for name, table, x in pairs:
+    if cos_k is None:
+        tables += [("cos (for the keys)", cos, key), ("sin (for the keys)", sin, key)]
+    for name, table, x in tables:
         full = (*x.shape[:3], rotary_dim)
         if table.device != x.device:
             raise InvalidArgumentError(f"{name} must be on {x.device} as q and k are; got {table.device}")

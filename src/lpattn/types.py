@@ -123,6 +123,7 @@ class AttentionCall:
         return_lse: True if the log-sum-exp is requested.
         rope: the fused rotation, or None.
         contiguous_last_dim: True if the last dimension of q, k and v has stride 1.
+        requires_grad: True if grad is enabled and an input requires it.
     """
 
     batch: int
@@ -145,6 +146,12 @@ class AttentionCall:
     return_lse: bool = False
     rope: Rope | None = None
     contiguous_last_dim: bool = True
+    requires_grad: bool = False
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to compute: no query, no key, or no output."""
+        return 0 in (self.batch, self.num_heads, self.q_len, self.kv_len, self.head_dim_v)
 
     @property
     def device(self) -> torch.device:
@@ -172,6 +179,8 @@ class AttentionCall:
             parts.append(f"hadamard {self.hadamard}")
         if self.return_lse:
             parts.append("with lse")
+        if self.requires_grad:
+            parts.append("requires grad")
         if self.rope is not None:
             kind = "interleaved" if self.rope.interleaved else "half-split"
             parts.append(f"rope {kind} on {self.rope.rotary_dim} lanes")

@@ -48,7 +48,7 @@ def plain_attention(q, k, v, attn_mask=None, is_causal=False, scale=None):
 
 
 class FakeBackend(lpattn.Backend):
-    """Computes by the plain formula, without gradients, and writes down what it was asked."""
+    """Computes by the plain formula, without gradients unless it says otherwise, and writes down what it was asked."""
 
     def __init__(self, name="fake", *, rank=2.0, device=(), supports=None, automatic=True, exact_lengths=False, **data):
         self.name = name
@@ -80,7 +80,9 @@ class FakeBackend(lpattn.Backend):
         self.seen.append(
             types.SimpleNamespace(q=query, k=key, v=value, mask=attn_mask, dropout=dropout_p, autocast=autocast)
         )
-        tensors = [t if t is None else t.detach() for t in (query, key, value, attn_mask)]
+        tensors = [query, key, value, attn_mask]
+        if not self.capabilities.backward:
+            tensors = [t if t is None else t.detach() for t in tensors]
         causal = call.causal is CausalKind.TOP_LEFT
         out, lse = plain_attention(*tensors, is_causal=causal, scale=call.softmax_scale)
         out = out.to(query.dtype)

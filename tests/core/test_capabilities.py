@@ -16,9 +16,19 @@ PERMISSIVE = Capabilities(
     lse=True,
     dropout=True,
     hadamard=frozenset(HadamardMode),
+    backward=True,
 )
 
 TABLE = [
+    (
+        {"backward": False},
+        {"requires_grad": True},
+        Reason(
+            "requires_grad",
+            "inputs require grad: has no backward pass",
+            "wrap the forward in torch.no_grad() or torch.inference_mode()",
+        ),
+    ),
     ({"device_types": {"cuda", "xpu"}}, {}, Reason("device", "device cpu: runs on cuda, xpu")),
     (
         {"architectures": ((9, 0), (9, 0))},
@@ -97,9 +107,13 @@ def test_each_limit_gives_its_reason_and_no_other(make_call, data, fields, reaso
         assert restrict(data).reasons_against(make_call()) == []
 
 
+ALL_BUT_CAUSAL = (
+    "requires_grad device architecture dtype head_dim head_dim_v mask causal_alignment gqa lse dropout hadamard layout"
+)
+
+
 def test_every_code_has_its_row():
-    codes = "device architecture dtype head_dim head_dim_v mask causal causal_alignment gqa lse dropout hadamard layout"
-    assert {row[2].code for row in TABLE} == set(codes.split())
+    assert {row[2].code for row in TABLE} == {"causal", *ALL_BUT_CAUSAL.split()}
 
 
 def test_all_reasons_are_given_at_once(make_call):
@@ -125,8 +139,9 @@ def test_all_reasons_are_given_at_once(make_call):
         dropout=True,
         hadamard=HadamardMode.QKV,
         contiguous_last_dim=False,
+        requires_grad=True,
     )
-    expected = "device architecture dtype head_dim head_dim_v mask causal_alignment gqa lse dropout hadamard layout"
+    expected = ALL_BUT_CAUSAL
     assert [r.code for r in none_of_it.reasons_against(call)] == expected.split()
     without_causal = dataclasses.replace(none_of_it, causal=False)
     assert [r.code for r in without_causal.reasons_against(call)] == expected.replace("_alignment", "").split()
@@ -167,6 +182,7 @@ def test_what_capabilities_promise_by_default(make_call):
         return_lse=True,
         dropout=True,
         hadamard=HadamardMode.V_ONLY,
+        requires_grad=True,
     )
-    expected = ["head_dim_v", "mask", "causal_alignment", "lse", "dropout", "hadamard"]
+    expected = ["requires_grad", "head_dim_v", "mask", "causal_alignment", "lse", "dropout", "hadamard"]
     assert [r.code for r in default.reasons_against(call)] == expected

@@ -77,6 +77,7 @@ def test_a_remembered_call_is_not_decided_again(add_backend, make_call):
         {"causal": CausalKind.TOP_LEFT},
         {"hadamard": HadamardMode.QKV},
         {"return_lse": True},
+        {"requires_grad": True},
         {"dropout": True},
         {"softmax_scale": 0.0},
         {"contiguous_last_dim": False},
@@ -161,6 +162,13 @@ def test_ranks_are_asked_about_calls_that_can_exist(add_backend, make_call):
     assert all(m in (1, f) for m, f in zip(call.mask_shape, full, strict=True))
 
 
+@pytest.mark.parametrize("lengths", [(97, 110), (110, 97)])
+def test_which_length_came_first_does_not_matter(add_backend, make_call, lengths):
+    add_backend(rank=lambda call: 2.0 if call.kv_len > 100 else 0.5)
+    chosen = {dispatch.choose(make_call(q_len=n, kv_len=n), AUTOMATIC).backend for n in lengths}
+    assert chosen == {"bf16_reference"}
+
+
 # What makes a remembered choice stale
 
 
@@ -218,12 +226,14 @@ def subsets(values, always=None):
     return chosen if always is None else chosen.map(lambda s: s | {always})
 
 
+# Few restrictions at a time, so that most backends run many of the calls.
 capabilities = st.fixed_dictionaries(
-    {
+    {},
+    optional={
         "dtypes": subsets([torch.float16, torch.bfloat16, torch.float32]),
-        "device_types": st.sampled_from([None, frozenset({"cuda"}), frozenset({"cuda", "cpu"})]),
-        "architectures": st.sampled_from([None, ((9, 0), (9, 0)), ((8, 0), (12, 0))]),
-        "head_dims": st.one_of(st.none(), subsets([32, 64, 80, 128])),
+        "device_types": st.sampled_from([frozenset({"cuda"}), frozenset({"cuda", "cpu"})]),
+        "architectures": st.sampled_from([((9, 0), (9, 0)), ((8, 0), (12, 0))]),
+        "head_dims": subsets([32, 64, 80, 128]),
         "head_dim_v_differs": st.booleans(),
         "masks": subsets(MaskKind, MaskKind.NONE),
         "causal": st.booleans(),
@@ -233,46 +243,57 @@ capabilities = st.fixed_dictionaries(
         "dropout": st.booleans(),
         "hadamard": subsets(HadamardMode, HadamardMode.NONE),
         "strided_last_dim": st.booleans(),
-    }
+        "backward": st.booleans(),
+    },
 )
 fakes = st.fixed_dictionaries(
     {
         "data": capabilities,
-        "slope": st.floats(-1.0, 1.0),
-        "break_even": st.sampled_from([1, 100, 1000, 100_000]),
-        "automatic": st.booleans(),
-        "modulus": st.sampled_from([0, 0, 0, 2, 8]),
-        "present": st.booleans(),
+        "slope": st.sampled_from([-1.0, -0.1, 0.1, 1.0]),
+        "break_even": st.sampled_from([1, 17, 98, 100, 105, 1000]),
+        "automatic": st.sampled_from([True, True, False]),
+        "modulus": st.sampled_from([0, 0, 0, 0, 8]),
+        "present": st.sampled_from([True, True, True, False]),
     }
 )
-close_lengths = st.sampled_from([0, 1, 2, 15, 16, 17, 31, 32, 63, 64, 65, 96, 97, 100, 110, 111, 112, 128, 1000, 1023])
+close_lengths = st.sampled_from([0, 1, 15, 16, 17, 18, 64, 65, 96, 97, 99, 100, 101, 110, 111, 112, 1000, 1023])
 
 
 @st.composite
-def calls(draw):
-    batch, q_len = draw(st.sampled_from([1, 2, 16, 17])), draw(close_lengths)
-    kv_len = draw(st.one_of(st.just(q_len), close_lengths))
-    heads, kv_heads = draw(st.sampled_from([(4, 4), (4, 1), (8, 2)]))
+def kinds_of_calls(draw):
+    """A function that makes calls which differ in their lengths only."""
+    heads, kv_heads = draw(st.sampled_from([(4, 4), (4, 1)]))
     dim = draw(dims)
     kind = draw(st.sampled_from(list(MaskKind)))
-    full = (batch, heads, q_len, kv_len)
-    shape = tuple(draw(st.sampled_from([1, f])) for f in full) if kind is not MaskKind.NONE else None
+    expanded = draw(st.tuples(*[st.booleans()] * 4))
     device_type = draw(st.sampled_from(["cpu", "cuda"]))
-    capability = draw(st.sampled_from([(8, 0), (9, 0), (12, 0)])) if device_type == "cuda" else None
-    return lpattn.AttentionCall(
-        *(batch, heads, kv_heads, q_len, kv_len, dim),
-        head_dim_v=draw(st.one_of(st.just(dim), dims)),
-        dtype=draw(dtypes),
-        device_type=device_type,
-        capability=capability,
-        mask=kind,
-        mask_shape=shape,
-        causal=draw(st.sampled_from(CausalKind)) if kind is MaskKind.NONE else CausalKind.NONE,
-        dropout=draw(st.booleans()),
-        hadamard=draw(st.sampled_from(HadamardMode)),
-        return_lse=draw(st.booleans()),
-        contiguous_last_dim=draw(st.booleans()),
-    )
+    fields = {
+        "head_dim_v": draw(st.one_of(st.just(dim), dims)),
+        "dtype": draw(dtypes),
+        "device_type": device_type,
+        "capability": draw(st.sampled_from([(8, 0), (9, 0), (12, 0)])) if device_type == "cuda" else None,
+        "mask": kind,
+        "causal": draw(st.sampled_from(CausalKind)) if kind is MaskKind.NONE else CausalKind.NONE,
+        "dropout": draw(st.booleans()),
+        "hadamard": draw(st.sampled_from(HadamardMode)),
+        "return_lse": draw(st.booleans()),
+        "contiguous_last_dim": draw(st.booleans()),
+        "requires_grad": draw(st.sampled_from([False, False, True])),
+    }
+
+    def make(batch, q_len, kv_len):
+        full = (batch, heads, q_len, kv_len or q_len)
+        mask_shape = tuple(1 if e else f for e, f in zip(expanded, full, strict=True))
+        return lpattn.AttentionCall(
+            *(batch, heads, kv_heads, q_len, kv_len or q_len, dim),
+            mask_shape=None if kind is MaskKind.NONE else mask_shape,
+            **fields,
+        )
+
+    return make
+
+
+sizes = st.tuples(st.sampled_from([1, 2, 16, 17]), close_lengths, st.one_of(st.none(), close_lengths))
 
 
 def decision(call, settings):
@@ -287,12 +308,13 @@ def decision(call, settings):
 
 @given(
     backends=st.lists(fakes, min_size=1, max_size=4),
-    calls=st.lists(calls(), min_size=2, max_size=12),
+    kinds=st.lists(kinds_of_calls(), min_size=1, max_size=2),
+    sizes=st.lists(sizes, min_size=4, max_size=20),
     wanted=st.sampled_from([None, None, 0]),
     policy=st.sampled_from([None, *OnUnsupported]),
 )
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-def test_the_remembered_choice_equals_a_fresh_one(make_backend, backends, calls, wanted, policy):
+def test_the_remembered_choice_equals_a_fresh_one(make_backend, backends, kinds, sizes, wanted, policy):
     def make(index, data, slope, break_even, automatic, modulus, present):
         def supports(call):
             odd = modulus and call.kv_len % modulus
@@ -317,8 +339,7 @@ def test_the_remembered_choice_equals_a_fresh_one(make_backend, backends, calls,
             on_unsupported=policy,
             provenance=Provenance.AUTOMATIC if wanted is None else Provenance.MODEL,
         )
-        for call in calls:
-            dispatch.length_class(call), decision(call, request)
+        calls = [make(*size) for size in sizes for make in kinds]
         remembered = [decision(call, request) for call in calls]
         fresh = []
         for call in calls:

@@ -135,7 +135,6 @@ def test_autocast_counts(spies, qkv):
         assert lpattn.explain(*qkv()).call.dtype == torch.float16
 
 
-@pytest.mark.xfail(strict=True, reason="explain() does not look at requires_grad")
 def test_inputs_that_require_grad_are_explained_as_they_run(spies, qkv):
     q, k, v = qkv()
     explanation = lpattn.explain(q.requires_grad_(), k, v)
@@ -148,12 +147,19 @@ def test_inputs_that_require_grad_are_explained_as_they_run(spies, qkv):
 
 @pytest.mark.parametrize(
     ("shape", "text"),
-    [((4, 6, 8), "q, k, v of 3, 3, 3 dimensions"), ((0, 4, 6, 8), "an empty dimension: nothing to compute")],
+    [((4, 6, 8), "q, k, v of 3, 3, 3 dimensions"), ((2, 4, 6, 0), "head_dim 0")],
 )
 def test_calls_that_lpattn_leaves_alone(shape, text):
     q = torch.zeros(shape)
     with pytest.raises(lpattn.InvalidArgumentError, match=f"always run on PyTorch's own SDPA: {text}"):
         lpattn.explain(q, q, q)
+
+
+@pytest.mark.parametrize("options", [{}, {"backend": "best"}])
+def test_empty_calls_are_explained(spies, options):
+    q = torch.zeros(0, 4, 6, 8)
+    choice = lpattn.explain(q, q, q, **options).choice
+    assert (choice.backend, choice.exact_reason.code) == ("bf16_reference", "empty")
 
 
 def test_nothing_is_counted_and_nothing_is_warned_about(add_backend, make_model, qkv):

@@ -92,17 +92,16 @@ def test_opcheck_of_rope_sdpa(add_backend, operator, case):
 
 
 EMPTY = [{"q_len": 0}, {"kv_len": 0, "dim_v": 5}, {"kv_len": 0, "kv_heads": 2}]
-NO_LSE = pytest.mark.xfail(strict=True, reason="empty inputs have no log-sum-exp")
 
 
 @pytest.mark.parametrize("case", EMPTY)
-@pytest.mark.parametrize("operator", [ops.sdpa, pytest.param(ops.sdpa_lse, marks=NO_LSE)])
+@pytest.mark.parametrize("operator", [ops.sdpa, ops.sdpa_lse])
 def test_opcheck_of_empty_inputs(operator, case):
     torch.library.opcheck(operator, sdpa_args(EXACT, **case), test_utils=CHECKS[::2])
 
 
 @pytest.mark.parametrize("case", EMPTY)
-@pytest.mark.parametrize("operator", [ops.rope_sdpa, pytest.param(ops.rope_sdpa_lse, marks=NO_LSE)])
+@pytest.mark.parametrize("operator", [ops.rope_sdpa, ops.rope_sdpa_lse])
 def test_opcheck_of_empty_inputs_with_rope(operator, case):
     torch.library.opcheck(operator, rope_args(EXACT, own_tables=True, **case), test_utils=CHECKS[::2])
 

@@ -129,6 +129,14 @@ def test_what_a_fused_backend_is_given(backends):
     assert (call.batch, call.num_heads, call.num_kv_heads, call.q_len, call.kv_len) == (2, 4, 2, 6, 9)
 
 
+def test_the_rotation_is_part_of_what_is_remembered(backends):
+    q, k, v = bshd()
+    for interleaved, rotary_dim in ((False, 8), (True, 8), (True, 4)):
+        lpattn.low_precision_rope_sdpa(q, k, v, *tables(1, 6, 1, rotary_dim), interleaved=interleaved, backend="fused")
+    lpattn.low_precision_sdpa(*(x.transpose(1, 2) for x in (q, k, v)), backend="fused")
+    assert [c.rope for c in backends["fused"].calls] == [Rope(False, 8), Rope(True, 8), Rope(True, 4), None]
+
+
 @BACKENDS
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_the_log_sum_exp(backends, plain, rotation, backend, interleaved):
@@ -198,12 +206,7 @@ def test_a_call_that_cannot_run_falls_back_or_raises(add_backend, plain, rotatio
     assert not fake.calls
 
 
-NOT_SEEN = pytest.mark.xfail(strict=True, reason="_plan does not look at the tables: they are detached")
-
-
-@pytest.mark.parametrize(
-    "which", ["q", "k", "v", pytest.param("cos", marks=NOT_SEEN), pytest.param("sin", marks=NOT_SEEN)]
-)
+@pytest.mark.parametrize("which", ["q", "k", "v", "cos", "sin"])
 def test_what_requires_grad_is_not_detached(add_backend, which):
     fake = add_backend(fused_rope=True)
     names = ("q", "k", "v", "cos", "sin")
@@ -236,12 +239,10 @@ def test_empty_inputs(add_backend, q_len, kv_len, batch, kv_heads):
     assert not fake.calls
 
 
-@pytest.mark.xfail(strict=True, reason="attend_rope() returns what SDPA returned, in [B, H, S, D] memory")
 def test_no_keys_give_zeros_in_the_usual_memory(in_bshd):
     assert in_bshd(attend_to_nothing(5, 0, 2, 4, backend="bf16_reference"))
 
 
-@pytest.mark.xfail(strict=True, reason="attend_rope() returns the output alone, which unpacks along the batch")
 @pytest.mark.parametrize(("q_len", "kv_len", "batch"), EMPTY)
 def test_empty_inputs_have_a_log_sum_exp(q_len, kv_len, batch):
     result = attend_to_nothing(q_len, kv_len, batch, 4, backend="bf16_reference", return_lse=True)

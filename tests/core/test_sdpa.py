@@ -122,6 +122,15 @@ def test_each_tensor_counts_for_the_layout(agree, qkv, which):
     assert not agree.fake.calls[0].contiguous_last_dim
 
 
+@pytest.mark.parametrize("which", range(3))
+def test_the_layout_is_part_of_what_is_remembered(agree, qkv, which):
+    tensors = list(qkv())
+    agree("fake", *tensors)
+    tensors[which] = tensors[which].mT.contiguous().mT
+    agree("fake", *tensors)
+    assert [c.contiguous_last_dim for c in agree.fake.calls] == [True, False]
+
+
 def test_the_memory_of_the_output_does_not_depend_on_the_backend(add_backend, qkv, in_bshd):
     fake = add_backend()
     q, k, v = qkv()

@@ -39,7 +39,6 @@ def test_autocast_leaves_float64_alone(agree, qkv):
     assert out.dtype == torch.float64
 
 
-@pytest.mark.xfail(strict=True, reason="check_inputs looks at dtypes before autocast unites them")
 def test_autocast_unites_dtypes(qkv):
     q, k, v = qkv()
     k, v = k.bfloat16(), v.half()
@@ -77,7 +76,7 @@ def test_inputs_that_require_grad_run_exactly_and_have_gradients(agree, qkv, whi
     torch.manual_seed(0)
     expected = gradients(F.scaled_dot_product_attention)
     torch.manual_seed(0)
-    with pytest.warns(LpattnWarning, match="inputs require grad: low precision has no backward pass") as caught:
+    with pytest.warns(LpattnWarning, match="fake: inputs require grad: has no backward pass") as caught:
         got = gradients(lpattn.low_precision_sdpa)
     assert len(caught) == 1
     for a, b in zip(got, expected, strict=True):
@@ -94,6 +93,25 @@ def test_a_named_backend_refuses_inputs_that_require_grad(agree, qkv, which):
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             lpattn.low_precision_sdpa(*tensors, backend="fake")
+    assert len(agree.fake.calls) == 2
+
+
+def test_a_backend_with_a_backward_pass_runs(add_backend, qkv):
+    fake = add_backend("trains", rank=3.0, backward=True)
+    q, k, v = qkv()
+    leaf, other = q.clone().requires_grad_(), q.clone().requires_grad_()
+    lpattn.low_precision_sdpa(leaf, k, v).square().sum().backward()
+    F.scaled_dot_product_attention(other, k, v).square().sum().backward()
+    torch.testing.assert_close(leaf.grad, other.grad)
+    assert fake.calls[0].requires_grad
+
+
+def test_requiring_grad_is_part_of_what_is_remembered(agree, qkv):
+    q, k, v = qkv()
+    lpattn.low_precision_sdpa(q, k, v)
+    with pytest.warns(LpattnWarning, match="require grad"):
+        assert lpattn.low_precision_sdpa(q.clone().requires_grad_(), k, v).requires_grad
+    lpattn.low_precision_sdpa(q, k, v)
     assert len(agree.fake.calls) == 2
 
 

@@ -76,12 +76,9 @@ REFUSED = {
     "dropout": lambda q, k, v: lpattn.low_precision_sdpa(q, k, v, dropout_p=0.5, backend="fake"),
     "three_dimensions": lambda q, k, v: lpattn.low_precision_sdpa(q[0], k[0], v[0], backend="fake"),
 }
-SILENT = pytest.mark.xfail(strict=True, reason="redirect() puts SDPA into the graph without a look at the settings")
 
 
-@pytest.mark.parametrize(
-    "wrap", [lambda function: function, pytest.param(compiled, marks=SILENT)], ids=["eager", "graph"]
-)
+@pytest.mark.parametrize("wrap", [lambda function: function, compiled], ids=["eager", "graph"])
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_named_backend_never_falls_back_silently(add_backend, qkv, case, wrap):
     add_backend(dropout=False)
@@ -91,7 +88,6 @@ def test_a_named_backend_never_falls_back_silently(add_backend, qkv, case, wrap)
         wrap(REFUSED[case])(q, k, v)
 
 
-@pytest.mark.xfail(strict=True, reason="the operator is put into the graph, and has no backward")
 def test_rope_on_inputs_that_require_grad_runs_exactly_in_a_graph():
     q, k, v = (torch.randn(2, 6, 4, 8) for _ in range(3))
     cos, sin = torch.randn(2, 1, 6, 1, 4)

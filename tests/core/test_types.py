@@ -30,6 +30,7 @@ OTHER_VALUES = {
     "return_lse": True,
     "rope": Rope(False, 32),
     "contiguous_last_dim": False,
+    "requires_grad": True,
 }
 
 
@@ -100,6 +101,7 @@ PLAIN = "q [2, 4, 64, 32] bfloat16 on cpu, not causal, mask none"
         ({"dropout": True}, f"{PLAIN}, dropout"),
         ({"hadamard": HadamardMode.V_ONLY}, f"{PLAIN}, hadamard v_only"),
         ({"return_lse": True}, f"{PLAIN}, with lse"),
+        ({"requires_grad": True}, f"{PLAIN}, requires grad"),
         ({"rope": Rope(False, 16)}, f"{PLAIN}, rope half-split on 16 lanes"),
         ({"rope": Rope(True, 32)}, f"{PLAIN}, rope interleaved on 32 lanes"),
     ],

@@ -28,6 +28,7 @@ class ReferenceBackend(Backend):
         dropout=True,
         hadamard=frozenset({HadamardMode.NONE}),
         rope=True,
+        backward=True,
     )
 
     @property
@@ -49,6 +50,11 @@ class ReferenceBackend(Backend):
         attn_mask: torch.Tensor | None = None,
         dropout_p: float = 0.0,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        if call.is_empty and not call.requires_grad:
+            # SDPA says the same where it says anything: not all of its kernels take empty tensors.
+            out = query.new_zeros(call.batch, call.q_len, call.num_heads, call.head_dim_v).transpose(1, 2)
+            lse = query.new_full((call.batch, call.num_heads, call.q_len), -torch.inf, dtype=torch.float32)
+            return (out, lse) if call.return_lse else out
         out = F.scaled_dot_product_attention(
             query,
             key,

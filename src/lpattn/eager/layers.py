@@ -119,6 +119,9 @@ class LayerState:
         self.ledger = Ledger()
         with torch.inference_mode(False):  # compiled code may pass it to an operator outside of inference mode
             self.tag = torch.tensor(self.ledger.id, device="cpu")
+        # As torch._dynamo.mark_static_address(guard=False) does, which would import Dynamo: CUDA graphs then leave the
+        # tag where it is, and layers still share one graph.
+        self.tag._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
         self.watched: Application | None = None
         _states[module] = self
 

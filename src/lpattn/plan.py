@@ -1,0 +1,132 @@
+"""From one call's tensors to what runs it, remembered per shape: the part of a call that need not be done twice."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from lpattn.calls import build_call, cast_like_autocast, outside
+from lpattn.dispatch import REFERENCE, asked_for_exact, choose
+from lpattn.errors import UnsupportedCallError
+from lpattn.registry import registry
+from lpattn.settings import Settings, with_environment
+from lpattn.types import AttentionCall, Choice, HadamardMode, Reason, Rope
+
+Plan = tuple[AttentionCall | None, Choice]
+"""The call as backends see it (None: PyTorch's own SDPA takes the inputs as they are) and the decision."""
+
+_PLANS_SIZE = 1024
+_plans: dict[object, Plan] = {}
+
+
+def make_plan(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    settings: Settings,
+    return_lse: bool,
+    requires_grad: bool,
+    rope: Rope | None = None,
+) -> Plan:
+    """Decide what runs the call. q, k, v are [B, H, S, D].
+
+    Raises:
+        UnsupportedCallError: strict settings, and the wanted backend cannot run the call.
+    """
+    settings = with_environment(settings)
+    if query.is_nested or key.is_nested or value.is_nested or torch._C._functorch.peek_interpreter_stack() is not None:
+        return _plan_anew(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, settings, return_lse, requires_grad, rope
+        )
+    device_type = query.device.type
+    # One tuple of plain facts: everything that a decision or a description can depend on.
+    facts = (
+        query.shape,
+        key.shape,
+        value.shape,
+        query.dtype,
+        key.dtype,
+        value.dtype,
+        query.device,
+        key.device,
+        value.device,
+        query.__class__,
+        key.__class__,
+        value.__class__,
+        query.stride()[-1:],
+        key.stride()[-1:],
+        value.stride()[-1:],
+        None if attn_mask is None else (attn_mask.shape, attn_mask.dtype, attn_mask.device, attn_mask.__class__),
+        dropout_p,
+        is_causal,
+        scale,
+        settings,
+        return_lse,
+        requires_grad,
+        rope,
+        torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type),
+        registry.generation,
+    )
+    plan = _plans.get(facts)
+    if plan is None:
+        plan = _plan_anew(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, settings, return_lse, requires_grad, rope
+        )
+        if len(_plans) >= _PLANS_SIZE:
+            _plans.clear()
+        _plans[facts] = plan
+    return plan
+
+
+def _plan_anew(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    settings: Settings,
+    return_lse: bool,
+    requires_grad: bool,
+    rope: Rope | None,
+) -> Plan:
+    query, key, value, attn_mask = cast_like_autocast(query, key, value, attn_mask)
+    if (reason := outside(query, key, value, attn_mask, is_causal)) is not None:
+        if refusal := refusal_outside(settings, reason):
+            raise UnsupportedCallError(refusal)
+        return None, Choice(REFERENCE, settings.provenance, {}, asked_for_exact(settings) or reason)
+    call = build_call(
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        settings.hadamard,
+        return_lse,
+        rope,
+        requires_grad,
+    )
+    choice = choose(call, settings)
+    if choice.backend == REFERENCE and call.hadamard is not HadamardMode.NONE:
+        # Exact attention needs no rotation; the report says that none was applied.
+        call = dataclasses.replace(call, hadamard=HadamardMode.NONE)
+    return call, choice
+
+
+def refusal_outside(settings: Settings, reason: Reason) -> str:
+    """The error text for inputs that only PyTorch's own SDPA takes; empty where the settings allow that."""
+    settings = with_environment(settings)
+    if not settings.strict or asked_for_exact(settings) is not None:
+        return ""
+    return (
+        f"{settings.backend or 'low precision'} cannot run this attention call: {reason}\n"
+        "Use on_unsupported='fallback' to run such calls exactly."
+    )
