@@ -16,7 +16,7 @@ from torch import nn
 import lpattn
 from lpattn.calls import build_call
 from lpattn.dispatch import choose
-from lpattn.execute import _plan
+from lpattn.plan import make_plan
 from lpattn.settings import Settings
 from lpattn.types import HadamardMode
 
@@ -42,7 +42,7 @@ def main() -> int:
     applied = lpattn.apply_low_precision_attention(Attention())
     exact = lpattn.apply_low_precision_attention(Attention(), "bf16_reference")
     variants = {
-        "plan, seen before": lambda: _plan(q, k, v, None, 0.0, False, None, settings, False),
+        "plan, seen before": lambda: make_plan(q, k, v, None, 0.0, False, None, settings, False, False),
         "choose, seen before": lambda: choose(call, settings),
         "plain SDPA": lambda: F.scaled_dot_product_attention(q, k, v),
         "low_precision_sdpa": lambda: lpattn.low_precision_sdpa(q, k, v),
