@@ -181,14 +181,21 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast casts to on the device; None where autocast is not enabled."""
+    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
 def cast_like_autocast(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Cast as SDPA casts its inputs under autocast: floating point but not float64, to the autocast dtype."""
-    device_type = query.device.type
-    if not torch.is_autocast_enabled(device_type):
+    dtype = autocast_dtype(query.device)
+    if dtype is None:
         return query, key, value, attn_mask
-    dtype = torch.get_autocast_dtype(device_type)
+    device_type = query.device.type
 
     def cast(tensor: torch.Tensor) -> torch.Tensor:
         eligible = (

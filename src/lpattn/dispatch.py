@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lpattn.errors import UnsupportedCallError
 from lpattn.registry import registry
-from lpattn.settings import OnUnsupported, Settings, with_environment
+from lpattn.settings import BACKEND_VARIABLE, OnUnsupported, Settings, with_environment
 from lpattn.types import AttentionBackend, AttentionCall, Choice, HadamardMode, Provenance, Reason
 
 REFERENCE = AttentionBackend.BF16_REFERENCE.value
@@ -47,7 +47,7 @@ def choose(call: AttentionCall, settings: Settings) -> Choice:
         if _is_fallback(choice):
             return choice  # its reasons name this call's values, and must not be told of another
         if len(_cache) >= _CACHE_SIZE:
-            _cache.pop(next(iter(_cache)), None)
+            _cache.clear()
         _cache[key] = choice
     return choice
 
@@ -86,8 +86,12 @@ def reasons_against(name: str, call: AttentionCall) -> tuple[Reason, ...]:
     backend = registry.get(name)
     if backend is None:
         return probed
+    try:
+        supported = backend.supports(call)
+    except Exception as error:  # a plugin's bug must not stop calls that others can run
+        supported = [Reason("supports_failed", f"its supports() raised {type(error).__name__}: {error}")]
     # The probe and the capabilities may both object to the device.
-    return tuple(dict.fromkeys((*probed, *backend.supports(call))))
+    return tuple(dict.fromkeys((*probed, *supported)))
 
 
 def _decide(call: AttentionCall, settings: Settings) -> Choice:
@@ -99,19 +103,17 @@ def _decide(call: AttentionCall, settings: Settings) -> Choice:
 def _decide_named(call: AttentionCall, settings: Settings) -> Choice:
     wanted = settings.backend
     assert wanted is not None
-    excluded = (_excluded(settings),)
-    reasons: dict[str, tuple[Reason, ...]] = {name: excluded for name in registry.names() if name != wanted}
+    variable = settings.provenance is Provenance.ENVIRONMENT
+    text = f"{BACKEND_VARIABLE}={wanted}" if variable else f'backend="{wanted}"'
+    excluded = (Reason("excluded", f"excluded by {text}"),)
+    others = {name: excluded for name in registry.names() if name != wanted}
     if not (against := reasons_against(wanted, call)):
-        return Choice(wanted, settings.provenance, reasons, asked_for_exact(settings))
-    reasons[wanted] = against
+        return Choice(wanted, settings.provenance, others, asked_for_exact(settings))
+    reasons = {wanted: against, **others}
     if settings.strict:
         raise _unsupported(call, reasons)
-    reasons.pop(REFERENCE, None)
+    del reasons[REFERENCE]
     return Choice(REFERENCE, settings.provenance, reasons, against[0])
-
-
-def _excluded(settings: Settings) -> Reason:
-    return Reason("excluded", f'excluded by backend="{settings.backend}" ({settings.provenance})')
 
 
 def asked_for_exact(settings: Settings) -> Reason | None:
@@ -137,19 +139,23 @@ def _decide_automatic(call: AttentionCall, settings: Settings) -> Choice:
         if backend is not None and not backend.automatic:
             against = (Reason("not_automatic", "runs only where it is named"), *against)
         elif backend is not None and not against:
-            # The class, not the call: the answer must not depend on which length of a class came first.
-            rank = backend.rank(typical)
-            if rank > 1.0:
-                ranks[name] = rank
-                continue
-            against = (_not_worth_it(name, rank),)
+            try:
+                # The class, not the call: the answer must not depend on which length of a class came first.
+                rank = backend.rank(typical)
+            except Exception as error:
+                against = (Reason("rank_failed", f"its rank() raised {type(error).__name__}: {error}"),)
+            else:
+                if rank > 1.0:
+                    ranks[name] = rank
+                    continue
+                against = (_not_worth_it(name, rank),)
         reasons[name] = against
     if ranks:
         best = max(ranks, key=ranks.__getitem__)
         for name in (*ranks, REFERENCE):
             if name != best:
                 rank = ranks.get(name, 1.0)
-                text = f"slower: x{rank:.2f} of exact attention expected, {best} x{ranks[best]:.2f}"
+                text = f"expected x{rank:.2f} as fast as exact attention, {best} x{ranks[best]:.2f}"
                 reasons[name] = (Reason("slower", text),)
         return Choice(best, settings.provenance, reasons)
     exact = _why_exact(call, reasons)
@@ -185,9 +191,9 @@ def error_text(call: AttentionCall, reasons: Mapping[str, tuple[Reason, ...]]) -
     """Inputs first, then every backend with all its reasons, then the remedy."""
     lines = [f"No backend can run this attention call: {call.describe()}", *reason_lines(reasons)]
     hint = (
-        "Use hadamard='none', or on_unsupported='fallback' to run such calls exactly."
+        'Use hadamard="none", or on_unsupported="fallback" to run such calls exactly.'
         if call.hadamard is not HadamardMode.NONE
-        else "Use backend=None to let lpattn choose, or on_unsupported='fallback' to run such calls exactly."
+        else 'Use backend=None to let lpattn choose, or on_unsupported="fallback" to run such calls exactly.'
     )
     return "\n".join([*lines, hint])
 
@@ -232,4 +238,9 @@ def explain_call(call: AttentionCall, settings: Settings) -> Explanation:
         choice = _decide(call, settings)
     except UnsupportedCallError as error:
         return Explanation(call, None, error.reasons)
-    return Explanation(call, choice, choice.reasons)
+    reasons = {}
+    for name in registry.names():
+        if name != choice.backend:
+            decided = choice.reasons.get(name, ())
+            reasons[name] = tuple(dict.fromkeys((*decided, *reasons_against(name, call))))
+    return Explanation(call, choice, reasons)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from lpattn.active import excluded
-from lpattn.calls import cast_like_autocast, needs_grad
+from lpattn.calls import autocast_dtype, cast_like_autocast, needs_grad
 from lpattn.dispatch import ASKED_CODES, POLICY_CODES, reason_lines
 from lpattn.errors import InvalidArgumentError, LpattnWarning
 from lpattn.ledger import Ledger
@@ -93,11 +93,13 @@ def attend_rope(
     _account(call, choice, settings, ledger)
     backend = registry.get(choice.backend)
     assert backend is not None
-    if call is None or not backend.capabilities.rope:
+    # Under autocast the rotation comes before the cast, as in the code that this function stands for.
+    if call is None or not backend.capabilities.rope or autocast_dtype(query.device) is not None:
         q = rotate(query, cos, sin, interleaved).transpose(1, 2)
         k = rotate(key, cos if cos_k is None else cos_k, sin if sin_k is None else sin_k, interleaved).transpose(1, 2)
         if ledger is not None:
-            ledger.rope = f"{choice.backend} has no fused rotation"
+            fused = backend.capabilities.rope
+            ledger.rope = "autocast is enabled" if fused else f"{choice.backend} has no fused rotation"
         if call is None:
             grouped = query.shape[2] != key.shape[2]
             return _outside_sdpa(q, k, v, attn_mask, dropout_p, is_causal, scale, grouped, return_lse, choice)
@@ -168,7 +170,7 @@ _NOTHING = _Nothing()
 
 def _no_autocast(call: AttentionCall) -> Any:
     """Inputs are cast by now; what a backend computes inside must keep the precision that it asks for."""
-    if torch.is_autocast_enabled(call.device_type):
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(call.device_type):
         return torch.autocast(call.device_type, enabled=False)
     return _NOTHING
 

@@ -19,7 +19,7 @@ from lpattn.ledger import Ledger
 from lpattn.plan import refusal_outside
 from lpattn.registry import registry
 from lpattn.rope import rotate
-from lpattn.settings import Settings, from_text, make_settings
+from lpattn.settings import Settings, from_text, is_exact, make_settings
 from lpattn.types import AttentionBackend, HadamardMode, Provenance, Reason
 
 _AUTOMATIC = Settings()
@@ -270,9 +270,11 @@ def _merged(
     """A call's own arguments over the surrounding settings. The generation keeps stale names out of the cache."""
     surrounding = from_text(surrounding_text)
     named = backend is not None
+    if hadamard is None:
+        hadamard = HadamardMode.NONE if backend is not None and is_exact(backend) else surrounding.hadamard
     settings = make_settings(
         backend if named else surrounding.backend,
-        hadamard if hadamard is not None else surrounding.hadamard,
+        hadamard,
         on_unsupported if on_unsupported is not None else (None if named else surrounding.on_unsupported),
         Provenance.ARGUMENT,
     )
@@ -360,8 +362,9 @@ def _check_rope(
         if table.device != x.device:
             raise InvalidArgumentError(f"{name} must be on {x.device} as q and k are; got {table.device}")
         shape = (1,) * (4 - table.dim()) + tuple(table.shape)
-        # [S, rotary_dim] would broadcast its positions over heads: ask for the axis instead of guessing.
-        fits = table.dim() in (3, 4) and shape[3] == rotary_dim
+        # Tables without an axis for heads would broadcast positions over heads: ask for the axis, do not guess.
+        headless = table.dim() < 3 or (table.dim() == 3 and shape[1] in (1, full[0]) and shape[2] == full[1] != 1)
+        fits = len(shape) == 4 and shape[3] == rotary_dim and not headless
         if not fits or any(t not in (1, f) for t, f in zip(shape, full, strict=True)):
             raise InvalidArgumentError(
                 f"{name} {list(table.shape)} must broadcast to [B, S, H, rotary_dim] = {list(full)}"

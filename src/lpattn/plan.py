@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from lpattn.calls import build_call, cast_like_autocast, outside
+from lpattn.calls import autocast_dtype, build_call, cast_like_autocast, outside
 from lpattn.dispatch import REFERENCE, asked_for_exact, choose
 from lpattn.errors import UnsupportedCallError
 from lpattn.registry import registry
@@ -43,7 +43,6 @@ def make_plan(
         return _plan_anew(
             query, key, value, attn_mask, dropout_p, is_causal, scale, settings, return_lse, requires_grad, rope
         )
-    device_type = query.device.type
     # One tuple of plain facts: everything that a decision or a description can depend on.
     facts = (
         query.shape,
@@ -65,11 +64,11 @@ def make_plan(
         dropout_p,
         is_causal,
         scale,
-        settings,
+        settings.text,
         return_lse,
         requires_grad,
         rope,
-        torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type),
+        autocast_dtype(query.device),
         registry.generation,
     )
     plan = _plans.get(facts)
@@ -128,5 +127,5 @@ def refusal_outside(settings: Settings, reason: Reason) -> str:
         return ""
     return (
         f"{settings.backend or 'low precision'} cannot run this attention call: {reason}\n"
-        "Use on_unsupported='fallback' to run such calls exactly."
+        'Use on_unsupported="fallback" to run such calls exactly.'
     )

@@ -32,6 +32,8 @@ BUILTIN_MODULES = ("lpattn.backends.reference", "lpattn.backends.fa3")
 DISABLE_VARIABLE = "LPATTN_DISABLE_PLUGINS"
 _PLUGIN_PACKAGES = {"fp8_emulated": "lpattn-emulated"}
 """Backends of the plugins that lpattn's own repository holds, for the error that names what to install."""
+_RESERVED_NAMES = {"auto", "exact", *(backend.value for backend in AttentionBackend)}
+"""Words of layer rules, and the names that lpattn keeps for itself."""
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
 
 
@@ -148,7 +150,7 @@ class Registry:
         for failure in self._failures:
             if failure.source.kind == "built-in" and failure.source.entry_point.endswith(name.rpartition("_")[2]):
                 return (Reason("load_failed", f"its module failed to load: {failure.message}", "see `lpattn info`"),)
-        return (Reason("not_shipped", "this version of lpattn has no kernels for it", "use another backend"),)
+        return (Reason("not_shipped", "this version of lpattn has no kernels for it"),)
 
     def probe(self, name: str, device: torch.device) -> tuple[Reason, ...]:
         """Why the backend cannot run on the device; empty if it can. Evaluated once per device."""
@@ -173,7 +175,7 @@ class Registry:
         Raises:
             RegistrationError: it breaks the protocol, or its name is taken.
         """
-        validate_backend(backend)
+        validate_backend(backend, source)
         with self._lock:
             self._load()
             self._add(backend, source)
@@ -286,7 +288,7 @@ class Registry:
         source = Source(source.kind, source.distribution, source.version, source.entry_point, seconds)
         for backend in backends:
             try:
-                validate_backend(backend)
+                validate_backend(backend, source)
                 self._add(backend, source)
             except Exception as error:
                 self._fail(source, error)
@@ -296,7 +298,7 @@ class Registry:
         self._failures.append(Failure(source, f"{type(error).__name__}: {error}", text))
 
 
-def validate_backend(backend: Any) -> None:
+def validate_backend(backend: Any, source: Source) -> None:
     """Check that an object follows the protocol.
 
     Raises:
@@ -310,6 +312,8 @@ def validate_backend(backend: Any) -> None:
         raise RegistrationError(
             f"{type(backend).__name__}.name must be a lower-case identifier such as 'my_fp8'; got {name!r}"
         )
+    if name in _RESERVED_NAMES and source.kind != "built-in":
+        raise RegistrationError(f"backend name {name!r} is reserved by lpattn; choose another name")
     if backend.protocol_version != PROTOCOL_VERSION:
         raise RegistrationError(
             f"{name} was written for protocol version {backend.protocol_version}; this lpattn speaks version "

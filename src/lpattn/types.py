@@ -110,7 +110,8 @@ class AttentionCall:
     Attributes:
         batch, num_heads, num_kv_heads: sizes; ``num_heads`` is a multiple of ``num_kv_heads``.
         q_len, kv_len: number of queries and of keys. Decisions are remembered for a class of lengths (see
-            :meth:`key`): a backend whose answer depends on more than that sets ``Backend.exact_lengths``.
+            :func:`lpattn.dispatch.length_class`): a backend whose answer depends on more than that sets
+            ``Backend.exact_lengths``.
         head_dim: of q and k. ``head_dim_v``: of v and of the output.
         dtype: of q, k, v and of the output.
         device_type: ``"cuda"``, ``"cpu"``, ...; ``device_index``: 0 where the device has no index.

@@ -149,13 +149,3 @@ def test_an_unknown_name_in_the_environment_is_an_error(cli: Cli, monkeypatch: p
     result = cli(*CALL)
     assert result.code == 2
     assert "LPATTN_BACKEND='fp8_fa33'" in result.err
-
-
-def test_the_emulation_says_how_to_install_it(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unknown(*_: object) -> None:
-        raise lpattn.UnknownBackendError("unknown backend 'fp8_emulated'")
-
-    monkeypatch.setattr("lpattn.cli.explain.make_settings", unknown)
-    result = cli(*CALL, "--backend", "FP8_emulated")
-    assert result.code == 2
-    assert result.err.endswith("fp8_emulated is a plugin: pip install lpattn-emulated\n")

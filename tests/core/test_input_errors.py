@@ -136,6 +136,11 @@ ROPE = {
         {},
         "cos [2, 6, 8] must broadcast to [B, S, H, rotary_dim] = [2, 6, 4, 8]" + AXIS,
     ),
+    "as_many_positions_as_heads": (
+        (x(2, 4, 4, 8), x(2, 4, 4, 8), x(2, 4, 4, 8), x(4, 8), x(4, 8)),
+        {},
+        "cos [4, 8] must broadcast to [B, S, H, rotary_dim] = [2, 4, 4, 8]" + AXIS,
+    ),
     "length": (
         (QR, QR, QR, COS, x(1, 7, 1, 8)),
         {},
@@ -175,6 +180,12 @@ def test_inputs_of_rope_sdpa(case):
     with pytest.raises(InvalidArgumentError) as caught:
         lpattn.low_precision_rope_sdpa(*args, **options)
     assert str(caught.value) == text
+
+
+def test_positions_never_pass_for_heads():
+    q, cos = x(1, 4, 4, 8), x(1, 4, 8)
+    with pytest.raises(InvalidArgumentError, match="need an axis for heads"):
+        lpattn.low_precision_rope_sdpa(q, q, q, cos, cos, backend="bf16_reference")
 
 
 @pytest.mark.parametrize("name", ["cos", "sin", "cos_k", "sin_k"])

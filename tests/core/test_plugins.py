@@ -101,7 +101,7 @@ BROKEN = {
     "no_backend": (lambda p, b: p("broken"), "a backend must be an instance of lpattn.Backend; got 'broken'"),
     "duplicate": (
         lambda p, b: p(b("bf16_reference")),
-        "backend name 'bf16_reference' is already taken by built-in; choose another name",
+        "backend name 'bf16_reference' is reserved by lpattn; choose another name",
     ),
 }
 

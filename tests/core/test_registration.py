@@ -69,12 +69,33 @@ def test_register_and_unregister(add_backend, qkv):
     add_backend("mine")
 
 
-@pytest.mark.parametrize("name", ["bf16_reference", "mine"])
-def test_a_name_is_taken_once(add_backend, make_backend, name):
+def test_a_name_is_taken_once(add_backend, make_backend):
     first = add_backend("mine")
-    with pytest.raises(RegistrationError, match=f"backend name '{name}' is already taken by (built-in|registered)"):
-        lpattn.register_backend(make_backend(name))
+    with pytest.raises(RegistrationError, match="backend name 'mine' is already taken by registered"):
+        lpattn.register_backend(make_backend("mine"))
     assert registry.get("mine") is first
+
+
+@pytest.mark.parametrize("name", ["auto", "exact", "bf16_reference", "fp8_triton"])
+def test_words_of_lpattn_are_reserved(make_backend, name):
+    with pytest.raises(RegistrationError, match=f"backend name '{name}' is reserved by lpattn"):
+        lpattn.register_backend(make_backend(name))
+
+
+@pytest.mark.parametrize("method", ["supports", "rank"])
+def test_a_plugin_whose_questions_raise_stops_nobody(add_backend, qkv, monkeypatch, method):
+    """The automatic choice asks every backend: one that is broken must not break the calls of the others."""
+    broken, best = add_backend("broken", rank=9.0), add_backend("best", rank=2.0)
+
+    def fail(call):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(broken, method, fail)
+    lpattn.low_precision_sdpa(*qkv())
+    assert len(best.calls) == 1
+    (reason,) = lpattn.explain(*qkv()).reasons["broken"]
+    assert reason.code == f"{method}_failed"
+    assert "a bug" in reason.message
 
 
 @pytest.mark.parametrize("name", ["My_fp8", "fp8-mine", "8bit", "", "fp8 ", "fp8\n", "a|b", "ä", None, 8])

@@ -158,7 +158,7 @@ def test_a_backend_that_cannot_run_here_is_refused_at_once(entry, kind, add_back
     add_backend(device=DRIVER)
     with pytest.raises(BackendUnavailableError) as caught:
         entry(kind, backend="fake")
-    remedy = "Use backend=None to let lpattn choose, or on_unsupported='fallback' to run such calls exactly."
+    remedy = 'Use backend=None to let lpattn choose, or on_unsupported="fallback" to run such calls exactly.'
     assert str(caught.value) == LISTING + remedy
     assert isinstance(caught.value, RuntimeError)
 
@@ -168,7 +168,7 @@ def test_with_fallback_it_is_one_warning(entry, kind, add_backend, only_cpu):
     add_backend(device=DRIVER)
     with pytest.warns(LpattnWarning) as caught:
         entry(kind, backend="fake", on_unsupported="fallback")
-    expected = LISTING + "Its calls run exactly, because on_unsupported='fallback'."
+    expected = LISTING + 'Its calls run exactly, because on_unsupported="fallback".'
     assert [str(w.message) for w in caught] == [expected]
     assert caught[0].filename in (__file__, entry.__code__.co_filename)
 
@@ -266,3 +266,8 @@ def test_settings_survive_as_text(backend, policy, provenance):
         assert hash(copy) == hash(settings)
         assert copy.strict == (policy is OnUnsupported.RAISE or (policy is None and backend is not None))
         assert settings != Settings(backend, mode, policy, provenance, scope=8)
+
+
+def test_a_plugin_that_is_not_installed_is_named_with_its_package(qkv):
+    with pytest.raises(UnknownBackendError, match="pip install lpattn-emulated"):
+        lpattn.low_precision_sdpa(*qkv(), backend="fp8_emulated")

@@ -112,10 +112,12 @@ class Result:
         worst = float((row_error - 2 * row_budget).max())
         limit = 0.5 * float(row_budget.max()) + 2**-7 * peak + drift * peak
         assert worst <= limit, f"a row is off by {worst:.3g} more than its budget, limit {limit:.3g}"
-        # Hopper's FP8 tensor cores keep about 14 bits when they add up S (DeepSeek-V3, arXiv:2412.19437, section 3.3.2):
+        # Hopper's FP8 tensor cores keep about 14 bits when they add up S (DeepSeek-V3, arXiv:2412.19437, 3.3.2);
         # each of the head_dim / 32 additions loses up to 2^-13 of a partial sum, which may exceed the largest logit.
         lse_error = float((self.lse.double() - self.exact_lse).abs().max())
-        assert lse_error <= 1e-3 + 16 * 2**-13 * self.logits, f"lse is off by {lse_error:.3g}, logits reach {self.logits:.3g}"
+        assert lse_error <= 1e-3 + 16 * 2**-13 * self.logits, (
+            f"lse is off by {lse_error:.3g}, logits reach {self.logits:.3g}"
+        )
 
 
 def compare(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> Result:

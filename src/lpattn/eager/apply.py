@@ -12,7 +12,7 @@ from lpattn.dispatch import REFERENCE
 from lpattn.eager.layers import Application, LayerState, attach, detach, state_of
 from lpattn.errors import InvalidArgumentError, LpattnWarning
 from lpattn.policy import AUTO, EXACT, LayerRules, covers, rule_for
-from lpattn.settings import Settings, check_machine, make_settings, with_environment
+from lpattn.settings import Settings, check_machine, is_exact, make_settings, with_environment
 from lpattn.types import AttentionBackend, HadamardMode, Provenance
 
 
@@ -119,7 +119,8 @@ def _layer_settings(base: Settings, rule: str | None, on_unsupported: str | None
         return replace(base, backend=None, provenance=Provenance.LAYER_RULE)
     if rule == EXACT:
         return replace(base, backend=REFERENCE, provenance=Provenance.LAYER_RULE)
-    named = make_settings(rule, base.hadamard, on_unsupported, Provenance.LAYER_RULE)
+    hadamard = HadamardMode.NONE if is_exact(rule) else base.hadamard
+    named = make_settings(rule, hadamard, on_unsupported, Provenance.LAYER_RULE)
     return replace(named, scope=base.scope)
 
 
