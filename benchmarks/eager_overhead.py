@@ -21,8 +21,8 @@ APPLIED = {"automatic": None, "bf16_reference": "bf16_reference"}
 
 
 def llama(device: str, quick: bool) -> tuple[nn.Module, Callable[[nn.Module], Callable[[], Any]], int]:
-    """A Llama with few lanes and many layers: host time is what is measured. One decode step on a static cache."""
-    from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+    """A Llama with few lanes and many layers: host time is what is measured. One decode step on a cache of 128 tokens."""
+    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
     layers = 4 if quick else 16
     config = LlamaConfig(
@@ -38,14 +38,17 @@ def llama(device: str, quick: bool) -> tuple[nn.Module, Callable[[nn.Module], Ca
     model = LlamaForCausalLM(config)
 
     def step(model: nn.Module) -> Callable[[], Any]:
-        cache = StaticCache(config=config, max_cache_len=256)
+        cache = DynamicCache(config=config)
         prompt = torch.randint(512, (1, 128), device=device)
         model(prompt, past_key_values=cache)
-        token, position = torch.randint(512, (1, 1), device=device), torch.tensor([128], device=device)
-        # The same step again and again: the same slot of the cache is overwritten.
-        return lambda: model(
-            token, past_key_values=cache, cache_position=position, position_ids=position[None], use_cache=True
-        )
+        token = torch.randint(512, (1, 1), device=device)
+
+        def decode() -> Any:
+            out = model(token, past_key_values=cache, use_cache=True)
+            cache.crop(-1)  # the same step again and again
+            return out
+
+        return decode
 
     return model, step, layers
 
