@@ -21,7 +21,7 @@ APPLIED = {"automatic": None, "bf16_reference": "bf16_reference"}
 
 
 def llama(device: str, quick: bool) -> tuple[nn.Module, Callable[[nn.Module], Callable[[], Any]], int]:
-    """A Llama with few lanes and many layers: host time is what is measured. One decode step on a cache of 128 tokens."""
+    """A Llama of few lanes and many layers, as host time is what is measured: one decode step after 128 tokens."""
     from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
     layers = 4 if quick else 16
