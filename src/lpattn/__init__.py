@@ -12,6 +12,7 @@ from lpattn.eager.apply import apply_low_precision_attention, remove_low_precisi
 from lpattn.eager.context import low_precision_attention
 from lpattn.eager.report import AttentionReport, LayerReport, attention_report
 from lpattn.errors import (
+    BackendError,
     BackendUnavailableError,
     InvalidArgumentError,
     LpattnError,
@@ -43,6 +44,7 @@ __all__ = [
     "AttentionCall",
     "AttentionReport",
     "Backend",
+    "BackendError",
     "BackendInfo",
     "BackendUnavailableError",
     "Capabilities",

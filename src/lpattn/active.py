@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -45,7 +45,9 @@ class Active(threading.local):
 
     Attributes:
         layer: innermost applied module; None outside of applied models.
-        context: innermost context manager; None outside.
+        contexts: entered context managers, innermost last.
+        context_settings: what they come to; None outside of them.
+        mode: the function mode that serves them.
         tracing: whether a surrounding applied module already redirects the calls of the code being traced.
         attended: whether a traced module has come to an attention call.
     """
@@ -53,7 +55,9 @@ class Active(threading.local):
     # Set per thread by __init__ and not as class attributes: Dynamo guards on the presence of instance attributes.
     def __init__(self) -> None:
         self.layer: Layer | None = None
-        self.context: Scope | None = None
+        self.contexts: tuple[Scope, ...] = ()
+        self.context_settings: Settings | None = None
+        self.mode: Any = None
         self.tracing = False
         self.attended = False
 
@@ -67,7 +71,17 @@ def current_settings() -> Settings | None:
     The context manager's come before the layer's; where it names no backend, the layer's stands.
     """
     own = None if active.layer is None else active.layer.settings
-    if active.context is None:
+    settings = active.context_settings
+    if settings is None:
         return own
-    settings = active.context.settings
     return settings if own is None or settings.backend is not None else overlay(settings.text, own.text)
+
+
+def contexts_changed() -> None:
+    """Work out what the entered context managers come to."""
+    settings: Settings | None = None
+    for context in active.contexts:
+        own = context.settings
+        inherits = settings is not None and own.backend is None
+        settings = overlay(own.text, settings.text) if settings is not None and inherits else own
+    active.context_settings = settings

@@ -16,6 +16,7 @@ def outside(
     key: torch.Tensor,
     value: torch.Tensor,
     attn_mask: torch.Tensor | None,
+    dropout_p: float,
     is_causal: bool,
 ) -> Reason | None:
     """Why an AttentionCall cannot describe these inputs, so that only PyTorch's own SDPA can take (or refuse) them."""
@@ -35,6 +36,8 @@ def outside(
         return Reason("mask", f"attn_mask of {attn_mask.dim()} dimensions")
     if problem := problem_with(query, key, value, attn_mask):
         return Reason("shapes", problem)
+    if not 0.0 <= dropout_p <= 1.0:
+        return Reason("dropout", f"dropout_p {dropout_p}: must lie in [0, 1]")
     return Reason("head_dim", "head_dim 0") if query.shape[3] == 0 else None
 
 
@@ -90,6 +93,8 @@ def check_inputs(
     for name, tensor in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
         if not isinstance(tensor, torch.Tensor) and not (name == "attn_mask" and tensor is None):
             raise InvalidArgumentError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
+    if not isinstance(is_causal, (bool, torch.SymBool)):
+        raise InvalidArgumentError(f"is_causal must be True or False; got {is_causal!r} ({type(is_causal).__name__})")
     for name, number in (("dropout_p", dropout_p), ("scale", 0.0 if scale is None else scale)):
         if not isinstance(number, (int, float, torch.SymInt, torch.SymFloat)):
             raise InvalidArgumentError(f"{name} must be a number; got {number!r} ({type(number).__name__})")
@@ -103,6 +108,9 @@ def check_inputs(
         raise InvalidArgumentError(f"dropout_p must lie in [0, 1]; got {dropout_p}")
     query, key, value, attn_mask = cast_like_autocast(query, key, value, attn_mask)
     if query.dim() == key.dim() == value.dim() == 4 and (attn_mask is None or attn_mask.dim() <= 4):
+        batches = {query.shape[0], key.shape[0], value.shape[0]}
+        if len(batches) == 2 and 1 in batches:
+            return  # PyTorch broadcasts them
         if problem := problem_with(query, key, value, attn_mask):
             raise InvalidArgumentError(problem + _layout_hint(query, key))
     elif query.dim() < 2 or key.dim() < 2 or value.dim() < 2:

@@ -6,11 +6,12 @@ Decisions are remembered per class of lengths, not per length, in a bounded cach
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lpattn.errors import UnsupportedCallError
-from lpattn.registry import registry
+from lpattn.registry import checked_reasons, registry
 from lpattn.settings import BACKEND_VARIABLE, OnUnsupported, Settings, with_environment
 from lpattn.types import AttentionBackend, AttentionCall, Choice, HadamardMode, Provenance, Reason
 
@@ -87,9 +88,9 @@ def reasons_against(name: str, call: AttentionCall) -> tuple[Reason, ...]:
     if backend is None:
         return probed
     try:
-        supported = backend.supports(call)
+        supported = checked_reasons(backend.supports(call))
     except Exception as error:  # a plugin's bug must not stop calls that others can run
-        supported = [Reason("supports_failed", f"its supports() raised {type(error).__name__}: {error}")]
+        supported = (Reason("supports_failed", f"its supports() raised {type(error).__name__}: {error}"),)
     # The probe and the capabilities may both object to the device.
     return tuple(dict.fromkeys((*probed, *supported)))
 
@@ -141,11 +142,11 @@ def _decide_automatic(call: AttentionCall, settings: Settings) -> Choice:
         elif backend is not None and not against:
             try:
                 # The class, not the call: the answer must not depend on which length of a class came first.
-                rank = backend.rank(typical)
+                rank = float(backend.rank(typical))
             except Exception as error:
                 against = (Reason("rank_failed", f"its rank() raised {type(error).__name__}: {error}"),)
             else:
-                if rank > 1.0:
+                if 1.0 < rank < math.inf:
                     ranks[name] = rank
                     continue
                 against = (_not_worth_it(name, rank),)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from typing import Any
 
 import torch
@@ -12,13 +11,13 @@ import torch.nn.functional as F
 from lpattn.active import excluded
 from lpattn.calls import autocast_dtype, cast_like_autocast, needs_grad
 from lpattn.dispatch import ASKED_CODES, POLICY_CODES, reason_lines
-from lpattn.errors import InvalidArgumentError, LpattnWarning
+from lpattn.errors import BackendError, InvalidArgumentError, warn
 from lpattn.ledger import Ledger
-from lpattn.plan import make_plan
+from lpattn.plan import make_plan, outside_plan
 from lpattn.registry import registry
 from lpattn.rope import rotate
 from lpattn.settings import Settings
-from lpattn.types import AttentionCall, Choice, HadamardMode, Rope
+from lpattn.types import AttentionCall, Choice, HadamardMode, Reason, Rope
 
 _warned: set[tuple[int, str, str]] = set()
 _QUIET_CODES = POLICY_CODES | ASKED_CODES | {"empty"}
@@ -54,14 +53,14 @@ def attend(
     """
     gradient = needs_grad(query, key, value, attn_mask)
     call, choice = make_plan(query, key, value, attn_mask, dropout_p, is_causal, scale, settings, return_lse, gradient)
-    _account(call, choice, settings, ledger)
+    account(call, choice, settings, ledger)
     if call is None:
         return _outside_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse, choice)
     query, key, value, attn_mask = cast_like_autocast(query, key, value, attn_mask)
     backend = registry.get(choice.backend)
     assert backend is not None
     with excluded(), _no_autocast(call):
-        return _finish(backend.attention(query, key, value, call, _four_dims(attn_mask), dropout_p), return_lse)
+        return _finish(backend.attention(query, key, value, call, _four_dims(attn_mask), dropout_p), call, choice)
 
 
 def attend_rope(
@@ -90,7 +89,7 @@ def attend_rope(
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     gradient = needs_grad(query, key, value, attn_mask, cos, sin, cos_k, sin_k)
     call, choice = make_plan(q, k, v, attn_mask, dropout_p, is_causal, scale, settings, return_lse, gradient, rope)
-    _account(call, choice, settings, ledger)
+    account(call, choice, settings, ledger)
     backend = registry.get(choice.backend)
     assert backend is not None
     # Under autocast the rotation comes before the cast, as in the code that this function stands for.
@@ -106,7 +105,7 @@ def attend_rope(
         q, k, v, attn_mask = cast_like_autocast(q, k, v, attn_mask)
         with excluded(), _no_autocast(call):
             call = dataclasses.replace(call, rope=None)
-            return _finish(backend.attention(q, k, v, call, _four_dims(attn_mask), dropout_p), return_lse)
+            return _finish(backend.attention(q, k, v, call, _four_dims(attn_mask), dropout_p), call, choice)
     if ledger is not None:
         ledger.rope = "fused"
     query, key, value, attn_mask = cast_like_autocast(query, key, value, attn_mask)
@@ -114,7 +113,7 @@ def attend_rope(
         out = backend.rope_attention(
             query, key, value, cos, sin, call, _four_dims(attn_mask), dropout_p, cos_k=cos_k, sin_k=sin_k
         )
-        return _finish(out, return_lse)
+        return _finish(out, call, choice)
 
 
 def _outside_sdpa(
@@ -138,7 +137,18 @@ def _outside_sdpa(
         )
 
 
-def _account(call: AttentionCall | None, choice: Choice, settings: Settings, ledger: Ledger | None) -> None:
+def account_outside(reason: Reason, settings: Settings, ledger: Ledger | None) -> None:
+    """Count and warn of a call that stays PyTorch's own.
+
+    Raises:
+        UnsupportedCallError: strict settings.
+    """
+    call, choice = outside_plan(reason, settings)
+    account(call, choice, settings, ledger)
+
+
+def account(call: AttentionCall | None, choice: Choice, settings: Settings, ledger: Ledger | None) -> None:
+    """Count a planned call, and warn of a fallback: once per scope and reason."""
     if ledger is not None:
         ledger.count(choice)
         if call is not None and call.device_type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -156,7 +166,7 @@ def _account(call: AttentionCall | None, choice: Choice, settings: Settings, led
     if settings.hadamard is not HadamardMode.NONE:
         lines.append(f"hadamard={settings.hadamard.value!r} is not applied to such calls.")
     lines.append("This is said once per reason; attention_report(model) counts such calls.")
-    warnings.warn("\n".join(lines), LpattnWarning, stacklevel=4)
+    warn("\n".join(lines))
 
 
 class _Nothing:
@@ -181,13 +191,25 @@ def _four_dims(attn_mask: torch.Tensor | None) -> torch.Tensor | None:
     return attn_mask[(None,) * (4 - attn_mask.dim())]
 
 
-def _finish(result: Any, return_lse: bool) -> Any:
-    if return_lse:
-        out, lse = result
-        return in_bshd_memory(out), lse
-    return in_bshd_memory(result)
+def _finish(result: Any, call: AttentionCall, choice: Choice) -> Any:
+    out, lse = result if call.return_lse and isinstance(result, tuple) and len(result) == 2 else (result, None)
+    shape = (call.batch, call.num_heads, call.q_len, call.head_dim_v)
+    if not isinstance(out, torch.Tensor) or out.shape != shape or out.dtype != call.dtype:
+        got = f"{list(out.shape)} {out.dtype}" if isinstance(out, torch.Tensor) else type(out).__name__
+        raise BackendError(
+            f"backend {choice.backend!r} returned {got}; the output of this call is {list(shape)} {call.dtype}"
+        )
+    if not call.return_lse:
+        return in_bshd_memory(out)
+    if not isinstance(lse, torch.Tensor) or lse.shape != shape[:3] or lse.dtype != torch.float32:
+        got = f"{list(lse.shape)} {lse.dtype}" if isinstance(lse, torch.Tensor) else type(lse).__name__
+        raise BackendError(f"backend {choice.backend!r} returned lse {got}; it must be {list(shape[:3])} torch.float32")
+    return in_bshd_memory(out), lse
 
 
 def in_bshd_memory(out: torch.Tensor) -> torch.Tensor:
     """The same [B, H, S, D] values in [B, S, H, D]-contiguous memory; no copy where they already are."""
+    _, heads, length, dim = out.shape
+    if out.stride() == (length * heads * dim, dim, heads * dim, 1):
+        return out  # the usual case, without the cost of three operators on a decode step
     return out.transpose(1, 2).contiguous().transpose(1, 2)

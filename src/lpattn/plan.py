@@ -96,10 +96,8 @@ def _plan_anew(
     rope: Rope | None,
 ) -> Plan:
     query, key, value, attn_mask = cast_like_autocast(query, key, value, attn_mask)
-    if (reason := outside(query, key, value, attn_mask, is_causal)) is not None:
-        if refusal := refusal_outside(settings, reason):
-            raise UnsupportedCallError(refusal)
-        return None, Choice(REFERENCE, settings.provenance, {}, asked_for_exact(settings) or reason)
+    if (reason := outside(query, key, value, attn_mask, dropout_p, is_causal)) is not None:
+        return outside_plan(reason, settings)
     call = build_call(
         query,
         key,
@@ -118,6 +116,18 @@ def _plan_anew(
         # Exact attention needs no rotation; the report says that none was applied.
         call = dataclasses.replace(call, hadamard=HadamardMode.NONE)
     return call, choice
+
+
+def outside_plan(reason: Reason, settings: Settings) -> Plan:
+    """The plan for a call that only PyTorch's own SDPA takes.
+
+    Raises:
+        UnsupportedCallError: strict settings.
+    """
+    settings = with_environment(settings)
+    if refusal := refusal_outside(settings, reason):
+        raise UnsupportedCallError(refusal)
+    return None, Choice(REFERENCE, settings.provenance, {}, asked_for_exact(settings) or reason)
 
 
 def refusal_outside(settings: Settings, reason: Reason) -> str:

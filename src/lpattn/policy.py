@@ -12,7 +12,7 @@ import importlib.resources
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -79,36 +79,36 @@ def _tables() -> dict[_Key, list[tuple[int, float]]]:
     }
 
 
-def rule_for(rules: LayerRules | None, name: str, module: nn.Module) -> str | None:
-    """The rule for a layer: EXACT, AUTO, a backend name, or None where no rule applies.
+def rule_for(rules: LayerRules | None, names: Sequence[str], module: nn.Module) -> tuple[str | None, str | None]:
+    """The pattern that decides on a layer and its rule: EXACT, AUTO, a backend name, or None where none applies.
 
     Args:
         rules: the user's rules.
-        name: fully qualified name of the module; patterns match it by :mod:`fnmatch`, and a pattern that matches a
-            container (``"blocks.0"`` or ``"blocks.0.*"``) covers everything below it.
-        module: the module, for callables.
+        names: fully qualified names of the module (a shared one has several); patterns match them by :mod:`fnmatch`,
+            and a pattern that matches a container (``"blocks.0"`` or ``"blocks.0.*"``) covers everything below it.
+        module: the module, for callables, which get its first name.
 
     Raises:
         InvalidArgumentError: a callable returned something that is not a rule.
     """
     if rules is None:
-        return None
+        return None, None
     if callable(rules):
-        rule = rules(name, module)
+        rule = rules(names[0], module)
         if rule is None or rule is True:
-            return None
+            return None, None
         if rule is False:
-            return EXACT
+            return None, EXACT
         if not isinstance(rule, str):
             raise InvalidArgumentError(
-                f"layers({name!r}, ...) returned {rule!r}; it must return a backend name, {EXACT!r}, {AUTO!r}, "
+                f"layers({names[0]!r}, ...) returned {rule!r}; it must return a backend name, {EXACT!r}, {AUTO!r}, "
                 "True (as the model), False (exact) or None"
             )
-        return rule
+        return None, rule
     for pattern, rule in rules.items():
-        if covers(pattern, name):
-            return rule
-    return None
+        if any(covers(pattern, name) for name in names):
+            return pattern, rule
+    return None, None
 
 
 def covers(pattern: str, name: str) -> bool:
@@ -138,8 +138,12 @@ def exact_ends(model: nn.Module, first: int = 1, last: int = 1) -> dict[str, str
     Raises:
         InvalidArgumentError: a count is negative, or the model has no nn.ModuleList.
     """
-    if first < 0 or last < 0:
-        raise InvalidArgumentError(f"first and last must be 0 or more; got first={first}, last={last}")
+    if not isinstance(model, nn.Module):
+        raise InvalidArgumentError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    if not all(isinstance(count, int) and count >= 0 for count in (first, last)):
+        raise InvalidArgumentError(
+            f"first and last must be whole numbers, 0 or more; got first={first!r}, last={last!r}"
+        )
     stacks = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     names = [name for name, _ in stacks]
     outer = [(n, m) for n, m in stacks if not any(n != o and n.startswith(o + ".") for o in names)]

@@ -150,6 +150,10 @@ class Registry:
         for failure in self._failures:
             if failure.source.kind == "built-in" and failure.source.entry_point.endswith(name.rpartition("_")[2]):
                 return (Reason("load_failed", f"its module failed to load: {failure.message}", "see `lpattn info`"),)
+        if name not in {backend.value for backend in AttentionBackend}:
+            package = _PLUGIN_PACKAGES.get(name)
+            remedy = f"pip install {package}" if package else "install or register it again; see `lpattn info`"
+            return (Reason("not_registered", "no backend of this name is registered", remedy),)
         return (Reason("not_shipped", "this version of lpattn has no kernels for it"),)
 
     def probe(self, name: str, device: torch.device) -> tuple[Reason, ...]:
@@ -161,7 +165,7 @@ class Registry:
         key = (name, device)
         if (known := self._probes.get(key)) is None:
             try:
-                known = tuple(self._backends[name].probe(device))
+                known = checked_reasons(self._backends[name].probe(device))
             except Exception as error:
                 known = (Reason("probe_failed", f"its probe raised {type(error).__name__}: {error}"),)
             self._probes[key] = known
@@ -316,11 +320,22 @@ def validate_backend(backend: Any, source: Source) -> None:
         raise RegistrationError(f"backend name {name!r} is reserved by lpattn; choose another name")
     if backend.protocol_version != PROTOCOL_VERSION:
         raise RegistrationError(
-            f"{name} was written for protocol version {backend.protocol_version}; this lpattn speaks version "
+            f"{name} was written for protocol version {backend.protocol_version!r}; this lpattn speaks version "
             f"{PROTOCOL_VERSION}: install a version of it that fits"
         )
     if not isinstance(getattr(backend, "capabilities", None), Capabilities):
         raise RegistrationError(f"{name}.capabilities must be an lpattn.Capabilities")
+
+
+def checked_reasons(reasons: object) -> tuple[Reason, ...]:
+    """What a plugin's probe() or supports() returned, as a tuple.
+
+    Raises:
+        TypeError: it is not a list of reasons.
+    """
+    if not isinstance(reasons, (list, tuple)) or not all(isinstance(reason, Reason) for reason in reasons):
+        raise TypeError(f"it must return a list of lpattn.Reason, not {reasons!r}")
+    return tuple(reasons)
 
 
 def local_devices() -> list[torch.device]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import os
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -22,6 +23,8 @@ BACKEND_VARIABLE = "LPATTN_BACKEND"
 # The dict behind os.environ: asking os.environ for a variable that is not set takes 0.8 us, a third of a dispatch.
 _ENVIRONMENT = os.environ._data  # type: ignore[attr-defined]
 _BACKEND_KEY = os.environ.encodekey(BACKEND_VARIABLE)
+
+_scopes = itertools.count(1)
 
 _EnumT = TypeVar("_EnumT", bound=Enum)
 
@@ -73,6 +76,11 @@ class Settings:
         if self.on_unsupported is None:
             return self.backend is not None
         return self.on_unsupported is OnUnsupported.RAISE
+
+
+def new_scope() -> int:
+    """A number for :attr:`Settings.scope` that no other application or context manager has."""
+    return next(_scopes)
 
 
 @functools.lru_cache(maxsize=1024)

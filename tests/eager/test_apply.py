@@ -526,3 +526,74 @@ def test_a_mask_that_requires_grad_keeps_its_gradient(marked):
         model(q).sum().backward()
     assert model.bias.grad is not None
     assert not marked.calls
+
+
+class Attend(nn.Module):
+    def forward(self, x):
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+def test_sdpa_in_a_hook_of_the_models_own_module(marked):
+    model, q = nn.Sequential(Attend(), Attend()), torch.randn(1, 2, 4, 8)
+    model[0].register_forward_hook(lambda m, args, out: F.scaled_dot_product_attention(out, out, out))
+    lpattn.apply_low_precision_attention(model, "marked")
+    model(q)
+    assert len(marked.calls) == 3
+
+
+def test_generators_are_said_when_applied(marked):
+    class Lazy(nn.Module):
+        def forward(self, x):
+            yield F.scaled_dot_product_attention(x, x, x)
+
+    with pytest.warns(lpattn.LpattnWarning, match="forward of 1 is a generator or a coroutine"):
+        lpattn.apply_low_precision_attention(nn.Sequential(Attend(), Lazy()), "marked")
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning")
+def test_a_fast_path_on_nested_tensors_never_falls_back_silently(marked):
+    model = nn.Sequential(nn.MultiheadAttention(32, 4, batch_first=True)).eval()
+    nested = torch.nested.nested_tensor([torch.randn(5, 32), torch.randn(7, 32)])
+    lpattn.apply_low_precision_attention(model, "marked")
+    with pytest.raises(lpattn.UnsupportedCallError, match="nested"):
+        model[0](nested, nested, nested, need_weights=False)
+    lpattn.apply_low_precision_attention(model, "marked", on_unsupported="fallback")
+    with pytest.warns(lpattn.LpattnWarning, match="nested"):
+        model[0](nested, nested, nested, need_weights=False)
+    assert lpattn.attention_report(model)["0"].exact == {"nested": 1}
+
+
+def test_a_wrong_dropout_is_not_ignored(marked):
+    class Wrong(nn.Module):
+        def forward(self, x):
+            return F.scaled_dot_product_attention(x, x, x, dropout_p=-0.1)
+
+    model = lpattn.apply_low_precision_attention(Wrong(), "marked")
+    with pytest.raises(lpattn.UnsupportedCallError, match=r"dropout_p -0\.1"):
+        model(torch.randn(1, 2, 4, 8))
+
+
+@pytest.mark.parametrize(
+    "output",
+    [lambda q: None, lambda q: (q, q), lambda q: q[:, :1], lambda q: q.double()],
+    ids=["none", "tuple", "shape", "dtype"],
+)
+def test_what_a_backend_returns_is_checked(classes, output):
+    class Wrong(classes.MarkedBackend):
+        def attention(self, query, key, value, call, attn_mask=None, dropout_p=0.0):
+            return output(query)
+
+    lpattn.register_backend(Wrong("wrong", 1.0))
+    q = torch.randn(1, 2, 4, 8)
+    with pytest.raises(
+        lpattn.BackendError, match=r"backend 'wrong' returned .*; the output of this call is \[1, 2, 4, 8\]"
+    ):
+        lpattn.low_precision_sdpa(q, q, q, backend="wrong")
+
+
+def test_a_backend_that_is_gone_is_named_so(model, x, marked):
+    lpattn.apply_low_precision_attention(model, "marked")
+    lpattn.unregister_backend("marked")
+    with pytest.raises(lpattn.UnsupportedCallError, match="no backend of this name is registered"):
+        model(x)
+    lpattn.register_backend(marked)

@@ -105,3 +105,58 @@ def test_a_model_with_attention_does_not(model, x, recwarn):
     lpattn.apply_low_precision_attention(model, "bf16_reference")
     model(x)
     assert not recwarn
+
+
+def test_contexts_may_end_in_any_order(q, marked, other):
+    exact = F.scaled_dot_product_attention(q, q, q)
+    first, second = lpattn.low_precision_attention("marked"), lpattn.low_precision_attention("other")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    torch.testing.assert_close(F.scaled_dot_product_attention(q, q, q), -exact)
+    second.__exit__(None, None, None)
+    assert torch.equal(F.scaled_dot_product_attention(q, q, q), exact)
+    assert torch.equal(lpattn.low_precision_sdpa(q, q, q, backend="bf16_reference"), exact)
+    assert lpattn.explain(q, q, q).choice.provenance is lpattn.Provenance.AUTOMATIC
+
+
+def test_an_extra_exit_is_an_error():
+    with pytest.raises(lpattn.LpattnError, match="was not entered on this thread"):
+        lpattn.low_precision_attention("bf16_reference").__exit__(None, None, None)
+
+
+def test_a_context_without_a_backend_leaves_it_to_the_outer_one(q, marked):
+    with lpattn.low_precision_attention("marked"), lpattn.low_precision_attention(hadamard="qkv"):
+        F.scaled_dot_product_attention(q, q, q)
+    (call,) = marked.calls
+    assert call.hadamard is lpattn.HadamardMode.QKV
+
+
+def test_as_a_decorator(q, marked):
+    @lpattn.low_precision_attention("marked")
+    def attend():
+        return F.scaled_dot_product_attention(q, q, q)
+
+    attend()
+    attend()
+    F.scaled_dot_product_attention(q, q, q)
+    assert len(marked.calls) == 2
+
+
+@pytest.mark.parametrize("how", ["eager", "aot_eager"])
+def test_inside_of_compiled_code(q, marked, how):
+    torch._dynamo.reset()
+
+    @torch.compile(backend=how, fullgraph=True)
+    def attend(q):
+        with lpattn.low_precision_attention("marked"):
+            return F.scaled_dot_product_attention(q, q, q)
+
+    torch.testing.assert_close(attend(q), 2 * F.scaled_dot_product_attention(q, q, q))
+
+
+def test_the_warning_points_at_the_users_line(model, x):
+    lpattn.apply_low_precision_attention(model)
+    with pytest.warns(lpattn.LpattnWarning) as caught:
+        model(x)
+    assert caught[0].filename.endswith("conftest.py")  # where the model calls SDPA

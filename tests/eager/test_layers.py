@@ -19,7 +19,7 @@ def ran(model):
 
 
 def test_first_match_wins_and_the_rest_follows_the_model(model, x, marked, other):
-    rules = {"blocks.0.*": "exact", "*.0.attn": "marked", "blocks.2": "OTHER"}
+    rules = {"blocks.0.*": "EXACT", "blocks.[02]": "OTHER"}
     lpattn.apply_low_precision_attention(model, "marked", layers=rules)
     model(x)
     assert ran(model) == {"blocks.0": "layer_rule", "blocks.1": "marked", "blocks.2": "other"}
@@ -80,7 +80,7 @@ def test_wrong_rules(model, layers, message):
 
 
 def test_a_rule_that_matches_nothing_is_said(model):
-    with pytest.warns(lpattn.LpattnWarning, match=r"match no module of Model: 'bloks\.0'"):
+    with pytest.warns(lpattn.LpattnWarning, match=r"decide on no module of Model that runs attention: 'bloks\.0'"):
         lpattn.apply_low_precision_attention(model, "bf16_reference", layers={"bloks.0": "exact"})
 
 
@@ -98,8 +98,8 @@ def test_exact_ends(model, x, marked):
 
 
 def test_an_unavailable_backend_in_a_rule_is_refused(model):
-    with pytest.raises(lpattn.BackendUnavailableError, match="fp8_fa3"):
-        lpattn.apply_low_precision_attention(model, "bf16_reference", layers={"blocks.0": "fp8_fa3"})
+    with pytest.raises(lpattn.BackendUnavailableError, match="fp8_triton"):
+        lpattn.apply_low_precision_attention(model, "bf16_reference", layers={"blocks.0": "fp8_triton"})
 
 
 def test_report_as_text_and_mapping(model, x, marked):
@@ -128,3 +128,45 @@ def test_fallback_reports_that_hadamard_was_not_applied(model, x, classes):
     with pytest.warns(lpattn.LpattnWarning, match=r"not today(.|\n)*hadamard='qkv' is not applied"):
         model(x)
     assert ran(model) == dict.fromkeys(["blocks.0", "blocks.1", "blocks.2"], "picky")
+
+
+def test_rules_that_never_decide_are_said(model):
+    rules = {"*": "exact", "blocks.1": "auto", "blocks.0.attn.qkv": "auto"}
+    with pytest.warns(lpattn.LpattnWarning, match=r"'blocks\.1', 'blocks\.0\.attn\.qkv'"):
+        lpattn.apply_low_precision_attention(model, "bf16_reference", layers=rules)
+
+
+def test_a_shared_module_is_covered_under_each_of_its_names(classes, x, marked):
+    block = classes.Block().eval()
+    model = torch.nn.Sequential(block, classes.Block().eval(), block)
+    lpattn.apply_low_precision_attention(model, "marked", layers={"2": "exact"})
+    model(x)
+    assert {n: dict(layer.exact) for n, layer in lpattn.attention_report(model).items()} == {
+        "0.attn": {"layer_rule": 2},
+        "1.attn": {},
+    }
+
+
+def test_a_rule_that_is_no_backend_names_the_words(model):
+    with pytest.raises(lpattn.UnknownBackendError, match=r"layer rule 'exakt' is not 'exact', 'auto' or a backend"):
+        lpattn.apply_low_precision_attention(model, layers={"*": "exakt"})
+
+
+@pytest.mark.parametrize("wrong", [None, 1, "model"])
+def test_a_report_of_something_that_is_no_module(wrong):
+    with pytest.raises(lpattn.InvalidArgumentError, match=r"must be a torch\.nn\.Module"):
+        lpattn.attention_report(wrong)
+    with pytest.raises(lpattn.InvalidArgumentError, match=r"must be a torch\.nn\.Module"):
+        lpattn.exact_ends(wrong)
+
+
+def test_exact_ends_takes_whole_numbers(model):
+    with pytest.raises(lpattn.InvalidArgumentError, match="first='1'"):
+        lpattn.exact_ends(model, "1", 1)
+
+
+def test_exact_rules_take_no_part_in_a_hadamard_mode(model, x, marked):
+    lpattn.apply_low_precision_attention(model, "marked", "qkv", layers={"blocks.0": "bf16_reference"})
+    model(x)
+    assert ran(model) == {"blocks.0": "layer_rule", "blocks.1": "marked", "blocks.2": "marked"}
+    assert {call.hadamard.value for call in marked.calls} == {"qkv"}

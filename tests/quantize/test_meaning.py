@@ -167,7 +167,6 @@ def test_empty_inputs(empty, recipe):
     assert (out == 0).all()
     assert lse.shape == q.shape[:3]
     assert (lse == -math.inf).all()
-    assert (out == sdpa(q, k, v)).all() or not out.numel()
 
 
 def test_strides_do_not_matter_and_inputs_stay():

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
+import inspect
 from dataclasses import replace
 
 from torch import nn
 
 from lpattn.dispatch import REFERENCE
 from lpattn.eager.layers import Application, LayerState, attach, detach, state_of
-from lpattn.errors import InvalidArgumentError, LpattnWarning
-from lpattn.policy import AUTO, EXACT, LayerRules, covers, rule_for
+from lpattn.errors import InvalidArgumentError, UnknownBackendError, warn
+from lpattn.policy import AUTO, EXACT, LayerRules, rule_for
 from lpattn.settings import Settings, check_machine, is_exact, make_settings, with_environment
 from lpattn.types import AttentionBackend, HadamardMode, Provenance
 
@@ -49,25 +48,28 @@ def apply_low_precision_attention(
             ``on_unsupported="fallback"`` (then one warning).
         InvalidArgumentError: a wrong value, or options that contradict each other.
     """
-    root = _unwrapped(model)
+    root = unwrapped(model)
     application = Application(root)
     base = make_settings(backend, hadamard, on_unsupported, Provenance.MODEL)
     base = replace(base, scope=application.scope)
     _check_rules(layers)
+    coverable = _coverable(root)
+    rules = [rule_for(layers, names, module) for names, module in coverable]
     covered = [
-        (module, _layer_settings(base, rule_for(layers, name, module), on_unsupported))
-        for name, module in _coverable(root)
+        (module, _layer_settings(base, rule, on_unsupported))
+        for (_, module), (_, rule) in zip(coverable, rules, strict=True)
     ]
     if not covered:
         raise InvalidArgumentError(
             f"{type(model).__name__} has no module that could run attention; pass the model, not a layer of torch.nn "
             "(nn.MultiheadAttention and nn.TransformerEncoderLayer are fine)"
         )
-    _warn_of_dead_rules(root, layers)
     # Everything is checked before the first module changes: an error leaves the model as it was.
-    for text in {check_machine(with_environment(settings)): None for _, settings in covered}:
+    texts = [check_machine(with_environment(settings)) for _, settings in covered]
+    texts += [_dead_rules(root, layers, {pattern for pattern, _ in rules}), _unreachable(coverable)]
+    for text in dict.fromkeys(texts):
         if text is not None:
-            warnings.warn(text, LpattnWarning, stacklevel=2)
+            warn(text)
     for module, settings in covered:
         state = attach(module)
         state.ledger.clear()
@@ -88,7 +90,7 @@ def remove_low_precision_attention(model: nn.Module) -> nn.Module:
     Returns:
         The same object.
     """
-    root = _unwrapped(model)
+    root = unwrapped(model)
     inside = set(root.modules())
     states = [(m, s) for m in inside if (s := state_of(m)) is not None]
     own = {id(a) for _, s in states for a, _ in s.entries if a.root in inside}
@@ -115,24 +117,45 @@ def _cover(state: LayerState, application: Application, settings: Settings) -> N
 def _layer_settings(base: Settings, rule: str | None, on_unsupported: str | None) -> Settings:
     if rule is None:
         return base
-    if rule == AUTO:
+    word = rule.strip().lower()
+    if word == AUTO:
         return replace(base, backend=None, provenance=Provenance.LAYER_RULE)
-    if rule == EXACT:
+    if word == EXACT:
         return replace(base, backend=REFERENCE, provenance=Provenance.LAYER_RULE)
-    hadamard = HadamardMode.NONE if is_exact(rule) else base.hadamard
+    try:
+        hadamard = HadamardMode.NONE if is_exact(rule) else base.hadamard
+    except UnknownBackendError as error:
+        raise UnknownBackendError(f"layer rule {rule!r} is not {EXACT!r}, {AUTO!r} or a backend: {error}") from None
     named = make_settings(rule, hadamard, on_unsupported, Provenance.LAYER_RULE)
     return replace(named, scope=base.scope)
 
 
-def _coverable(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that could run attention: all but plain torch.nn ones, those of which attend, and the root."""
-    for name, module in root.named_modules():
+def _coverable(root: nn.Module) -> list[tuple[list[str], nn.Module]]:
+    """The modules that could run attention, with all their names: all but plain torch.nn ones, and the root.
+
+    Of torch.nn, those that attend are among them.
+    """
+    found: dict[nn.Module, list[str]] = {}
+    for name, module in root.named_modules(remove_duplicate=False):
         if isinstance(module, (nn.ModuleList, nn.ModuleDict)) or is_compiled(module):
             continue
         plain = type(module).__module__.startswith("torch.nn.modules.")
         attends = isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
         if not plain or attends or (module is root and any(True for _ in root.children())):
-            yield clean_name(name), module
+            found.setdefault(module, []).append(clean_name(name))
+    return [(names, module) for module, names in found.items()]
+
+
+def _unreachable(coverable: list[tuple[list[str], nn.Module]]) -> str | None:
+    """A warning about forwards whose body runs after they have returned."""
+    kinds = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+    names = [names[0] or "(root)" for names, m in coverable if any(kind(type(m).forward) for kind in kinds)]
+    if not names:
+        return None
+    return (
+        f"the forward of {', '.join(names)} is a generator or a coroutine: its body runs after the call, where its "
+        "attention cannot be intercepted, and runs exactly. Use low_precision_sdpa in it"
+    )
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -140,7 +163,12 @@ def is_compiled(module: nn.Module) -> bool:
     return isinstance(module.__dict__.get("_modules", {}).get("_orig_mod"), nn.Module)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside of what torch.compile returned.
+
+    Raises:
+        InvalidArgumentError: not a module.
+    """
     if not isinstance(model, nn.Module):
         raise InvalidArgumentError(
             f"model must be a torch.nn.Module; got {type(model).__name__}. For a pipeline, pass its model, such as "
@@ -172,14 +200,14 @@ def _check_rules(layers: LayerRules | None) -> None:
             )
 
 
-def _warn_of_dead_rules(root: nn.Module, layers: LayerRules | None) -> None:
+def _dead_rules(root: nn.Module, layers: LayerRules | None, used: set[str | None]) -> str | None:
+    """A warning about patterns that decided on no module."""
     if layers is None or callable(layers):
-        return
-    names = [clean_name(name) for name, _ in root.named_modules() if name]
-    dead = [p for p in layers if not any(covers(p, name) for name in names)]
-    if dead:
-        warnings.warn(
-            f"layer rules that match no module of {type(root).__name__}: {', '.join(map(repr, dead))}",
-            LpattnWarning,
-            stacklevel=3,
-        )
+        return None
+    dead = [pattern for pattern in layers if pattern not in used]
+    if not dead:
+        return None
+    return (
+        f"layer rules that decide on no module of {type(root).__name__} that runs attention: "
+        f"{', '.join(map(repr, dead))}; they match none, or an earlier rule comes first"
+    )

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
+from contextlib import ContextDecorator
 from dataclasses import replace
-from typing import Any
 
-from lpattn.active import active
+from lpattn.active import active, contexts_changed
 from lpattn.eager.interception import RedirectMode
-from lpattn.eager.layers import Application
-from lpattn.errors import LpattnWarning
-from lpattn.settings import check_machine, make_settings, with_environment
+from lpattn.errors import LpattnError, warn
+from lpattn.settings import check_machine, make_settings, new_scope, with_environment
 from lpattn.types import AttentionBackend, HadamardMode, Provenance
 
 
-class low_precision_attention:
-    """Context manager: attention calls of this thread run in low precision inside.
+class low_precision_attention(ContextDecorator):
+    """Context manager and decorator: attention calls of this thread run in low precision inside.
 
-    Stronger than what was applied to models, weaker than the arguments of a call. Re-entrant; contexts nest, and the
-    inner one wins. It belongs to the thread, not to the task: do not hold it across ``await`` or ``yield``.
+    Stronger than what was applied to models, weaker than the arguments of a call. Contexts nest, and the inner one
+    wins; one that names no backend leaves it to the next outer one, then to the model. It belongs to the thread, not
+    to the task: do not hold it across ``await`` or ``yield``.
 
     Args:
         backend, hadamard, on_unsupported: as in :func:`lpattn.apply_low_precision_attention`. There are no layer rules:
@@ -37,19 +36,26 @@ class low_precision_attention:
     ) -> None:
         settings = make_settings(backend, hadamard, on_unsupported, Provenance.CONTEXT)
         if (text := check_machine(with_environment(settings))) is not None:
-            warnings.warn(text, LpattnWarning, stacklevel=2)
-        self.settings = replace(settings, scope=Application(None).scope)
-        self._entered: list[tuple[Any, RedirectMode | None]] = []
+            warn(text)
+        self.settings = replace(settings, scope=new_scope())
 
     def __enter__(self) -> None:
-        # One mode serves nested contexts: each costs every operator a call.
-        mode = RedirectMode() if active.context is None else None
-        if mode is not None:
-            mode.__enter__()
-        self._entered.append((active.context, mode))
-        active.context = self
+        if not active.contexts:
+            # One mode serves nested contexts: each costs every operator a call.
+            active.mode = RedirectMode()
+            active.mode.__enter__()
+        active.contexts = (*active.contexts, self)
+        contexts_changed()
 
     def __exit__(self, *exc: object) -> None:
-        active.context, mode = self._entered.pop()
-        if mode is not None:
-            mode.__exit__(None, None, None)
+        # Contexts that generators hold may end in any order: each takes its own entry away, the latest one.
+        index = len(active.contexts) - 1
+        while index >= 0 and active.contexts[index] is not self:
+            index -= 1
+        if index < 0:
+            raise LpattnError("this low_precision_attention context is left, but was not entered on this thread")
+        active.contexts = (*active.contexts[:index], *active.contexts[index + 1 :])
+        contexts_changed()
+        if not active.contexts:
+            active.mode.__exit__(None, None, None)
+            active.mode = None

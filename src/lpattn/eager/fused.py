@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lpattn.active import active, current_settings, excluded
+from lpattn.execute import account_outside
 from lpattn.functional import redirect
+from lpattn.types import Reason
 
 _PADDING_MASK = 1
 """The mask_type of the fused operators that means [B, S]; others are [S, S] and [B, H, S, S]. Nonzero is masked out."""
@@ -41,6 +43,9 @@ def multi_head_attention(
     With ``need_weights`` the original runs: the weights only exist in exact attention.
     """
     settings = current_settings()
+    if settings is not None and not need_weights and query.is_nested:
+        ledger = None if active.layer is None else active.layer.ledger
+        account_outside(Reason("nested", "nested tensors: lpattn takes plain tensors"), settings, ledger)
     if need_weights or settings is None or query.is_nested:
         with excluded():
             result: tuple[torch.Tensor, torch.Tensor] = torch._native_multi_head_attention(

@@ -55,16 +55,22 @@ def _sdpa(
 def _belongs_elsewhere() -> bool:
     """Whether a module that lpattn was not applied to (called in a hook, or added later) runs inside of the layer."""
     layer = active.layer
-    if layer is None or active.context is not None:
+    if layer is None or active.context_settings is not None:
         return False
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code not in wrapper_codes:
         if frame.f_code is _MODULE_CALL:
             module = frame.f_locals["self"]
+            if hasattr(getattr(module.__dict__.get("forward"), "__self__", None), "ledger"):
+                return False  # a hook of one of the model's own modules
             if not type(module).__module__.startswith("torch."):
                 name = type(module).__name__
                 layer.ledger.count_exact(
-                    Reason("not_applied", f"{name} is not part of the model that lpattn was applied to", "apply again")
+                    Reason(
+                        "not_applied",
+                        f"{name} was not part of the model when lpattn was applied",
+                        "apply again, if it is now",
+                    )
                 )
                 return True
         frame = frame.f_back

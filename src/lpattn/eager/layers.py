@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 import types
-import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,9 +21,9 @@ from lpattn import ops
 from lpattn.active import active, included
 from lpattn.eager import fused
 from lpattn.eager.interception import RedirectMode, wrapper_codes
-from lpattn.errors import LpattnWarning
+from lpattn.errors import warn
 from lpattn.ledger import Ledger
-from lpattn.settings import Settings
+from lpattn.settings import Settings, new_scope
 from lpattn.types import Reason
 
 _NEED_WEIGHTS = Reason(
@@ -44,11 +42,9 @@ class Application:
         checked: whether it is known that the root attends, or said that it does not.
     """
 
-    _scopes = itertools.count(1)
-
     def __init__(self, root: nn.Module | None) -> None:
         self._root = None if root is None else weakref.ref(root)
-        self.scope = next(Application._scopes)
+        self.scope = new_scope()
         self.checked = False
         _applications[self.scope] = self
 
@@ -63,13 +59,11 @@ class Application:
         root = self.root
         if root is None or any(s.ledger.total for m in root.modules() if (s := state_of(m)) is not None):
             return
-        warnings.warn(
+        warn(
             f"{type(root).__name__} ran, but none of its attention was intercepted: nothing in it called "
             "torch.nn.functional.scaled_dot_product_attention inside a module's forward, so nothing runs in low "
             "precision.\nLoad Hugging Face models with attn_implementation='sdpa' (not 'eager' or 'flex_attention'), "
-            "and have custom models call scaled_dot_product_attention",
-            LpattnWarning,
-            stacklevel=3,
+            "and have custom models call scaled_dot_product_attention"
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Application:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lpattn.eager.apply import clean_name
+from lpattn.eager.apply import clean_name, unwrapped
 from lpattn.eager.layers import state_of
 
 
@@ -76,9 +76,12 @@ def attention_report(model: nn.Module) -> AttentionReport:
 
     Returns:
         A mapping from layer name to :class:`LayerReport`; empty if nothing was intercepted.
+
+    Raises:
+        InvalidArgumentError: not a module.
     """
     layers = {}
-    for name, module in model.named_modules():
+    for name, module in unwrapped(model).named_modules():
         state = state_of(module)
         if state is None or not state.ledger.total:
             continue
