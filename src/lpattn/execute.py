@@ -210,6 +210,6 @@ def _finish(result: Any, call: AttentionCall, choice: Choice) -> Any:
 def in_bshd_memory(out: torch.Tensor) -> torch.Tensor:
     """The same [B, H, S, D] values in [B, S, H, D]-contiguous memory; no copy where they already are."""
     _, heads, length, dim = out.shape
-    if out.stride() == (length * heads * dim, dim, heads * dim, 1):
-        return out  # the usual case, without the cost of three operators on a decode step
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
+    strides = (length * heads * dim, dim, heads * dim, 1)
+    # Not by transpose and contiguous: each operator less counts on a decode step.
+    return out if out.stride() == strides else out.new_empty_strided(out.shape, strides).copy_(out)
