@@ -52,8 +52,8 @@ def make_plan(
         key.dtype,
         value.dtype,
         query.device,
-        key.device,
-        value.device,
+        key.get_device(),  # cheaper to make and to hash than a torch.device, and as good for noticing another one
+        value.get_device(),
         query.__class__,
         key.__class__,
         value.__class__,

@@ -8,7 +8,7 @@ from dataclasses import replace
 from lpattn.active import active, contexts_changed
 from lpattn.eager.interception import RedirectMode
 from lpattn.errors import LpattnError, warn
-from lpattn.settings import check_machine, make_settings, new_scope, with_environment
+from lpattn.settings import Settings, check_machine, make_settings, new_scope, with_environment
 from lpattn.types import AttentionBackend, HadamardMode, Provenance
 
 
@@ -34,10 +34,7 @@ class low_precision_attention(ContextDecorator):
         *,
         on_unsupported: str | None = None,
     ) -> None:
-        settings = make_settings(backend, hadamard, on_unsupported, Provenance.CONTEXT)
-        if (text := check_machine(with_environment(settings))) is not None:
-            warn(text)
-        self.settings = replace(settings, scope=new_scope())
+        self.settings = _checked(backend, hadamard, on_unsupported)
 
     def __enter__(self) -> None:
         if not active.contexts:
@@ -59,3 +56,16 @@ class low_precision_attention(ContextDecorator):
         if not active.contexts:
             active.mode.__exit__(None, None, None)
             active.mode = None
+
+
+def _checked(
+    backend: str | AttentionBackend | None, hadamard: str | HadamardMode, on_unsupported: str | None
+) -> Settings:
+    settings = make_settings(backend, hadamard, on_unsupported, Provenance.CONTEXT)
+    if (text := check_machine(with_environment(settings))) is not None:
+        warn(text)
+    return replace(settings, scope=new_scope())
+
+
+# As torch.compiler.assume_constant_result does, which would import Dynamo at once: looked up while tracing, not traced.
+_checked._dynamo_marked_constant = True  # type: ignore[attr-defined]
