@@ -57,9 +57,9 @@ def make_plan(
         query.__class__,
         key.__class__,
         value.__class__,
-        query.stride()[-1:],
-        key.stride()[-1:],
-        value.stride()[-1:],
+        query.stride(),
+        key.stride(),
+        value.stride(),
         None if attn_mask is None else (attn_mask.shape, attn_mask.dtype, attn_mask.device, attn_mask.__class__),
         dropout_p,
         is_causal,
@@ -68,7 +68,7 @@ def make_plan(
         return_lse,
         requires_grad,
         rope,
-        autocast_dtype(query.device),
+        autocast_dtype(query.device) if torch._C._is_any_autocast_enabled() else None,
         registry.generation,
     )
     plan = _plans.get(facts)
