@@ -15,7 +15,7 @@ from lpattn.errors import BackendError, InvalidArgumentError, warn
 from lpattn.ledger import Ledger
 from lpattn.plan import make_plan, outside_plan
 from lpattn.registry import registry
-from lpattn.rope import rotate
+from lpattn.rope import rotate_heads_first
 from lpattn.settings import Settings
 from lpattn.types import AttentionCall, Choice, HadamardMode, Reason, Rope
 
@@ -56,11 +56,7 @@ def attend(
     account(call, choice, settings, ledger)
     if call is None:
         return _outside_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse, choice)
-    query, key, value, attn_mask = cast_like_autocast(query, key, value, attn_mask)
-    backend = registry.get(choice.backend)
-    assert backend is not None
-    with excluded(), _no_autocast(call):
-        return _finish(backend.attention(query, key, value, call, _four_dims(attn_mask), dropout_p), call, choice)
+    return _run(query, key, value, attn_mask, dropout_p, call, choice)
 
 
 def attend_rope(
@@ -94,18 +90,14 @@ def attend_rope(
     assert backend is not None
     # Under autocast the rotation comes before the cast, as in the code that this function stands for.
     if call is None or not backend.capabilities.rope or autocast_dtype(query.device) is not None:
-        q = rotate(query, cos, sin, interleaved).transpose(1, 2)
-        k = rotate(key, cos if cos_k is None else cos_k, sin if sin_k is None else sin_k, interleaved).transpose(1, 2)
+        q, k = rotate_heads_first(query, key, cos, sin, cos_k, sin_k, interleaved)
         if ledger is not None:
             fused = backend.capabilities.rope
             ledger.rope = "autocast is enabled" if fused else f"{choice.backend} has no fused rotation"
         if call is None:
             grouped = query.shape[2] != key.shape[2]
             return _outside_sdpa(q, k, v, attn_mask, dropout_p, is_causal, scale, grouped, return_lse, choice)
-        q, k, v, attn_mask = cast_like_autocast(q, k, v, attn_mask)
-        with excluded(), _no_autocast(call):
-            call = dataclasses.replace(call, rope=None)
-            return _finish(backend.attention(q, k, v, call, _four_dims(attn_mask), dropout_p), call, choice)
+        return _run(q, k, v, attn_mask, dropout_p, dataclasses.replace(call, rope=None), choice)
     if ledger is not None:
         ledger.rope = "fused"
     query, key, value, attn_mask = cast_like_autocast(query, key, value, attn_mask)
@@ -114,6 +106,23 @@ def attend_rope(
             query, key, value, cos, sin, call, _four_dims(attn_mask), dropout_p, cos_k=cos_k, sin_k=sin_k
         )
         return _finish(out, call, choice)
+
+
+def _run(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    call: AttentionCall,
+    choice: Choice,
+) -> Any:
+    """The chosen backend's attention, with inputs cast as autocast would, and its output checked and laid out."""
+    query, key, value, attn_mask = cast_like_autocast(query, key, value, attn_mask)
+    backend = registry.get(choice.backend)
+    assert backend is not None
+    with excluded(), _no_autocast(call):
+        return _finish(backend.attention(query, key, value, call, _four_dims(attn_mask), dropout_p), call, choice)
 
 
 def _outside_sdpa(

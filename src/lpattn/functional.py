@@ -18,8 +18,9 @@ from lpattn.execute import attend, attend_rope
 from lpattn.ledger import Ledger
 from lpattn.plan import refusal_outside
 from lpattn.registry import registry
-from lpattn.rope import rotate
-from lpattn.settings import Settings, from_text, is_exact, make_settings
+from lpattn.rope import rotate_heads_first
+from lpattn.settings import Settings, from_text, is_exact, make_settings, with_environment
+from lpattn.tracing import constant_while_tracing, is_traced
 from lpattn.types import AttentionBackend, HadamardMode, Provenance, Reason
 
 _AUTOMATIC = Settings()
@@ -123,11 +124,10 @@ def low_precision_rope_sdpa(
     )
     settings = _resolve(backend, hadamard, on_unsupported)
     layer = active.layer
-    if _traced():
+    if is_traced():
         if needs_grad(query, key, value, attn_mask, cos, sin, cos_k, sin_k) or dropout_p > 0.0:
-            q = rotate(query, cos, sin, interleaved).transpose(1, 2)
-            k = rotate(key, cos if cos_k is None else cos_k, sin if sin_k is None else sin_k, interleaved)
-            k, v = k.transpose(1, 2), value.transpose(1, 2)
+            q, k = rotate_heads_first(query, key, cos, sin, cos_k, sin_k, interleaved)
+            v = value.transpose(1, 2)
             return redirect(
                 q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, settings=settings, return_lse=return_lse
             )
@@ -170,7 +170,7 @@ def redirect(
 ) -> Any:
     """One SDPA call under settings: run at once in eager mode, put into the graph as an operator while tracing."""
     layer = active.layer
-    if not _traced():
+    if not is_traced():
         ledger: Ledger | None = None if layer is None else layer.ledger
         return attend(
             query,
@@ -282,6 +282,7 @@ def _merged(
     return dataclasses.replace(settings, provenance=provenance, scope=surrounding.scope)
 
 
+@constant_while_tracing
 def _merged_while_tracing(
     backend: str | AttentionBackend | None,
     hadamard: str | HadamardMode | None,
@@ -289,10 +290,6 @@ def _merged_while_tracing(
     surrounding_text: str,
 ) -> Settings:
     return _merged(backend, hadamard, on_unsupported, surrounding_text, registry.generation)
-
-
-# As torch.compiler.assume_constant_result does, which would import Dynamo at once: looked up while tracing, not traced.
-_merged_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _unfit_for_graph(
@@ -317,15 +314,9 @@ def _unfit_for_graph(
     return None
 
 
+@constant_while_tracing
 def _refusal_while_tracing(settings_text: str, code: str, message: str) -> str:
-    return refusal_outside(from_text(settings_text), Reason(code, message))
-
-
-_refusal_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _traced() -> bool:
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return refusal_outside(with_environment(from_text(settings_text)), Reason(code, message))
 
 
 def _check_rope(

@@ -132,7 +132,6 @@ def outside_plan(reason: Reason, settings: Settings) -> Plan:
 
 def refusal_outside(settings: Settings, reason: Reason) -> str:
     """The error text for inputs that only PyTorch's own SDPA takes; empty where the settings allow that."""
-    settings = with_environment(settings)
     if not settings.strict or asked_for_exact(settings) is not None:
         return ""
     return (

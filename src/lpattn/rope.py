@@ -32,3 +32,21 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: b
         turned = torch.cat((-second, first), dim=-1)
     rotated = (head * cos + turned * sin).to(x.dtype)
     return rotated if rotary_dim == x.shape[-1] else torch.cat((rotated, x[..., rotary_dim:]), dim=-1)
+
+
+def rotate_heads_first(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    cos_k: torch.Tensor | None,
+    sin_k: torch.Tensor | None,
+    interleaved: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate q and k, [B, S, H, D], and return them as attention takes them, [B, H, S, D].
+
+    The keys take cos_k and sin_k where they are given.
+    """
+    q = rotate(query, cos, sin, interleaved)
+    k = rotate(key, cos if cos_k is None else cos_k, sin if sin_k is None else sin_k, interleaved)
+    return q.transpose(1, 2), k.transpose(1, 2)

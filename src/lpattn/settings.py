@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from lpattn.errors import BackendUnavailableError, InvalidArgumentError
 from lpattn.registry import local_devices, registry
+from lpattn.tracing import constant_while_tracing
 from lpattn.types import AttentionBackend, HadamardMode, Provenance, Reason
 
 BACKEND_VARIABLE = "LPATTN_BACKEND"
@@ -132,6 +133,7 @@ def make_settings(
     return Settings(name, mode, policy, provenance)
 
 
+@constant_while_tracing
 def overlay(upper_text: str, lower_text: str) -> Settings:
     """The settings of a level that names no backend, over those of the next weaker level.
 
@@ -141,10 +143,6 @@ def overlay(upper_text: str, lower_text: str) -> Settings:
         InvalidArgumentError: the backend does not offer the Hadamard mode.
     """
     return _overlay(upper_text, lower_text, registry.generation)
-
-
-# As torch.compiler.assume_constant_result does, which would import Dynamo at once: looked up while tracing, not traced.
-overlay._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=64)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from lpattn.backend import Backend, Capabilities
 from lpattn.hookspecs import hookimpl
-from lpattn.rope import rotate
+from lpattn.rope import rotate_heads_first
 from lpattn.types import AttentionBackend, AttentionCall, CausalKind, HadamardMode, MaskKind, Reason
 
 _LSE_ROWS = 1024
@@ -81,9 +81,7 @@ class ReferenceBackend(Backend):
         sin_k: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         assert call.rope is not None
-        interleaved = call.rope.interleaved
-        q = rotate(query, cos, sin, interleaved).transpose(1, 2)
-        k = rotate(key, cos if cos_k is None else cos_k, sin if sin_k is None else sin_k, interleaved).transpose(1, 2)
+        q, k = rotate_heads_first(query, key, cos, sin, cos_k, sin_k, call.rope.interleaved)
         return self.attention(q, k, value.transpose(1, 2), call, attn_mask, dropout_p)
 
 

@@ -9,6 +9,7 @@ from lpattn.active import active, contexts_changed
 from lpattn.eager.interception import RedirectMode
 from lpattn.errors import LpattnError, warn
 from lpattn.settings import Settings, check_machine, make_settings, new_scope, with_environment
+from lpattn.tracing import constant_while_tracing
 from lpattn.types import AttentionBackend, HadamardMode, Provenance
 
 
@@ -58,6 +59,7 @@ class low_precision_attention(ContextDecorator):
             active.mode = None
 
 
+@constant_while_tracing
 def _checked(
     backend: str | AttentionBackend | None, hadamard: str | HadamardMode, on_unsupported: str | None
 ) -> Settings:
@@ -65,7 +67,3 @@ def _checked(
     if (text := check_machine(with_environment(settings))) is not None:
         warn(text)
     return replace(settings, scope=new_scope())
-
-
-# As torch.compiler.assume_constant_result does, which would import Dynamo at once: looked up while tracing, not traced.
-_checked._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -24,6 +24,7 @@ from lpattn.eager.interception import RedirectMode, wrapper_codes
 from lpattn.errors import warn
 from lpattn.ledger import Ledger
 from lpattn.settings import Settings, new_scope
+from lpattn.tracing import constant_while_tracing
 from lpattn.types import Reason
 
 _NEED_WEIGHTS = Reason(
@@ -76,14 +77,11 @@ class Application:
         return Application, (self.root,)
 
 
+@constant_while_tracing
 def warn_untouched(scope: int) -> None:
     """While tracing: warn that the application's root holds no attention that could be redirected."""
     if (application := _applications.get(scope)) is not None and not application.checked:
         application.check_intercepted()
-
-
-# As torch.compiler.assume_constant_result does, which would import Dynamo at once: runs while tracing, is not traced.
-warn_untouched._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 _states: weakref.WeakKeyDictionary[nn.Module, LayerState] = weakref.WeakKeyDictionary()
