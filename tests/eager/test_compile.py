@@ -163,3 +163,18 @@ def test_an_untouched_model_says_so_while_it_is_traced(x):
     lpattn.apply_low_precision_attention(model, "bf16_reference")
     with pytest.warns(lpattn.LpattnWarning, match="none of its attention was intercepted"):
         torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+
+
+def test_every_class_has_a_recompile_limit_of_its_own(classes, x, marked):
+    """Dynamo limits recompilations by code object: with one forward for all classes, the ninth class would fail."""
+    blocks = []
+    for index in range(torch._dynamo.config.recompile_limit + 2):
+        namespace = {}
+        exec(f"def forward(self, x):\n    return x + self.attn(self.norm(x)) * {index}\n", namespace)
+        blocks.append(type(f"Block{index}", (classes.Block,), {"forward": namespace["forward"]})())
+    model = torch.nn.Sequential(*blocks).eval()
+    expected = model(x)
+    lpattn.apply_low_precision_attention(model, "bf16_reference")
+    for block in blocks:
+        block.compile(backend="eager", fullgraph=True)
+    torch.testing.assert_close(model(x), expected)

@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backends": {"backend", "hookspecs", "quantize", "kernels", "policy", "rope", *WORDS},
     "ops": {"execute", "dispatch", "settings", "ledger", *WORDS},
     "functional": {
+        "tracing",
         "active",
         "ops",
         "plan",
