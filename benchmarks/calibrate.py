@@ -1,7 +1,8 @@
 """Measure when low precision pays on this machine, and write src/lpattn/speedups.json from it.
 
-Rows of other architectures in that file are kept. Without --write, the table is only printed; --from takes the results
-of an earlier ``attention.py --sweep --out FILE`` instead of measuring again.
+All rows of this architecture are replaced, those with a Hadamard mode too; those of other architectures are kept.
+Without --write, the table is only printed; --from takes the file of an earlier ``attention.py --sweep --sweep-out`` or
+of ``calibrate.py --out`` instead of measuring again.
 """
 
 from __future__ import annotations
@@ -13,21 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention import DIMS, LENGTHS, measure_all, report, sweep
-from common import REPOSITORY, Budget, parser, provenance, write
+from attention import Bench, add_hadamard, run_sweep, sweep_modes
+from cases import DIMS, LENGTHS, sweep
+from common import REPOSITORY, Budget, parser, provenance
+from labels import AUTO, parts_of
 
 SPEEDUPS = REPOSITORY / "src" / "lpattn" / "speedups.json"
 
 
 def tables(results: list[dict[str, Any]], capability: list[int]) -> list[dict[str, Any]]:
-    """Rows of speedups.json: per backend and kind of call, [length, speed against the best exact kernel]."""
+    """Rows of speedups.json: per backend, Hadamard mode and kind of call, [length, speed against exact]."""
     points: dict[tuple[Any, ...], list[list[float]]] = defaultdict(list)
     for result in results:
         shape = result["shape"]
         grouped = shape["num_heads"] != shape["num_kv_heads"]
-        for backend, ratio in result["speedup"].items():
-            key = (backend, shape["head_dim"], shape["causal"], grouped)
-            points[key].append([shape["length"], round(ratio, 3)])
+        for name, ratio in result["speedup"].items():
+            if name != AUTO:
+                key = (*parts_of(name), shape["head_dim"], shape["causal"], grouped)
+                points[key].append([shape["length"], round(ratio, 3)])
     return [
         {
             "backend": backend,
@@ -35,10 +39,10 @@ def tables(results: list[dict[str, Any]], capability: list[int]) -> list[dict[st
             "head_dim": dim,
             "causal": causal,
             "gqa": grouped,
-            "hadamard": "none",
+            "hadamard": mode,
             "speedup_by_length": sorted(found),
         }
-        for (backend, dim, causal, grouped), found in sorted(points.items())
+        for (backend, mode, dim, causal, grouped), found in sorted(points.items())
     ]
 
 
@@ -58,11 +62,12 @@ def dump(data: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    arguments = parser(__doc__ or "", budget=420.0)
+    arguments = parser(__doc__ or "", budget=240.0)
     arguments.add_argument(
         "--write", type=Path, nargs="?", const=SPEEDUPS, help=f"write this file (default {SPEEDUPS})"
     )
-    arguments.add_argument("--from", dest="source", type=Path, help="results of attention.py --sweep --out FILE")
+    arguments.add_argument("--from", dest="source", type=Path, help="results of an earlier sweep")
+    add_hadamard(arguments)
     arguments.add_argument("--per-item", type=float, default=1.5, help="seconds of timing per shape (default 1.5)")
     given = arguments.parse_args()
     if given.source is not None:
@@ -73,15 +78,13 @@ def main() -> int:
         return 1
     else:
         shapes = sweep((1024, 8192), (128,)) if given.quick else sweep(LENGTHS, DIMS)
-        results, left_out = measure_all(shapes, Budget(given.budget, given.per_item), 5 if given.quick else 40)
+        bench = Bench(Budget(given.budget, given.per_item), 5 if given.quick else 60)
         where = provenance()
-        print(f"\n{report(results)}")
-        if left_out:
-            print(f"\nleft out, for want of time or memory: {'; '.join(left_out)}")
-        write(given.out, {"results": results, "left_out": left_out})
+        results = run_sweep(bench, shapes, sweep_modes(given.hadamard), given.out)
     rows = tables(results, where["capability"])
     for row in rows:
         kind = f"{'causal' if row['causal'] else 'full'}{', gqa' if row['gqa'] else ''}"
+        kind += "" if row["hadamard"] == "none" else f", hadamard {row['hadamard']}"
         print(row["backend"], row["head_dim"], kind, " ".join(f"{n}:x{r}" for n, r in row["speedup_by_length"]))
     if given.write is not None:
         keep = ("date", "command", "commit", "device", "capability", "cuda", "cudnn", "versions", "gpu")

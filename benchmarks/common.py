@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -99,10 +99,12 @@ class DeviceTimer:
 
     Args:
         calls: calls per measurement; the launches of the later ones hide behind the earlier ones.
+        each: what one call counts for, such as the number of calls in a captured graph.
     """
 
-    def __init__(self, calls: int = 1) -> None:
+    def __init__(self, calls: int = 1, each: int = 1) -> None:
         self.calls = calls
+        self.each = each
         self._flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
 
     def __call__(self, run: Callable[[], object]) -> float:
@@ -113,7 +115,19 @@ class DeviceTimer:
             run()
         end.record()
         end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3 / self.calls
+        return float(start.elapsed_time(end)) / 1e3 / self.calls / self.each
+
+
+def captured(runs: Sequence[Callable[[], object]]) -> Callable[[], None]:
+    """The calls, one after another, as one CUDA graph: a replay takes the GPU's time, and next to none of the host's.
+
+    Every call must have run before, and what it reads must stay alive.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for run in runs:
+            run()
+    return graph.replay
 
 
 def wait() -> None:

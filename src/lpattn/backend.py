@@ -29,6 +29,8 @@ class Capabilities:
         head_dims: of q and k.
         head_dim_v_differs: whether head_dim_v may differ from head_dim.
         masks: kinds of attn_mask. MaskKind.NONE belongs in it.
+        key_padding: whether bool masks that are the same for all heads and queries can run
+            (:attr:`AttentionCall.key_padding`) where MaskKind.BOOL is not in ``masks``.
         causal: whether causal calls can run. ``causal_rectangular``: also where q_len != kv_len (top-left aligned).
         gqa: whether num_kv_heads may be smaller than num_heads.
         lse, dropout: whether the log-sum-exp can be returned, whether dropout can be applied.
@@ -44,6 +46,7 @@ class Capabilities:
     head_dims: frozenset[int] | None = None
     head_dim_v_differs: bool = False
     masks: frozenset[MaskKind] = frozenset({MaskKind.NONE})
+    key_padding: bool = False
     causal: bool = True
     causal_rectangular: bool = False
     gqa: bool = True
@@ -82,10 +85,9 @@ class Capabilities:
             refuse("head_dim", f"head_dim {call.head_dim}: has kernels for {dims}")
         if call.head_dim_v != call.head_dim and not self.head_dim_v_differs:
             refuse("head_dim_v", f"head_dim_v {call.head_dim_v}: must equal head_dim, which is {call.head_dim}")
-        if call.mask not in self.masks:
-            others = self.masks - {MaskKind.NONE}
-            takes = f"takes {_join(others)} masks" if others else "takes no attn_mask"
-            refuse("mask", f"{call.mask} attn_mask {list(call.mask_shape or ())}: {takes}")
+        if call.mask not in self.masks and not (self.key_padding and call.key_padding):
+            takes, remedy = self._masks_taken()
+            refuse("mask", f"{call.mask} attn_mask {list(call.mask_shape or ())}: {takes}", remedy)
         if call.causal is CausalKind.TOP_LEFT:
             if not self.causal:
                 refuse("causal", "causal: has no causal kernel")
@@ -106,6 +108,15 @@ class Capabilities:
         if not call.contiguous_last_dim and not self.strided_last_dim:
             refuse("layout", "last dimension of q, k or v has a stride other than 1", "pass contiguous tensors")
         return reasons
+
+    def _masks_taken(self) -> tuple[str, str]:
+        """What a refusal says of the masks that can run, and its remedy."""
+        others = self.masks - {MaskKind.NONE}
+        if not self.key_padding or MaskKind.BOOL in others:
+            return (f"takes {_join(others)} masks" if others else "takes no attn_mask"), ""
+        kinds = f"{_join(others)} masks and key-padding masks" if others else "key-padding masks only"
+        shape = "bool [B, 1, 1, kv_len]"
+        return f"takes {kinds}, {shape}", f"if it hides the same keys from all heads and queries, pass it as {shape}"
 
 
 class Backend(ABC):
@@ -168,7 +179,8 @@ class Backend(ABC):
             query: [B, H, q_len, head_dim], any strides, never written to.
             key: [B, Hkv, kv_len, head_dim]. ``value``: [B, Hkv, kv_len, head_dim_v].
             call: shapes, scale (``call.softmax_scale``), causality and options.
-            attn_mask: bool (True attends) or additive, four dimensions, broadcastable to [B, H, q_len, kv_len].
+            attn_mask: bool (True attends) or additive, of shape ``call.mask_shape``, which broadcasts to
+                [B, H, q_len, kv_len].
             dropout_p: probability; only positive where ``capabilities.dropout``.
 
         Returns:

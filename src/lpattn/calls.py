@@ -138,14 +138,18 @@ def build_call(
     rope: Rope | None = None,
     requires_grad: bool = False,
 ) -> AttentionCall:
-    """Describe inputs that :func:`outside` let pass. q, k, v are [B, H, S, D]."""
+    """Describe inputs that :func:`outside` let pass. q, k, v are [B, H, S, D].
+
+    The mask must not have been cast for autocast: that copies an expanded one in full, and nothing shows any more that
+    it was one.
+    """
     batch, num_heads, q_len, head_dim = query.shape
     device = query.device
     mask = MaskKind.NONE
     mask_shape = None
     if attn_mask is not None:
         mask = MaskKind.BOOL if attn_mask.dtype == torch.bool else MaskKind.ADDITIVE
-        mask_shape = ((1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape))[-4:]
+        mask_shape = tuple(narrowed_mask(attn_mask).shape)
     return AttentionCall(
         batch=batch,
         num_heads=num_heads,
@@ -169,6 +173,22 @@ def build_call(
         contiguous_last_dim=query.stride(3) == key.stride(3) == value.stride(3) == 1,
         requires_grad=requires_grad,
     )
+
+
+def narrowed_mask(attn_mask: torch.Tensor) -> torch.Tensor:
+    """The mask as backends receive it: four dimensions, and of size 1 where it is expanded.
+
+    A stride of 0 proves, without a look at the values, that the mask is the same along that dimension. A mask that
+    requires grad is not narrowed: its gradient has an entry for every element.
+    """
+    if attn_mask.dim() != 4:
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    strides = attn_mask.stride()
+    if 0 not in strides or attn_mask.requires_grad:
+        return attn_mask
+    shape = [min(size, 1) if stride == 0 else size for size, stride in zip(attn_mask.shape, strides, strict=True)]
+    # Not by slices: this takes a third of the time.
+    return attn_mask.as_strided(shape, strides)
 
 
 def default_scale(head_dim: int) -> float:

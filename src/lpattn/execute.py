@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from lpattn.active import excluded
-from lpattn.calls import autocast_dtype, cast_like_autocast, needs_grad
+from lpattn.calls import autocast_dtype, cast_like_autocast, narrowed_mask, needs_grad
 from lpattn.dispatch import ASKED_CODES, POLICY_CODES, reason_lines
 from lpattn.errors import BackendError, InvalidArgumentError, warn
 from lpattn.ledger import Ledger
@@ -100,11 +100,9 @@ def attend_rope(
         return _run(q, k, v, attn_mask, dropout_p, dataclasses.replace(call, rope=None), choice)
     if ledger is not None:
         ledger.rope = "fused"
-    query, key, value, attn_mask = cast_like_autocast(query, key, value, attn_mask)
+    query, key, value, attn_mask = _for_backends(query, key, value, attn_mask)
     with excluded(), _no_autocast(call):
-        out = backend.rope_attention(
-            query, key, value, cos, sin, call, _four_dims(attn_mask), dropout_p, cos_k=cos_k, sin_k=sin_k
-        )
+        out = backend.rope_attention(query, key, value, cos, sin, call, attn_mask, dropout_p, cos_k=cos_k, sin_k=sin_k)
         return _finish(out, call, choice)
 
 
@@ -118,11 +116,11 @@ def _run(
     choice: Choice,
 ) -> Any:
     """The chosen backend's attention, with inputs cast as autocast would, and its output checked and laid out."""
-    query, key, value, attn_mask = cast_like_autocast(query, key, value, attn_mask)
+    query, key, value, attn_mask = _for_backends(query, key, value, attn_mask)
     backend = registry.get(choice.backend)
     assert backend is not None
     with excluded(), _no_autocast(call):
-        return _finish(backend.attention(query, key, value, call, _four_dims(attn_mask), dropout_p), call, choice)
+        return _finish(backend.attention(query, key, value, call, attn_mask, dropout_p), call, choice)
 
 
 def _outside_sdpa(
@@ -194,10 +192,11 @@ def _no_autocast(call: AttentionCall) -> Any:
     return _NOTHING
 
 
-def _four_dims(attn_mask: torch.Tensor | None) -> torch.Tensor | None:
-    if attn_mask is None or attn_mask.dim() == 4:
-        return attn_mask
-    return attn_mask[(None,) * (4 - attn_mask.dim())]
+def _for_backends(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """What the planned call describes. The mask is narrowed first: a cast would copy an expanded one in full."""
+    return cast_like_autocast(query, key, value, None if attn_mask is None else narrowed_mask(attn_mask))
 
 
 def _finish(result: Any, call: AttentionCall, choice: Choice) -> Any:

@@ -227,7 +227,7 @@ def explain(
     """
     check_inputs(query, key, value, attn_mask, dropout_p, is_causal, scale)
     settings = _resolve(backend, hadamard, on_unsupported)
-    query, key, value, attn_mask = cast_like_autocast(query, key, value, attn_mask)
+    query, key, value, _ = cast_like_autocast(query, key, value, None)  # not the mask: see build_call
     if reason := outside(query, key, value, attn_mask, dropout_p, is_causal):
         raise InvalidArgumentError(f"such calls always run on PyTorch's own SDPA: {reason}")
     gradient = needs_grad(query, key, value, attn_mask)

@@ -60,7 +60,16 @@ def make_plan(
         query.stride(),
         key.stride(),
         value.stride(),
-        None if attn_mask is None else (attn_mask.shape, attn_mask.dtype, attn_mask.device, attn_mask.__class__),
+        None
+        if attn_mask is None
+        else (
+            attn_mask.shape,
+            attn_mask.stride(),
+            attn_mask.dtype,
+            attn_mask.device,
+            attn_mask.__class__,
+            attn_mask.requires_grad,
+        ),
         dropout_p,
         is_causal,
         scale,
@@ -95,7 +104,7 @@ def _plan_anew(
     requires_grad: bool,
     rope: Rope | None,
 ) -> Plan:
-    query, key, value, attn_mask = cast_like_autocast(query, key, value, attn_mask)
+    query, key, value, _ = cast_like_autocast(query, key, value, None)  # not the mask: see build_call
     if (reason := outside(query, key, value, attn_mask, dropout_p, is_causal)) is not None:
         return outside_plan(reason, settings)
     call = build_call(

@@ -117,7 +117,8 @@ class AttentionCall:
         device_type: ``"cuda"``, ``"cpu"``, ...; ``device_index``: 0 where the device has no index.
         capability: CUDA compute capability, such as (9, 0); None on other devices.
         softmax_scale: factor on q.k^T; ``scale=None`` is already resolved to 1/sqrt(head_dim).
-        mask: kind of attn_mask. ``mask_shape``: its four dimensions, left-padded with ones; None without a mask.
+        mask: kind of attn_mask. ``mask_shape``: its four dimensions, left-padded with ones, and 1 where the mask is
+            expanded (has stride 0); None without a mask.
         causal: alignment of the causal mask.
         dropout: True if dropout_p > 0.
         hadamard: requested mode.
@@ -153,6 +154,11 @@ class AttentionCall:
     def is_empty(self) -> bool:
         """Whether there is nothing to compute: no query, no key, or no output."""
         return 0 in (self.batch, self.num_heads, self.q_len, self.kv_len, self.head_dim_v)
+
+    @property
+    def key_padding(self) -> bool:
+        """Whether the mask is bool and the same for all heads and queries: [B or 1, 1, 1, kv_len or 1]."""
+        return self.mask is MaskKind.BOOL and self.mask_shape is not None and self.mask_shape[1:3] == (1, 1)
 
     @property
     def device(self) -> torch.device:

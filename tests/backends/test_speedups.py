@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lpattn import policy
-from lpattn.types import AttentionCall, CausalKind
+from lpattn.types import AttentionCall, CausalKind, HadamardMode
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -68,6 +68,16 @@ def test_what_is_calibrated_is_what_is_read(tables) -> None:
     assert policy.measured_speedup("fp8_fa3", call(4096, num_kv_heads=2)) == 0.0
     assert policy.measured_speedup("fp8_fa3", call(4096, capability=(8, 9))) == 0.0
     assert policy.measured_speedup("another", call(4096)) == 0.0
+
+
+def test_hadamard_modes_have_rows_of_their_own(tables) -> None:
+    both = result(4096, 1.3)
+    both["speedup"] |= {"fp8_fa3+hadamard_qkv": 1.1, "auto": 1.3}
+    written = tables([both], [9, 0])
+    assert [(row["backend"], row["hadamard"]) for row in written["tables"]] == [("fp8_fa3", "none"), ("fp8_fa3", "qkv")]
+    assert policy.measured_speedup("fp8_fa3", call(4096)) == 1.3
+    assert policy.measured_speedup("fp8_fa3", call(4096, hadamard=HadamardMode.QKV)) == 1.1
+    assert policy.measured_speedup("fp8_fa3", call(4096, hadamard=HadamardMode.V_ONLY)) == 0.0
 
 
 def test_another_architecture_keeps_its_rows(tables) -> None:

@@ -65,6 +65,38 @@ TABLE = [
         {"mask": MaskKind.ADDITIVE, "mask_shape": (1, 4, 64, 64)},
         Reason("mask", "additive attn_mask [1, 4, 64, 64]: takes bool masks"),
     ),
+    (
+        {"masks": {MaskKind.NONE}, "key_padding": True},
+        {"mask": MaskKind.BOOL, "mask_shape": (2, 1, 64, 64)},
+        Reason(
+            "mask",
+            "bool attn_mask [2, 1, 64, 64]: takes key-padding masks only, bool [B, 1, 1, kv_len]",
+            "if it hides the same keys from all heads and queries, pass it as bool [B, 1, 1, kv_len]",
+        ),
+    ),
+    (
+        {"masks": {MaskKind.NONE}, "key_padding": True},
+        {"mask": MaskKind.ADDITIVE, "mask_shape": (2, 1, 1, 64)},
+        Reason(
+            "mask",
+            "additive attn_mask [2, 1, 1, 64]: takes key-padding masks only, bool [B, 1, 1, kv_len]",
+            "if it hides the same keys from all heads and queries, pass it as bool [B, 1, 1, kv_len]",
+        ),
+    ),
+    (
+        {"masks": {MaskKind.NONE, MaskKind.ADDITIVE}, "key_padding": True},
+        {"mask": MaskKind.BOOL, "mask_shape": (1, 4, 1, 64)},
+        Reason(
+            "mask",
+            "bool attn_mask [1, 4, 1, 64]: takes additive masks and key-padding masks, bool [B, 1, 1, kv_len]",
+            "if it hides the same keys from all heads and queries, pass it as bool [B, 1, 1, kv_len]",
+        ),
+    ),
+    (
+        {"masks": {MaskKind.NONE, MaskKind.BOOL}, "key_padding": True},
+        {"mask": MaskKind.ADDITIVE, "mask_shape": (2, 1, 1, 64)},
+        Reason("mask", "additive attn_mask [2, 1, 1, 64]: takes bool masks"),
+    ),
     ({"causal": False}, {"causal": CausalKind.TOP_LEFT}, Reason("causal", "causal: has no causal kernel")),
     (
         {"causal_rectangular": False},
@@ -168,6 +200,19 @@ def test_architectures_say_nothing_about_other_devices(make_call):
 def test_square_causal_calls_need_no_rectangular_kernel(make_call):
     call = make_call(causal=CausalKind.TOP_LEFT)
     assert restrict({"causal_rectangular": False}).reasons_against(call) == []
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 64), (1, 1, 1, 64), (2, 1, 1, 1)])
+@pytest.mark.parametrize("masks", [{MaskKind.NONE}, {MaskKind.NONE, MaskKind.ADDITIVE}])
+def test_key_padding_is_what_it_takes_of_the_bool_masks(make_call, shape, masks):
+    call = make_call(mask=MaskKind.BOOL, mask_shape=shape)
+    assert restrict({"masks": masks, "key_padding": True}).reasons_against(call) == []
+    assert [r.code for r in restrict({"masks": masks}).reasons_against(call)] == ["mask"]
+
+
+def test_key_padding_takes_nothing_away(make_call):
+    call = make_call(mask=MaskKind.BOOL, mask_shape=(2, 4, 64, 64))
+    assert restrict({"masks": {MaskKind.NONE, MaskKind.BOOL}, "key_padding": True}).reasons_against(call) == []
 
 
 def test_what_capabilities_promise_by_default(make_call):

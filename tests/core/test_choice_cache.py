@@ -236,6 +236,7 @@ capabilities = st.fixed_dictionaries(
         "head_dims": subsets([32, 64, 80, 128]),
         "head_dim_v_differs": st.booleans(),
         "masks": subsets(MaskKind, MaskKind.NONE),
+        "key_padding": st.booleans(),
         "causal": st.booleans(),
         "causal_rectangular": st.booleans(),
         "gqa": st.booleans(),

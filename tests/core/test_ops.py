@@ -25,6 +25,7 @@ SDPA_CASES = {
     "transposed": {"transposed": True, "dim_v": 5},
     "bool_mask": {"mask": torch.rand(2, 1, 6, 9) > 0.3, "kv_len": 9},
     "float_mask": {"mask": torch.randn(6, 9), "kv_len": 9, "kv_heads": 2},
+    "expanded_mask": {"mask": (torch.rand(2, 1, 1, 9) > 0.3).expand(2, 1, 6, 9), "kv_len": 9},
     "half": {"dtype": torch.bfloat16, "dim_v": 5},
 }
 
@@ -71,6 +72,7 @@ ROPE_CASES = {
     "own_tables": {"own_tables": True, "kv_len": 9, "kv_heads": 2, "dim_v": 5},
     "transposed": {"transposed": True, "dim_v": 12, "is_causal": True},
     "mask": {"mask": torch.randn(2, 1, 1, 6), "kv_heads": 1},
+    "expanded_mask": {"mask": torch.randn(2, 1, 1, 6).expand(2, 4, 6, 6)},
 }
 
 

@@ -115,6 +115,24 @@ def test_a_call_without_head_dim_can_be_described(make_call):
     assert call.describe() == "q [2, 4, 64, 0] bfloat16 on cpu, not causal, mask none"
 
 
+@pytest.mark.parametrize(
+    ("mask", "shape", "expected"),
+    [
+        (MaskKind.BOOL, (2, 1, 1, 64), True),
+        (MaskKind.BOOL, (1, 1, 1, 64), True),
+        (MaskKind.BOOL, (1, 1, 1, 1), True),
+        (MaskKind.BOOL, (2, 4, 1, 64), False),
+        (MaskKind.BOOL, (2, 1, 64, 64), False),
+        (MaskKind.BOOL, (2, 1, 0, 64), False),
+        (MaskKind.BOOL, None, False),
+        (MaskKind.ADDITIVE, (2, 1, 1, 64), False),
+        (MaskKind.NONE, None, False),
+    ],
+)
+def test_key_padding_is_a_bool_mask_without_heads_and_queries(make_call, mask, shape, expected):
+    assert make_call(mask=mask, mask_shape=shape).key_padding is expected
+
+
 def test_device_of_a_call(make_call):
     assert make_call().device == torch.device("cpu")
     assert make_call(device_type="cuda", device_index=3).device == torch.device("cuda", 3)

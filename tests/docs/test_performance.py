@@ -12,7 +12,8 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def render():
+def render(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
     spec = importlib.util.spec_from_file_location("render", REPOSITORY / "benchmarks" / "render.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -27,7 +28,7 @@ def test_the_shipped_speeds_are_those_of_the_sweep(render):
     """speedups.json decides for users: it must be the committed measurement."""
     shipped = json.loads((REPOSITORY / "src" / "lpattn" / "speedups.json").read_text())["tables"]
     points = {
-        (row["backend"], row["head_dim"], row["causal"], row["gqa"], length): ratio
+        (row["backend"], row["hadamard"], row["head_dim"], row["causal"], row["gqa"], length): ratio
         for row in shipped
         for length, ratio in row["speedup_by_length"]
     }
@@ -35,6 +36,119 @@ def test_the_shipped_speeds_are_those_of_the_sweep(render):
     for result in render.load("h200-sweep.json")["results"]:
         shape = result["shape"]
         grouped = shape["num_heads"] != shape["num_kv_heads"]
-        for backend, ratio in result["speedup"].items():
-            measured[(backend, shape["head_dim"], shape["causal"], grouped, shape["length"])] = round(ratio, 3)
+        for name, ratio in result["speedup"].items():
+            kind = (*render.parts_of(name), shape["head_dim"], shape["causal"], grouped, shape["length"])
+            measured[kind] = round(ratio, 3)
     assert points == measured
+
+
+def test_the_pictures_are_of_the_results_beside_them(render):
+    for path in render.RESULTS.glob("*.png"):
+        source = path.with_suffix(".json")
+        stamp = f"{source.name} {render.load(source.name)['provenance']['date']}"
+        assert stamp.encode() in path.read_bytes(), f"run python benchmarks/plot.py {source}"
+
+
+PROVENANCE = {"cpu": "a cpu", "versions": {"torch": "1"}, "command": "x.py", "date": "today"}
+SHAPE = {"batch": 1, "num_heads": 8, "num_kv_heads": 2, "length": 512, "head_dim": 64, "causal": True}
+
+
+def call(**changes) -> dict:
+    names = ("fp8_fa3", "fp8_fa3+hadamard_qkv", "auto")
+    return {
+        "shape": SHAPE,
+        "best_exact": "exact:sdpa",
+        "milliseconds": {"exact:sdpa": 3.0, **dict(zip(names, (2.0, 2.5, 3.125), strict=True))},
+        "speedup": dict(zip(names, (1.5, 1.2, 0.96), strict=True)),
+        "sqnr_db": dict.fromkeys(names, 25.0),
+    } | changes
+
+
+@pytest.fixture
+def page(render, tmp_path, monkeypatch):
+    """The page of these result files, by name, and no others."""
+
+    def make(**files: dict) -> str:
+        for name, content in files.items():
+            path = tmp_path / f"h200-{name}.json"
+            path.write_text(json.dumps({"provenance": PROVENANCE, **content}))
+        monkeypatch.setattr(render, "RESULTS", tmp_path)
+        return render.page()
+
+    return make
+
+
+def sections(text: str) -> list[str]:
+    return [line[3:] for line in text.splitlines() if line.startswith("## ")]
+
+
+def test_what_was_not_measured_is_left_out(page):
+    assert sections(page()) == ["Host time"]
+    assert sections(page(attention={"results": [call(speedup={"fp8_fa3": 1.5})]})) == [
+        "Whole attention calls",
+        "Host time",
+    ]
+
+
+def test_every_part_of_the_attention_benchmark_has_its_section(page):
+    alone = {"backend": "fp8_fa3", "milliseconds": 1.5, "teraflops": 900.0}
+    automatic = {"ran_on": "bf16_reference", "over_sdpa": 0.96, "graph_over_sdpa": 0.99}
+    padded = call(shape=SHAPE | {"kv_lengths": [512, 300]})
+    accuracy = {"shape": SHAPE, "data": "bias", "sqnr_db": {"exact:sdpa": 50.0, "fp8_fa3": 23.0}}
+    text = page(
+        attention={
+            "results": [call(kernel_alone=alone, automatic=automatic)],
+            "biased": [call()],
+            "padding": [padded],
+            "accuracy": [accuracy],
+        }
+    )
+    assert sections(text) == [
+        "Whole attention calls",
+        "With a Hadamard rotation",
+        "The automatic choice",
+        "Biased data",
+        "Key padding",
+        "Accuracy",
+        "Host time",
+    ]
+    assert "| 1, 8/2, 512, 64, causal | sdpa 3.000 | fp8_fa3 2.000 | x1.50 | 25.0 | 1.500 |" in text
+    assert "| fp8_fa3, Hadamard qkv 2.500 | x1.20 | 25.0 | 1.25 |" in text
+    assert "| 1, 8/2, 512, 64, causal | bf16_reference | x0.96 | x0.99 |" in text
+    assert "| 1, 8/2, 512, 64, causal, keys 512 and 300 |" in text
+    assert "| S | data | exact sdpa | fp8_fa3 |" in text
+
+
+def test_the_kernel_alone_is_in_no_ratio(page):
+    """What leaves out the quantization is compared with nothing."""
+    alone = {"backend": "fp8_fa3", "milliseconds": 0.001, "teraflops": 900.0}
+    with_it, without = (page(attention={"results": [call(**extra)]}) for extra in ({"kernel_alone": alone}, {}))
+    ratios = [[cell for cell in text.split("|") if cell.strip().startswith("x")] for text in (with_it, without)]
+    assert ratios[0] == ratios[1]
+
+
+def test_the_picture_is_shown_where_there_is_one(page, tmp_path):
+    sweep = {"results": [call(speedup={"fp8_fa3": 1.5, "fp8_fa3+hadamard_qkv": 1.2})]}
+    text = page(sweep=sweep)
+    assert "| fp8_fa3, Hadamard qkv, 64, causal, GQA | x1.20 |" in text
+    assert "![" not in text
+    (tmp_path / "h200-sweep.png").touch()
+    assert "![Speed by length](../benchmarks/results/h200-sweep.png)" in page(sweep=sweep)
+
+
+def test_quantization_has_its_section(page):
+    both = {"graph": 0.1, "events": 0.2}
+    variant = {
+        "bytes": 2 * 10**6,
+        "milliseconds": both,
+        "terabytes_per_second": both,
+        "fraction_of_copy": {"graph": 0.8, "events": 0.4},
+        "over_plain": {"graph": 1.25, "events": 1.0},
+    }
+    result = {"shape": SHAPE, "layout": "bshd", "rope": "half-split", "variants": {"per_head+rope": variant}}
+    host = {"shape": SHAPE, "microseconds": {"quantize": 30.2}}
+    text = page(quantization={"results": [result], "host": host})
+    assert (
+        "| 1, 8/2, 512, 64 | BSHD | per_head, RoPE half-split | 2.0 | 0.100 | 0.10 | 80% | 1.25 | 0.200 | 40% |" in text
+    )
+    assert "| quantize | 30 |" in text

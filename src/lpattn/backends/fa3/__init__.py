@@ -1,38 +1,46 @@
 """``fp8_fa3``: FlashAttention-3's FP8 forward on Hopper, from the wheel ``fa3-fwd`` or the official build.
 
 Owns the translation of a call into the kernel's terms. Where the kernel comes from and what it was built with is
-:mod:`.wheel`'s business, how q, k and v become e4m3 is :mod:`.operands`'.
+:mod:`.wheel`'s business, how q, k and v become e4m3 is :mod:`lpattn.quantize.fused`'s.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
+from typing import TYPE_CHECKING
 
 import torch
 
 from lpattn.backend import Backend, Capabilities
-from lpattn.backends.fa3.operands import quantize_qk, quantize_v
 from lpattn.backends.fa3.wheel import HEAD_DIMS, NOT_INSTALLED, Wheel, installed_wheels
 from lpattn.hookspecs import hookimpl
 from lpattn.policy import measured_speedup
-from lpattn.types import AttentionBackend, AttentionCall, CausalKind, Reason
+from lpattn.types import AttentionBackend, AttentionCall, CausalKind, HadamardMode, Reason
 
-_FLOAT16_SAFE = 65280.0
-"""The largest bfloat16 that float16 holds."""
+if TYPE_CHECKING:
+    from lpattn.quantize.fused import Rotation
+
+_NO_TRITON = Reason("not_installed", "triton, in which q, k and v are quantized, is not installed", "pip install triton")
 
 
 class FA3Backend(Backend):
     """FlashAttention-3 with q, k and v in e4m3, one scale per (batch, kv head) each.
 
+    A key-padding mask becomes a list of the keys that are used: the others are left out of k and v when these are
+    quantized, and the kernel is told how many there are.
+
     Precision:
-        Inputs are float16, bfloat16 or float32 and are rounded to e4m3 (relative error up to 2^-4); about 25 dB SQNR on
-        normal data. P is rounded to e4m3 after a factor 2^8; PV is accumulated over the whole row in the tensor cores'
-        own precision, which is below float32: a V whose mean is far from zero loses accuracy with length. The kernel
-        writes bfloat16, and float16 and float32 outputs are cast from that. An inf in an input becomes a NaN.
+        Inputs are float16, bfloat16 or float32. A constant per channel is subtracted from k and v (and added back to
+        the output; the log-sum-exp is corrected), the rest is rounded to e4m3 (relative error up to 2^-4); about 25 dB
+        SQNR on normal data. P is rounded to e4m3 after a factor 2^8; PV is accumulated over the whole row in the tensor
+        cores' own precision, which is below float32: without the constant, a V whose mean is far from zero would lose
+        accuracy with length. The kernel writes bfloat16, to which the constant is added in float32, and which is cast
+        to the inputs' dtype. An inf in an input becomes a NaN.
 
     Source:
-        FlashAttention-3 (arXiv:2407.08608, section 3.3).
+        FlashAttention-3 (arXiv:2407.08608, section 3.3). Smoothing k: SageAttention (arXiv:2410.02367).
     """
 
     name = AttentionBackend.FP8_FA3.value
@@ -41,7 +49,10 @@ class FA3Backend(Backend):
         device_types=frozenset({"cuda"}),
         architectures=((9, 0), (9, 0)),
         head_dims=HEAD_DIMS,
+        key_padding=True,
         lse=True,
+        hadamard=frozenset(HadamardMode),
+        rope=True,
     )
 
     @functools.cached_property
@@ -70,6 +81,8 @@ class FA3Backend(Backend):
         # What the data says about the device alone: any call that nothing else speaks against will do.
         any_call = AttentionCall(1, 1, 1, 1, 1, 128, 128, torch.bfloat16, device.type, capability=capability)
         reasons += self.capabilities.reasons_against(any_call)
+        if importlib.util.find_spec("triton") is None:
+            reasons.append(_NO_TRITON)
         if not self._wheels:
             return [*reasons, NOT_INSTALLED]
         # The library needs CUDA's, so that its import says nothing on a machine without.
@@ -86,6 +99,9 @@ class FA3Backend(Backend):
             built = ", ".join(str(d) for d in sorted(dims)) or "none"
             who = "fa3-fwd" if wheel is None else "this wheel"
             reasons.append(Reason("head_dim", f"head_dim {call.head_dim}: {who} has kernels for {built}"))
+        if call.hadamard is not HadamardMode.NONE and call.head_dim & (call.head_dim - 1):
+            text = f"hadamard {call.hadamard} with head_dim {call.head_dim}: transforms powers of two only"
+            reasons.append(Reason("hadamard", text, 'pass hadamard="none"'))
         if 0 in (call.batch, call.num_heads, call.q_len, call.kv_len):
             reasons.append(Reason("empty", "an empty dimension: nothing to compute"))
         if not abs(call.softmax_scale) <= torch.finfo(torch.float32).max:
@@ -104,14 +120,64 @@ class FA3Backend(Backend):
         attn_mask: torch.Tensor | None = None,
         dropout_p: float = 0.0,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        return self._attend(query, key, value, call, attn_mask, None)
+
+    def rope_attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        call: AttentionCall,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        cos_k: torch.Tensor | None = None,
+        sin_k: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        from lpattn.quantize.fused import Rotation
+
+        assert call.rope is not None
+        of_q, of_k = (*query.shape[:3], cos.shape[-1]), (*key.shape[:3], cos.shape[-1])
+        rotation = Rotation(
+            cos.expand(of_q),
+            sin.expand(of_q),
+            (cos if cos_k is None else cos_k).expand(of_k),
+            (sin if sin_k is None else sin_k).expand(of_k),
+            call.rope.interleaved,
+        )
+        heads_first = (x.transpose(1, 2) for x in (query, key, value))
+        return self._attend(*heads_first, call, attn_mask, rotation)
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        call: AttentionCall,
+        attn_mask: torch.Tensor | None,
+        rotation: Rotation | None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        # Triton is imported at the first call: `import lpattn` must not wait for it.
+        from lpattn.quantize.fused import quantize_per_head, restore_output, used_keys
+
         sign, scale = _split_scale(call.softmax_scale)
-        q, q_descale = quantize_qk(query, key.shape[1], sign)
-        k, k_descale = quantize_qk(key, key.shape[1])
-        v, v_descale = quantize_v(value)
+        keys = None if attn_mask is None else used_keys(attn_mask, call.batch, call.kv_len)
+        quantized = quantize_per_head(
+            query,
+            key,
+            value,
+            factor=sign,
+            hadamard=call.hadamard,
+            rope=rotation,
+            keys=keys,
+            with_lse_shift=call.return_lse,
+        )
+        q_descale, k_descale, v_descale = quantized.descale.unbind()
         out, lse, *_ = self._forward(
-            q,
-            k,
-            v,
+            quantized.query.transpose(1, 2),
+            quantized.key.transpose(1, 2),
+            quantized.value.transpose(1, 2),
             q_descale=q_descale,
             k_descale=k_descale,
             v_descale=v_descale,
@@ -120,16 +186,14 @@ class FA3Backend(Backend):
             is_causal=call.causal is CausalKind.TOP_LEFT,
             # More splits over the keys would be chosen by a heuristic, and add in another order.
             num_splits=1,
+            seqused_k=None if keys is None else keys.counts,
         )
-        out = out.transpose(1, 2)
-        if query.dtype == torch.float16:
-            # bfloat16 rounds values next to 65504 up to 65536, which float16 does not have.
-            out = out.clamp(-_FLOAT16_SAFE, _FLOAT16_SAFE)
-        out = out.to(query.dtype)
-        if not call.return_lse:
+        out = restore_output(out, quantized, query.dtype).transpose(1, 2)
+        if quantized.lse_shift is None:
             return out
-        # Every row attends to something here, so that -inf can only be what the kernel makes of a NaN in the row.
-        return out, lse.masked_fill(lse == -torch.inf, torch.nan)
+        # -inf is what the kernel makes of a NaN in the row, unless there is no key.
+        lse = lse.masked_fill(lse == -torch.inf, torch.nan).add_(quantized.lse_shift, alpha=scale)
+        return out, lse if keys is None else lse.masked_fill(keys.counts[:, None, None] == 0, -torch.inf)
 
     @functools.cached_property
     def _forward(self) -> torch._ops.OpOverload:

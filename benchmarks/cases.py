@@ -1,0 +1,127 @@
+"""What attention is measured on: shapes, kinds of data, and exact attention in float64 to hold outputs against."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention call; bfloat16, [B, H, S, D], q_len = kv_len.
+
+    Attributes:
+        kv_lengths: how many keys the queries of each sequence see, by a bool mask; None where there is no mask.
+    """
+
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    length: int
+    head_dim: int
+    causal: bool
+    kv_lengths: tuple[int, ...] | None = None
+
+    @property
+    def flop(self) -> float:
+        keys = self.batch * self.length if self.kv_lengths is None else sum(self.kv_lengths)
+        return 4.0 * self.num_heads * self.length * keys * self.head_dim / (2 if self.causal else 1)
+
+    def mask(self, device: str) -> torch.Tensor | None:
+        """[B, 1, 1, S], True where a key is seen."""
+        if self.kv_lengths is None:
+            return None
+        seen = torch.tensor(self.kv_lengths, device=device)
+        return torch.arange(self.length, device=device) < seen[:, None, None, None]
+
+    def __str__(self) -> str:
+        kind = "causal" if self.causal else "full"
+        padded = "" if self.kv_lengths is None else f",keys {'+'.join(map(str, self.kv_lengths))}"
+        return f"{self.batch},{self.num_heads}/{self.num_kv_heads},{self.length},{self.head_dim},{kind}{padded}"
+
+
+FLUX = Shape(1, 24, 24, 4608, 128, False)  # FLUX.1 at 1024x1024
+LONG = Shape(1, 32, 32, 16384, 128, False)
+NAMED = [
+    FLUX,
+    LONG,
+    Shape(1, 32, 32, 16384, 64, False),
+    Shape(1, 32, 8, 8192, 128, True),  # Llama-3-8B prefill
+    Shape(2, 24, 24, 512, 128, False),
+]
+PADDED = Shape(2, 24, 24, 4608, 128, False, kv_lengths=(4608, 3072))
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+DIMS = (64, 128, 256)
+
+
+def sweep(lengths: tuple[int, ...], dims: tuple[int, ...]) -> list[Shape]:
+    """Lengths x causal x grouped x head_dim, the short ones first, so that what the budget cuts off is the long end."""
+    shapes = []
+    for length in lengths:
+        for dim in dims:
+            # Hidden size 4096 at one batch; fewer heads where a call would take seconds.
+            heads = max(4, min(4096 // dim, 2**20 // length))
+            for causal in (False, True):
+                shapes += [Shape(1, heads, kv, length, dim, causal) for kv in (heads, max(1, heads // 4))]
+    return shapes
+
+
+DATA = {
+    "randn": "normal",
+    "outliers": "normal, and 0.1 % of the elements with another normal number of standard deviation 10 added",
+    "bias": "normal, and a constant per channel added: standard deviation 4 over the channels of K, 1 over those of V",
+}
+"""Kinds of data, in words. The outliers are those of FlashAttention-3 (arXiv:2407.08608, section 4.3)."""
+
+
+def inputs(shape: Shape, data: str = "randn", device: str = "cuda") -> Tensors:
+    """q, k and v of one kind of data, always the same."""
+    torch.manual_seed(0)
+
+    def one(heads: int, bias: float) -> torch.Tensor:
+        size = (shape.batch, heads, shape.length, shape.head_dim)
+        x = torch.randn(size, device=device)
+        if data == "outliers":
+            x += (torch.rand(size, device=device) < 0.001) * 10 * torch.randn(size, device=device)
+        elif data == "bias" and bias:
+            x += bias * torch.randn(shape.batch, heads, 1, shape.head_dim, device=device)
+        return x.bfloat16()
+
+    return one(shape.num_heads, 0.0), one(shape.num_kv_heads, 4.0), one(shape.num_kv_heads, 1.0)
+
+
+def sqnr(out: torch.Tensor, qkv: Tensors, shape: Shape, rows: int = 24, all_heads: bool = False) -> float:
+    """SQNR in dB against exact attention in float64, on sampled rows of the first and last sequence and head.
+
+    Args:
+        out: [B, H, S, D], what is judged.
+        qkv: what it was computed from.
+        shape: the call.
+        rows: how many rows of each head, evenly spaced, the first and the last among them.
+        all_heads: not only the first and the last one.
+    """
+    q, k, v = qkv
+    at = torch.linspace(0, shape.length - 1, rows, device=q.device).long()
+    keys = torch.arange(shape.length, device=q.device)
+    signal = noise = 0.0
+    for batch in {0, shape.batch - 1}:
+        for head in range(shape.num_heads) if all_heads else {0, shape.num_heads - 1}:
+            kv = head // (shape.num_heads // shape.num_kv_heads)
+            logits = q[batch, head, at].double() @ k[batch, kv].double().T * shape.head_dim**-0.5
+            if shape.causal:
+                logits = logits.masked_fill(keys > at[:, None], -math.inf)
+            if shape.kv_lengths is not None:
+                logits = logits.masked_fill(keys >= shape.kv_lengths[batch], -math.inf)
+            expected = logits.softmax(-1) @ v[batch, kv].double()
+            signal += float(expected.square().sum())
+            noise += float((expected - out[batch, head, at].double()).square().sum())
+    return decibels(signal, noise)
+
+
+def decibels(signal: float, noise: float) -> float:
+    """10 * log10(signal / noise); -inf where the noise is no number."""
+    return 10 * math.log10(signal / max(noise, 1e-300)) if math.isfinite(noise) else -math.inf

@@ -1,0 +1,22 @@
+"""How result files call what they measured. Imports nothing, so that pages and plots are made anywhere."""
+
+from __future__ import annotations
+
+EXACT = "exact:"
+"""Starts the names of exact kernels; the other names are those of low-precision backends, or :data:`AUTO`."""
+
+AUTO = "auto"
+"""lpattn's automatic choice, which may be exact attention."""
+
+_HADAMARD = "+hadamard_"
+
+
+def name_of(backend: str, mode: str) -> str:
+    """A backend with a Hadamard mode: ``fp8_fa3``, ``fp8_fa3+hadamard_qkv``."""
+    return backend if mode == "none" else f"{backend}{_HADAMARD}{mode}"
+
+
+def parts_of(name: str) -> tuple[str, str]:
+    """(backend, Hadamard mode) of such a name."""
+    backend, _, mode = name.partition(_HADAMARD)
+    return backend, mode or "none"

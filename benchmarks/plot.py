@@ -1,0 +1,97 @@
+"""Plot the speed by length of a sweep, against the best exact kernel: a panel per mask and head_dim. Needs no GPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from labels import AUTO, parts_of
+
+Line = tuple[str, str, bool]
+"""Backend, Hadamard mode, and whether KV heads are shared."""
+
+
+def panels(results: Sequence[Mapping[str, Any]]) -> dict[tuple[bool, int], dict[Line, list[tuple[int, float]]]]:
+    """Points (length, speed) by line, by panel (causal, head_dim)."""
+    found: dict[tuple[bool, int], dict[Line, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
+    for result in results:
+        shape = result["shape"]
+        for name, ratio in result["speedup"].items():
+            if name != AUTO:
+                line = (*parts_of(name), shape["num_heads"] != shape["num_kv_heads"])
+                found[shape["causal"], shape["head_dim"]][line].append((shape["length"], ratio))
+    return {panel: {line: sorted(points) for line, points in lines.items()} for panel, lines in sorted(found.items())}
+
+
+def label(line: Line) -> str:
+    backend, mode, grouped = line
+    return backend + ("" if mode == "none" else f", Hadamard {mode}") + (", GQA" if grouped else "")
+
+
+def stamp(name: str, data: Mapping[str, Any]) -> str:
+    """What the picture was made from, as it says in its own metadata."""
+    return f"{name} {data['provenance']['date']}"
+
+
+def draw(data: Mapping[str, Any], name: str, out: Path) -> None:
+    """Write the picture of a sweep.
+
+    Args:
+        data: content of the result file.
+        name: of the result file.
+        out: a PNG.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    drawn = panels(data["results"])
+    rows, columns = (sorted({panel[i] for panel in drawn}) for i in (0, 1))
+    size = (4 * len(columns), 3 * len(rows) + 0.8)
+    figure, axes = pyplot.subplots(len(rows), len(columns), figsize=size, squeeze=False, sharex=True, sharey=True)
+    colors: dict[tuple[str, str], str] = {}
+    handles = {}
+    for (causal, dim), lines in drawn.items():
+        axis = axes[rows.index(causal)][columns.index(dim)]
+        axis.axhline(1.0, color="black", linewidth=0.8)
+        axis.set_title(f"head_dim {dim}, {'causal' if causal else 'full'}", fontsize=10)
+        axis.set_xscale("log", base=2)
+        axis.grid(alpha=0.3)
+        for line, points in sorted(lines.items()):
+            color = colors.setdefault(line[:2], f"C{len(colors)}")
+            style = "--" if line[2] else "-"
+            handles[label(line)] = axis.plot(*zip(*points, strict=True), style, marker=".", color=color)[0]
+    lengths = sorted({result["shape"]["length"] for result in data["results"]})[::2]
+    for axis in axes[-1]:
+        axis.set_xlabel("tokens")
+        axis.set_xticks(lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths])
+    for axis in axes[:, 0]:
+        axis.set_ylabel("speed")
+        axis.set_ylim(bottom=0)
+    where = data["provenance"]
+    figure.suptitle(f"Attention against the best exact kernel, {where.get('device', where['cpu'])}", fontsize=11)
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=3, fontsize=9)
+    figure.tight_layout(rect=(0, 0.04 + 0.03 * len(handles) / 3, 1, 1))
+    figure.savefig(out, dpi=90, metadata={"Source": stamp(name, data)})
+    pyplot.close(figure)
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("source", type=Path, help="result of calibrate.py --out or attention.py --sweep-out")
+    arguments.add_argument("--out", type=Path, help="the PNG (default: the result file's name with .png)")
+    given = arguments.parse_args()
+    out = given.out or given.source.with_suffix(".png")
+    draw(json.loads(given.source.read_text()), given.source.name, out)
+    print(f"written to {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Quantizations of q, k and v under test, their inputs, and whether what they return is their input."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from cases import Shape, Tensors, decibels
+from labels import name_of
+
+from lpattn.quantize import hadamard_transform
+from lpattn.rope import rotate
+from lpattn.types import HadamardMode
+
+LAYOUTS = ("bhsd", "bshd")
+"""Memory layouts, as the dimensions from the slowest to the fastest; q, k and v are always seen as [B, H, S, D]."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """q, k, v [B, H, S, D] bfloat16, and tables [1, S, 1, D] that rotate q and k."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+    interleaved: bool
+
+    def tables(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tables as [B, S, H, D] of x: q or k."""
+        size = (x.shape[0], -1, x.shape[1], -1)
+        return self.cos.expand(size), self.sin.expand(size)
+
+    def bytes(self, rope: bool) -> int:
+        """What must move: each input, with ``rope`` the tables too, read once; each e4m3 output written once."""
+        read = (self.q, self.k, self.v, *((self.cos, self.sin) if rope else ()))
+        return sum(x.numel() * x.element_size() for x in read) + sum(x.numel() for x in (self.q, self.k, self.v))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What happens on the way to e4m3."""
+
+    mode: HadamardMode = HadamardMode.NONE
+    rope: bool = False
+
+    def name(self, quantizer: str) -> str:
+        return name_of(quantizer, self.mode) + ("+rope" if self.rope else "")
+
+
+KINDS = (Kind(), Kind(HadamardMode.QKV), Kind(HadamardMode.V_ONLY), Kind(rope=True))
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """A quantization of q, k and v under test.
+
+    Attributes:
+        run: takes q, k, v, and by keyword ``hadamard`` and ``rope``.
+        dequantized: what its result stands for: q, k and v as float32 [B, H, S, D], not transformed any more.
+    """
+
+    run: Callable[..., Any]
+    dequantized: Callable[[Any], Tensors]
+
+
+def quantizers() -> dict[str, Quantizer]:
+    from lpattn.quantize import fused
+
+    return {"per_head": Quantizer(fused.quantize_per_head, dequantized_per_head)}
+
+
+def dequantized_per_head(quantized: Any) -> Tensors:
+    (q_scale, k_scale, v_scale), (k_constant, v_constant) = quantized.descale, quantized.constant
+    qk, v = quantized.hadamard is HadamardMode.QKV, quantized.hadamard is not HadamardMode.NONE
+    return (
+        _value(quantized.query, q_scale, None, qk),
+        _value(quantized.key, k_scale, k_constant, qk),
+        _value(quantized.value, v_scale, v_constant, v),
+    )
+
+
+def _value(data: torch.Tensor, descale: torch.Tensor, constant: torch.Tensor | None, transformed: bool) -> torch.Tensor:
+    dim = data.shape[-1]
+    descale = descale.repeat_interleave(data.shape[1] // descale.shape[1], 1)
+    x = data.float() * descale[..., None, None]
+    if constant is not None:
+        x += constant[:, :, None, :dim]
+    return hadamard_transform(x)[..., :dim] if transformed else x
+
+
+def make(shape: Shape, layout: str, interleaved: bool, device: str) -> Inputs:
+    """Random inputs. Tables that interleave are float32, as in diffusers, others bfloat16, as in transformers."""
+
+    def one(heads: int) -> torch.Tensor:
+        sizes = {"b": shape.batch, "h": heads, "s": shape.length, "d": shape.head_dim}
+        x = torch.randn([sizes[d] for d in layout], device=device, dtype=torch.bfloat16)
+        return x if layout == "bhsd" else x.transpose(1, 2)
+
+    angles = 2 * math.pi * torch.rand(1, shape.length, 1, shape.head_dim, device=device)
+    cos, sin = (x if interleaved else x.bfloat16() for x in (angles.cos(), angles.sin()))
+    return Inputs(one(shape.num_heads), one(shape.num_kv_heads), one(shape.num_kv_heads), cos, sin, interleaved)
+
+
+def bound(quantizer: Quantizer, kind: Kind, inputs: Inputs) -> Callable[[], Any]:
+    """The call, its arguments made."""
+    rope = None
+    if kind.rope:
+        from lpattn.quantize.fused import Rotation
+
+        rope = Rotation(*inputs.tables(inputs.q), *inputs.tables(inputs.k), inputs.interleaved)
+    return functools.partial(quantizer.run, inputs.q, inputs.k, inputs.v, hadamard=kind.mode, rope=rope)
+
+
+def quality(quantizer: Quantizer, kind: Kind, inputs: Inputs) -> dict[str, float]:
+    """SQNR in dB of q, k and v after quantization, against what they are after rotation alone."""
+    found = quantizer.dequantized(bound(quantizer, kind, inputs)())
+    return {name: round(_sqnr(kind, inputs, name, x), 2) for name, x in zip("qkv", found, strict=True)}
+
+
+def _sqnr(kind: Kind, inputs: Inputs, name: str, found: torch.Tensor) -> float:
+    expected = getattr(inputs, name).float()
+    if kind.rope and name != "v":
+        expected = rotate(expected.transpose(1, 2), inputs.cos, inputs.sin, inputs.interleaved).transpose(1, 2)
+    noise = (found - expected).square().sum(dtype=torch.float64)
+    return decibels(float(expected.square().sum(dtype=torch.float64)), float(noise))

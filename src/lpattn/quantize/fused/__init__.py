@@ -1,0 +1,11 @@
+"""q, k and v to e4m3 in Triton: rotated, Hadamard-transformed, smoothed, scaled and rounded in one read of the inputs.
+
+Owns the passes and how they are launched. What they compute is what :mod:`lpattn.quantize` says in plain PyTorch; which
+scales and layout a kernel wants is for the caller to say. Needs triton, and so is imported where it is used.
+"""
+
+from __future__ import annotations
+
+from lpattn.quantize.fused.operands import Keys, PerHead, Rotation, quantize_per_head, restore_output, used_keys
+
+__all__ = ["Keys", "PerHead", "Rotation", "quantize_per_head", "restore_output", "used_keys"]

@@ -1,0 +1,70 @@
+"""The float32 buffer in which the passes tell each other what they found. Host and device compute its sections alike.
+
+For G = batch * num_kv_heads groups, and head_dim padded to LANES:
+
+* [3, G]: the descales of q, k and v;
+* [3, G, LANES]: what was subtracted from q (nothing), k and v;
+* [3, 2, G], int32: per group of q, k and v the tiles that are done, and the largest magnitude beyond the scale;
+* [parts, 2] and [parts, LANES]: of every sampled part of a head (q's, then k's, then v's) the largest magnitude and the
+  sum of squares / n, and per channel the sum / n.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+PART = tl.constexpr(128)
+"""Sampled tokens per part. A part has one writer, and parts are added in order: no two runs differ."""
+
+FEW = tl.constexpr(256)
+MANY = tl.constexpr(1024)
+_MOST = tl.constexpr(4096)
+
+
+def parts(length: int, least: int) -> int:
+    """Number of parts that :func:`sample_size` tokens make."""
+    size = min(length, max(length // 16 // PART.value * PART.value, least), _MOST.value)
+    return -(-size // PART.value)
+
+
+@triton.jit
+def sample_size(length, least):
+    """Tokens that are sampled: a sixteenth, but at least ``least`` and at most 4096, if there are so many."""
+    return tl.minimum(length, tl.minimum(tl.maximum(length // 16 // PART * PART, least), _MOST))
+
+
+def size(groups: int, lanes: int, all_parts: int) -> int:
+    """Number of floats in the buffer."""
+    return groups * (3 + 3 * lanes + 6) + all_parts * (2 + lanes)
+
+
+@triton.jit
+def descales(buffer, groups, which):
+    """[G]: of q (0), k (1) or v (2)."""
+    return buffer + which * groups
+
+
+@triton.jit
+def constants(buffer, groups, which, LANES: tl.constexpr):
+    """[G, LANES]: of q (0), k (1) or v (2)."""
+    return buffer + (3 + which * LANES) * groups
+
+
+@triton.jit
+def counters(buffer, groups, which, LANES: tl.constexpr):
+    """int32 [2, G]: of q (0), k (1) or v (2)."""
+    ints = (buffer + (3 + 3 * LANES) * groups).to(tl.pointer_type(tl.int32))
+    return ints + 2 * which * groups
+
+
+@triton.jit
+def maxima(buffer, groups, LANES: tl.constexpr):
+    """[parts, 2]: largest magnitude, sum of squares / n."""
+    return buffer + (9 + 3 * LANES) * groups
+
+
+@triton.jit
+def sums(buffer, groups, all_parts, LANES: tl.constexpr):
+    """[parts, LANES]: sum / n."""
+    return maxima(buffer, groups, LANES) + 2 * all_parts

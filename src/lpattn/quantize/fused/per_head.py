@@ -1,0 +1,224 @@
+"""The passes for scales per (batch, KV head), as FlashAttention-3 takes them.
+
+A scale for all tokens of a head depends on all of them, and reading them twice would cost as much again. So the first
+pass looks at a sample, and the second quantizes with the scale that follows from it, and headroom. Where a token turns
+out to be larger still, whoever finishes the last tile of the group quantizes the group again with the scale that fits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lpattn.quantize.fused import layout
+from lpattn.quantize.fused.layout import FEW, MANY, sample_size
+from lpattn.quantize.fused.sample import estimated_scale, sampled_tokens, smoothing_constant
+from lpattn.quantize.fused.tile import (
+    E4M3_MAX,
+    inverse_power_of_two,
+    load_tile,
+    scale_for,
+    store_tile,
+    to_e4m3,
+)
+
+QK_FLOOR = tl.constexpr(2.0**-56)
+"""Smallest scale of q and k. FlashAttention-3 multiplies the softmax scale and the scales of q and k; a product below
+float32's normal range is flushed to zero, and zero times the -inf of a fully masked tile would be NaN."""
+
+V_FLOOR = tl.constexpr(2.0**-126)
+
+# Numbers of which every call has others: to compile anew for a length would stall it.
+VARYING = [
+    "batch", "heads", "kv_heads", "q_len", "kv_len", "q_parts", "k_parts", "v_parts", "factor",
+    "q_b", "q_h", "q_s", "q_d", "k_b", "k_h", "k_s", "k_d", "v_b", "v_h", "v_s", "v_d",
+    "turn_q_b", "turn_q_h", "turn_q_s", "turn_q_d", "turn_k_b", "turn_k_h", "turn_k_s", "turn_k_d",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=VARYING)
+def sample_heads(
+    q, k, v, keys, key_counts, cos_q, sin_q, cos_k, sin_k, buffer,
+    batch, heads, kv_heads, q_len, kv_len, q_parts, k_parts, v_parts,
+    q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d,
+    turn_q_b, turn_q_h, turn_q_s, turn_q_d, turn_k_b, turn_k_h, turn_k_s, turn_k_d,
+    UNIT: tl.constexpr, DENSE: tl.constexpr, TURN_UNIT: tl.constexpr, TURN_DENSE: tl.constexpr,
+    D: tl.constexpr, LANES: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr,
+    HADAMARD_QK: tl.constexpr, HADAMARD_V: tl.constexpr,
+):  # fmt: skip
+    """Sample all heads: one program per part of a head of q, then of k, then of v. It also clears the counters."""
+    HALF: tl.constexpr = LANES // 2
+    program = tl.program_id(0)
+    groups = batch * kv_heads
+    q_all = batch * heads * q_parts
+    kv_all = q_all + groups * k_parts
+    # The tensor that the program reads, and which part of which head.
+    x, stride_b, stride_h, stride_s, stride_d = q, q_b, q_h, q_s, q_d
+    cos, sin, turn_b, turn_h, turn_s, turn_d = cos_q, sin_q, turn_q_b, turn_q_h, turn_q_s, turn_q_d
+    index, parts, in_batch, length, least, which = program, q_parts, heads, q_len, FEW, 0
+    if program >= kv_all:
+        x, stride_b, stride_h, stride_s, stride_d = v, v_b, v_h, v_s, v_d
+        index, parts, in_batch, length, least, which = program - kv_all, v_parts, kv_heads, kv_len, MANY, 2
+    elif program >= q_all:
+        x, stride_b, stride_h, stride_s, stride_d = k, k_b, k_h, k_s, k_d
+        cos, sin, turn_b, turn_h, turn_s, turn_d = cos_k, sin_k, turn_k_b, turn_k_h, turn_k_s, turn_k_d
+        index, parts, in_batch, length, least, which = program - q_all, k_parts, kv_heads, kv_len, FEW, 1
+    part, row = index % parts, index // parts
+    b, h = (row // in_batch).to(tl.int64), (row % in_batch).to(tl.int64)
+    if part == 0:
+        done = layout.counters(buffer, groups, which, LANES) + b * kv_heads + h // (in_batch // kv_heads)
+        tl.store(done, 0)
+        tl.store(done + groups, 0)
+    if key_counts is not None:
+        if which > 0:
+            length = tl.load(key_counts + b)
+    size = sample_size(length, least)
+    tokens, used = sampled_tokens(part, size, length)
+    if keys is not None:
+        if which > 0:
+            tokens = tl.load(keys + b * kv_len + tokens, mask=used, other=0).to(tl.int64)
+    low, high = load_tile(
+        x + (b * stride_b + h * stride_h) * UNIT, tokens, used, stride_s * UNIT, 1 if DENSE else stride_d,
+        None if ROPE == 0 else cos + (b * turn_b + h * turn_h) * TURN_UNIT,
+        None if ROPE == 0 else sin + (b * turn_b + h * turn_h) * TURN_UNIT,
+        turn_s * TURN_UNIT, 1 if TURN_DENSE else turn_d, which < 2, HADAMARD_QK | (which == 2),
+        D, HALF, ROPE, ROTARY, HADAMARD_V,
+    )  # fmt: skip
+    low = tl.where(tl.abs(low) < float("inf"), low, 0.0)
+    high = tl.where(tl.abs(high) < float("inf"), high, 0.0)
+    # Dividing first keeps the sum of large values finite.
+    weight = 1.0 / tl.maximum(size, 1).to(tl.float32)
+    scalars = layout.maxima(buffer, groups, LANES) + 2 * program
+    tl.store(scalars, tl.maximum(tl.max(tl.abs(low)), tl.max(tl.abs(high))))
+    tl.store(scalars + 1, tl.sum(low * low * weight) + tl.sum(high * high * weight))
+    sums = layout.sums(buffer, groups, kv_all + groups * v_parts, LANES)
+    to = sums + program.to(tl.int64) * LANES + tl.arange(0, HALF)
+    tl.store(to, tl.sum(low * weight, 0))
+    tl.store(to + HALF, tl.sum(high * weight, 0))
+
+
+@triton.jit(do_not_specialize=VARYING)
+def quantize_heads(
+    q, k, v, keys, key_counts, cos_q, sin_q, cos_k, sin_k, buffer, q_out, k_out, v_out, lse_shift,
+    batch, heads, kv_heads, q_len, kv_len, q_parts, k_parts, v_parts,
+    q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d,
+    turn_q_b, turn_q_h, turn_q_s, turn_q_d, turn_k_b, turn_k_h, turn_k_s, turn_k_d, factor,
+    UNIT: tl.constexpr, DENSE: tl.constexpr, TURN_UNIT: tl.constexpr, TURN_DENSE: tl.constexpr,
+    D: tl.constexpr, LANES: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr,
+    HADAMARD_QK: tl.constexpr, HADAMARD_V: tl.constexpr,
+    TOKENS: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr, Q_ROWS: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Quantize all heads: one program per TILES tiles of TOKENS tokens of a head of q, then of k, then of v."""
+    HALF: tl.constexpr = LANES // 2
+    program = tl.program_id(0)
+    groups = batch * kv_heads
+    q_all, kv_all = batch * heads * tl.cdiv(q_len, TOKENS * TILES), groups * tl.cdiv(kv_len, TOKENS * TILES)
+    q_part_rows, k_part_rows = batch * heads * q_parts, groups * k_parts
+    # The tensor that the program reads, and which tile of which head.
+    x, out, stride_b, stride_h, stride_s, stride_d = q, q_out, q_b, q_h, q_s, q_d
+    cos, sin, turn_b, turn_h, turn_s, turn_d = cos_q, sin_q, turn_q_b, turn_q_h, turn_q_s, turn_q_d
+    index, in_batch, length, least, which, floor = program, heads, q_len, FEW, 0, QK_FLOOR
+    if program >= q_all + kv_all:
+        x, out, stride_b, stride_h, stride_s, stride_d = v, v_out, v_b, v_h, v_s, v_d
+        index, in_batch, length, least, which, floor = program - q_all - kv_all, kv_heads, kv_len, MANY, 2, V_FLOOR
+    elif program >= q_all:
+        x, out, stride_b, stride_h, stride_s, stride_d = k, k_out, k_b, k_h, k_s, k_d
+        cos, sin, turn_b, turn_h, turn_s, turn_d = cos_k, sin_k, turn_k_b, turn_k_h, turn_k_s, turn_k_d
+        index, in_batch, length, least, which = program - q_all, kv_heads, kv_len, FEW, 1
+    room = length
+    tiles, programs = tl.cdiv(room, TOKENS), tl.cdiv(room, TOKENS * TILES)
+    chunk, row = index % programs, index // programs
+    b, h = (row // in_batch).to(tl.int64), row % in_batch
+    if key_counts is not None:
+        if which > 0:
+            length = tl.load(key_counts + b)
+    group_heads = in_batch // kv_heads
+    group = (b * kv_heads + h // group_heads).to(tl.int32)
+
+    maxima = layout.maxima(buffer, groups, LANES)
+    sums = layout.sums(buffer, groups, q_part_rows + k_part_rows + groups * v_parts, LANES)
+    factor = tl.where(which == 0, factor, 1.0)
+    low_c = tl.zeros((HALF,), tl.float32)
+    high_c = tl.zeros((HALF,), tl.float32)
+    if which == 0:
+        at = tl.arange(0, Q_ROWS)
+        q_rows = group_heads * q_parts
+        largest = tl.max(tl.load(maxima + 2 * (group * q_rows + at), mask=at < q_rows, other=0.0)) * tl.abs(factor)
+    else:
+        first = tl.where(which == 1, q_part_rows + group * k_parts, q_part_rows + k_part_rows + group * v_parts)
+        low_c, high_c, largest = smoothing_constant(
+            maxima + 2 * first, sums + first.to(tl.int64) * LANES, length, least, which == 1, D, HALF
+        )
+        if chunk == 0:
+            constant = layout.constants(buffer, groups, which, LANES) + group * LANES + tl.arange(0, HALF)
+            tl.store(constant, low_c)
+            tl.store(constant + HALF, high_c)
+    scale = estimated_scale(largest, length, least, floor)
+
+    if lse_shift is not None:
+        low_k, high_k = low_c, high_c
+        if which == 0:
+            first = q_part_rows + group * k_parts
+            kv_used = kv_len
+            if key_counts is not None:
+                kv_used = tl.load(key_counts + b)
+            low_k, high_k, _ = smoothing_constant(
+                maxima + 2 * first, sums + first.to(tl.int64) * LANES, kv_used, FEW, True, D, HALF
+            )
+
+    x += b * stride_b * UNIT
+    out += b * in_batch * room * D
+    done = layout.counters(buffer, groups, which, LANES) + group
+    # Some tiles; or, where these were the group's last ones and its scale does not fit, all of the group's once more.
+    start = h % group_heads * tiles + chunk * TILES
+    end = h % group_heads * tiles + tl.minimum(chunk * TILES + TILES, tiles)
+    again = False
+    while start < end:
+        # Scales are powers of two, so that one multiplication and addition is as exact as a difference that is scaled.
+        inverse = inverse_power_of_two(scale)
+        low_shift, high_shift = -low_c * inverse, -high_c * inverse
+        magnitudes = tl.zeros((TOKENS, HALF), tl.float32)
+        for index in tl.range(start, end, num_stages=STAGES):
+            head = (h // group_heads * group_heads + index // tiles).to(tl.int64)
+            rows = index % tiles * TOKENS + tl.arange(0, TOKENS)
+            used = rows < length
+            tokens = rows
+            if keys is not None:
+                if which > 0:
+                    tokens = tl.load(keys + b * kv_len + rows, mask=used, other=0)
+            low, high = load_tile(
+                x + head * stride_h * UNIT, tokens, used, stride_s * UNIT, 1 if DENSE else stride_d,
+                None if ROPE == 0 else cos + (b * turn_b + head * turn_h) * TURN_UNIT,
+                None if ROPE == 0 else sin + (b * turn_b + head * turn_h) * TURN_UNIT,
+                turn_s * TURN_UNIT, 1 if TURN_DENSE else turn_d, which < 2, HADAMARD_QK | (which == 2),
+                D, HALF, ROPE, ROTARY, HADAMARD_V,
+            )  # fmt: skip
+            if lse_shift is not None:
+                products = tl.sum(low * low_k[None, :] + high * high_k[None, :], 1) * factor
+                tl.store(lse_shift + (b * heads + head) * q_len + rows, products, mask=used & (which == 0))
+            low = low * (inverse * factor) + low_shift[None, :]
+            high = high * (inverse * factor) + high_shift[None, :]
+            if key_counts is not None:
+                # Tokens past the used ones are written too: zeros, since 0 * NaN would reach the output.
+                low, high = tl.where(used[:, None], low, 0.0), tl.where(used[:, None], high, 0.0)
+            store_tile(
+                out + head * room * D, rows, rows < room, D,
+                to_e4m3(low, INTERPRETED), to_e4m3(high, INTERPRETED), D, HALF,
+            )  # fmt: skip
+            # inf times 0 is NaN, which a maximum leaves out.
+            finite_or_nan = tl.maximum(tl.abs(low + low * 0.0), tl.abs(high + high * 0.0))
+            magnitudes = tl.maximum(magnitudes, finite_or_nan)
+        start = end
+        if not again:
+            most = tl.max(magnitudes)
+            if most > E4M3_MAX:
+                # The order of positive floats is that of their bits.
+                tl.atomic_max(done + groups, (most * scale).to(tl.int32, bitcast=True), sem="relaxed")
+            # All of the program's stores come before its signal.
+            tl.debug_barrier()
+            if tl.atomic_add(done, 1, sem="acq_rel") == programs * group_heads - 1:
+                most = tl.atomic_max(done + groups, 0, sem="relaxed").to(tl.float32, bitcast=True)
+                if most > 0.0:
+                    scale = scale_for(most / E4M3_MAX, floor)
+                    start, end, again = tl.zeros_like(start), tiles * group_heads, True
+                tl.store(layout.descales(buffer, groups, which) + group, scale)

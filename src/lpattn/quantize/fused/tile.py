@@ -1,0 +1,139 @@
+"""A tile of one head's tokens on its way to e4m3: loaded in place, rotated, Hadamard-transformed, scaled, rounded.
+
+A tile is two tensors, the lower and the upper half of the (padded) head_dim: [TOKENS, HALF] each. Both the half-split
+rotation and the last step of a Hadamard transform combine these halves element by element.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+NO_ROPE = tl.constexpr(0)
+HALF_SPLIT = tl.constexpr(1)
+"""Every lane turns, and its partner lies in the other half of the tile."""
+INTERLEAVED = tl.constexpr(2)
+HALF_SPLIT_PARTIAL = tl.constexpr(3)
+"""Half-split on some leading lanes, or on a head_dim that is no power of two: partners are loaded once more."""
+
+E4M3_MAX = tl.constexpr(448.0)
+
+
+@triton.jit
+def load_tile(
+    x, rows, used, stride_s, stride_d, cos, sin, cos_s, cos_d, turns, transforms,
+    D: tl.constexpr, HALF: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr, HADAMARD: tl.constexpr,
+):  # fmt: skip
+    """Load tokens ``rows`` of a head: two float32 tensors [TOKENS, HALF], zero where not ``used``.
+
+    Args:
+        x, cos, sin: at token 0 of this (batch, head).
+        turns, transforms: whether this tensor is rotated and Hadamard-transformed, where ROPE and HADAMARD compile that.
+    """
+    lanes = tl.arange(0, HALF)
+    at = x + rows[:, None].to(tl.int64) * stride_s + lanes[None, :] * stride_d
+    low = tl.load(at, mask=used[:, None] & (lanes < D)[None, :], other=0.0)
+    high = tl.load(at + HALF * stride_d, mask=used[:, None] & (lanes < D - HALF)[None, :], other=0.0)
+    dtype: tl.constexpr = low.dtype
+    low, high = low.to(tl.float32), high.to(tl.float32)
+    if ROPE != NO_ROPE:
+        if turns:
+            turn = rows[:, None].to(tl.int64) * cos_s + lanes[None, :] * cos_d
+            low_turns = used[:, None] & (lanes < ROTARY)[None, :]
+            high_turns = used[:, None] & (lanes < ROTARY - HALF)[None, :]
+            cos_low = tl.load(cos + turn, mask=low_turns, other=1.0).to(tl.float32)
+            sin_low = tl.load(sin + turn, mask=low_turns, other=0.0).to(tl.float32)
+            cos_high = tl.load(cos + turn + HALF * cos_d, mask=high_turns, other=1.0).to(tl.float32)
+            sin_high = tl.load(sin + turn + HALF * cos_d, mask=high_turns, other=0.0).to(tl.float32)
+            if ROPE == HALF_SPLIT:
+                turned_low, turned_high = -high, low
+            elif ROPE == INTERLEAVED:
+                turned_low, turned_high = _swap_pairs(low), _swap_pairs(high)
+            else:
+                start = x + rows[:, None].to(tl.int64) * stride_s
+                turned_low = _partner(start, lanes, low_turns, stride_d, ROTARY)
+                turned_high = _partner(start, lanes + HALF, high_turns, stride_d, ROTARY)
+            low = low * cos_low + turned_low * sin_low
+            high = high * cos_high + turned_high * sin_high
+    if HADAMARD:
+        if transforms:
+            low, high = hadamard(low.to(dtype), high.to(dtype), HALF)
+    return low, high
+
+
+@triton.jit
+def _swap_pairs(x):
+    """(x0, x1, x2, x3, ...) to (-x1, x0, -x3, x2, ...) along the last dimension."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+    return tl.reshape(tl.join(-odd, even), (x.shape[0], x.shape[1]))
+
+
+@triton.jit
+def _partner(start, lanes, turns, stride_d, ROTARY: tl.constexpr):
+    """The lane that the half-split rotation turns each lane towards, with its sign."""
+    first = lanes < ROTARY // 2
+    partner = tl.where(first, lanes + ROTARY // 2, lanes - ROTARY // 2)
+    x = tl.load(start + partner[None, :] * stride_d, mask=turns, other=0.0).to(tl.float32)
+    return tl.where(first[None, :], -x, x)
+
+
+@triton.jit
+def hadamard(low, high, HALF: tl.constexpr):
+    """Orthonormal Hadamard transform of the 2 * HALF lanes (natural order), in float32.
+
+    H_2n = [[H_n, H_n], [H_n, -H_n]]: two products with H_n, whose entries are 1 and -1, then sums and differences.
+    """
+    i = tl.arange(0, HALF)
+    parity = i[:, None] & i[None, :]
+    parity ^= parity >> 4
+    parity ^= parity >> 2
+    parity ^= parity >> 1
+    matrix = (1 - 2 * (parity & 1)).to(low.dtype)
+    a = tl.dot(low, matrix, input_precision="tf32x3")
+    b = tl.dot(high, matrix, input_precision="tf32x3")
+    norm: tl.constexpr = (2 * HALF) ** -0.5
+    return (a + b) * norm, (a - b) * norm
+
+
+@triton.jit
+def power_of_two_above(x):
+    """The smallest power of two that is not below x, for normal positive float32."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def inverse_power_of_two(x):
+    """1 / x, exactly, for x = 2^e with -126 <= e <= 126."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((254 << 23) - bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def scale_for(x, floor):
+    """The scale of values whose 448th part is at most x: a power of two, at least ``floor``."""
+    return power_of_two_above(tl.maximum(x, floor))
+
+
+@triton.jit
+def to_e4m3(x, INTERPRETED: tl.constexpr):
+    """Round to e4m3, saturating at 448; what is inf or NaN becomes NaN."""
+    x += x * 0.0
+    if INTERPRETED:
+        # The interpreter's cast loses carries into the next power of two and does not saturate: round first.
+        x = tl.where(tl.abs(x) > E4M3_MAX, tl.where(x > 0, E4M3_MAX, -E4M3_MAX), x)
+        bits = x.to(tl.int32, bitcast=True)
+        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+        # Adding 1.5 * 2^14 leaves multiples of 2^-9, the spacing below 2^-6.
+        small = (x + 24576.0) - 24576.0
+        x = tl.where(tl.abs(x) < 0.015625, small, tl.where(x != x, x, normal))
+    return x.to(tl.float8e4nv)
+
+
+@triton.jit
+def store_tile(out, rows, written, stride_s, low, high, D: tl.constexpr, HALF: tl.constexpr):
+    """Store two halves [TOKENS, HALF] as tokens ``rows`` of a head with contiguous lanes."""
+    lanes = tl.arange(0, HALF)
+    at = out + rows[:, None].to(tl.int64) * stride_s + lanes[None, :]
+    tl.store(at, low, mask=written[:, None] & (lanes < D)[None, :])
+    tl.store(at + HALF, high, mask=written[:, None] & (lanes < D - HALF)[None, :])

@@ -1,0 +1,62 @@
+"""Every benchmark says how it is used; those that need a GPU say so; a sweep becomes a picture."""
+
+from __future__ import annotations
+
+import importlib
+
+import labels
+import plot
+import pytest
+import torch
+
+SCRIPTS = ("attention", "calibrate", "dispatch", "eager_overhead", "plot", "quantization")
+ON_GPU = ("attention", "calibrate", "quantization")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help(name, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(name).main()
+    assert stopped.value.code == 0
+    assert "--out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ON_GPU)
+def test_without_a_gpu_it_says_so(name, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [f"{name}.py"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert importlib.import_module(name).main() == 1
+    assert f"{name}.py needs a CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("backend", "mode"), [("fp8_fa3", "none"), ("fp8_fa3", "qkv"), ("my_own", "v_only")])
+def test_names_have_two_parts(backend, mode):
+    assert labels.parts_of(labels.name_of(backend, mode)) == (backend, mode)
+
+
+def result(length: int, kv_heads: int = 8, causal: bool = False) -> dict:
+    shape = {"num_heads": 8, "num_kv_heads": kv_heads, "length": length, "head_dim": 128, "causal": causal}
+    return {"shape": shape, "speedup": {"a": 1.1, "a+hadamard_qkv": 0.9, "auto": 1.0}}
+
+
+RESULTS = [result(4096), result(512), result(512, kv_heads=2), result(512, causal=True)]
+
+
+def test_panels():
+    found = plot.panels(RESULTS)
+    assert list(found) == [(False, 128), (True, 128)]
+    assert found[False, 128][("a", "none", False)] == [(512, 1.1), (4096, 1.1)]
+    assert {plot.label(line) for line in found[False, 128]} == {
+        "a",
+        "a, GQA",
+        "a, Hadamard qkv",
+        "a, Hadamard qkv, GQA",
+    }
+
+
+def test_the_picture_says_what_it_was_made_from(tmp_path):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib (extra dev)")
+    data = {"results": RESULTS, "provenance": {"cpu": "a cpu", "date": "2026-01-01T00:00"}}
+    plot.draw(data, "sweep.json", tmp_path / "sweep.png")
+    assert b"sweep.json 2026-01-01T00:00" in (tmp_path / "sweep.png").read_bytes()
