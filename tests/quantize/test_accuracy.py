@@ -15,11 +15,12 @@ import torch
 
 import lpattn.quantize.emulate as emulate
 import lpattn.quantize.visibility as visibility
-from lpattn.quantize import FA3_PER_HEAD, PER_BLOCK, PER_BLOCK_F16, RECIPES, RowSum, emulated_attention
+from lpattn.quantize import E4M3_MAX, FA3_PER_HEAD, PER_BLOCK, PER_BLOCK_F16, RECIPES, RowSum, emulated_attention
 from lpattn.types import HadamardMode
 
 PLAIN = replace(PER_BLOCK, smooth_k=False, smooth_v=False)
-GATED = {**RECIPES, "plain": PLAIN}
+PLAIN_PER_HEAD = replace(FA3_PER_HEAD, smooth_k=False, smooth_v=False, power_of_two=False)
+GATED = {**RECIPES, "plain": PLAIN, "plain per head": PLAIN_PER_HEAD}
 
 
 @dataclass
@@ -192,6 +193,14 @@ def test_smoothing_pays_where_v_has_a_mean(expectations):
     assert sqnr(name, PER_BLOCK, expectations) > sqnr(name, PLAIN, expectations) + 3
     sampled = replace(PER_BLOCK, smooth_every=16)
     assert sqnr(name, sampled, expectations) > sqnr(name, PLAIN, expectations) + 3
+    assert sqnr(name, FA3_PER_HEAD, expectations) > sqnr(name, PLAIN_PER_HEAD, expectations) + 3
+
+
+@pytest.mark.parametrize("name", AVERAGED)
+def test_headroom_costs_range_and_not_precision(name, expectations):
+    """e4m3 is floating point: scales that are 16 times too large move only its subnormals."""
+    with_headroom = replace(FA3_PER_HEAD, qk_max=E4M3_MAX / 16, v_max=E4M3_MAX / 16)
+    assert abs(sqnr(name, with_headroom, expectations) - sqnr(name, FA3_PER_HEAD, expectations)) < 0.05
 
 
 def test_finer_scales_pay_where_scales_differ():

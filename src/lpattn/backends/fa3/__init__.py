@@ -22,7 +22,9 @@ from lpattn.types import AttentionBackend, AttentionCall, CausalKind, HadamardMo
 if TYPE_CHECKING:
     from lpattn.quantize.fused import Rotation
 
-_NO_TRITON = Reason("not_installed", "triton, in which q, k and v are quantized, is not installed", "pip install triton")
+_NO_TRITON = Reason(
+    "not_installed", "triton, in which q, k and v are quantized, is not installed", "pip install triton"
+)
 
 
 class FA3Backend(Backend):
@@ -146,8 +148,8 @@ class FA3Backend(Backend):
             (sin if sin_k is None else sin_k).expand(of_k),
             call.rope.interleaved,
         )
-        heads_first = (x.transpose(1, 2) for x in (query, key, value))
-        return self._attend(*heads_first, call, attn_mask, rotation)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        return self._attend(query, key, value, call, attn_mask, rotation)
 
     def _attend(
         self,
@@ -173,14 +175,13 @@ class FA3Backend(Backend):
             keys=keys,
             with_lse_shift=call.return_lse,
         )
-        q_descale, k_descale, v_descale = quantized.descale.unbind()
         out, lse, *_ = self._forward(
-            quantized.query.transpose(1, 2),
-            quantized.key.transpose(1, 2),
-            quantized.value.transpose(1, 2),
-            q_descale=q_descale,
-            k_descale=k_descale,
-            v_descale=v_descale,
+            quantized.query,
+            quantized.key,
+            quantized.value,
+            q_descale=quantized.q_descale,
+            k_descale=quantized.k_descale,
+            v_descale=quantized.v_descale,
             softmax_scale=scale,
             # The kernel's causal mask is aligned at the bottom right; supports() admits square ones only.
             is_causal=call.causal is CausalKind.TOP_LEFT,

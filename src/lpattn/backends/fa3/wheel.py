@@ -22,7 +22,18 @@ from lpattn.types import Reason
 HEAD_DIMS = frozenset({64, 96, 128, 192, 256})
 """Head dims that FlashAttention-3 has kernels for, where none is disabled."""
 
-_ARGUMENTS = ("q", "k", "v", "q_descale", "k_descale", "v_descale", "softmax_scale", "is_causal", "num_splits", "seqused_k")
+_ARGUMENTS = (
+    "q",
+    "k",
+    "v",
+    "q_descale",
+    "k_descale",
+    "v_descale",
+    "softmax_scale",
+    "is_causal",
+    "num_splits",
+    "seqused_k",
+)
 
 _HAS_WHEEL = (platform.system(), platform.machine()) == ("Linux", "x86_64")
 _INSTALL = 'pip install "lpattn[fa3]"'

@@ -18,7 +18,7 @@ PART = tl.constexpr(128)
 """Sampled tokens per part. A part has one writer, and parts are added in order: no two runs differ."""
 
 FEW = tl.constexpr(256)
-MANY = tl.constexpr(1024)
+MANY = tl.constexpr(512)
 _MOST = tl.constexpr(4096)
 
 

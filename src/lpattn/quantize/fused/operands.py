@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import triton
 
 from lpattn.quantize.fused import layout
 from lpattn.quantize.fused.keys import list_used
-from lpattn.quantize.fused.launcher import INTERPRETED, launch
+from lpattn.quantize.fused.launcher import INTERPRETED, kinds_of, launch
 from lpattn.quantize.fused.output import restore
 from lpattn.quantize.fused.per_head import quantize_heads, sample_heads
 from lpattn.quantize.fused.tile import HALF_SPLIT, HALF_SPLIT_PARTIAL, INTERLEAVED, NO_ROPE
 from lpattn.types import HadamardMode
 
-_TOKENS = 64
-_TILES = 4
-_STAGES = 1
-_WARPS = 4
-_SAMPLE_WARPS = 8
+# Tile shapes and programs per multiprocessor that were the fastest on an H200.
+_TILE = 4096
+"""Elements of a head in a tile of the quantization."""
+_WARPS = 2
+_PROGRAMS = 4
+_SAMPLE_WARPS = 4
+_RESTORED_TOKENS = 64
+_RESTORE_WARPS = 4
+_RESTORE_PROGRAMS = 3
+_MANY_TILES = 16
+"""Tiles per program where there are more heads than programs."""
 
 
 @dataclass(frozen=True)
@@ -57,23 +64,34 @@ class PerHead:
     """q, k and v in e4m3 with a descale per (batch, KV head): value = data * descale (+ constant, for k and v).
 
     Attributes:
-        query: torch.float8_e4m3fn [B, H, q_len, D], contiguous; of q times ``factor``.
-        key, value: torch.float8_e4m3fn [B, Hkv, kv_len, D], contiguous.
-        descale: float32 [3, B, Hkv], of q, k and v; powers of two.
-        constant: float32 [2, B, Hkv, lanes], what was subtracted from k and from v after rotation and transform; lanes is
-            D padded to a power of two. V's is zero where its mean is not significant.
+        query: torch.float8_e4m3fn [B, q_len, H, D] in [B, H, S, D] memory; of q times ``factor``.
+        key, value: torch.float8_e4m3fn [B, kv_len, Hkv, D] in [B, H, S, D] memory.
+        q_descale, k_descale, v_descale: float32 [B, Hkv], powers of two.
         lse_shift: float32 [B, H, q_len], q.constant of k; None unless it was asked for.
         hadamard: the mode that was applied.
+        buffer: what the passes told each other: see :mod:`.layout`.
     """
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    descale: torch.Tensor
-    constant: torch.Tensor
+    q_descale: torch.Tensor
+    k_descale: torch.Tensor
+    v_descale: torch.Tensor
     lse_shift: torch.Tensor | None
     hadamard: HadamardMode
     buffer: torch.Tensor
+
+    @property
+    def constants(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What was subtracted from k and from v after rotation and transform.
+
+        float32 [B, Hkv, lanes], lanes being D padded to a power of two. V's is zero where its mean is not significant.
+        """
+        batch, kv_heads = self.k_descale.shape
+        groups, lanes = batch * kv_heads, _lanes(self.key.shape[3])
+        rows = self.buffer[3 * groups : 3 * groups * (1 + lanes)].view(3, batch, kv_heads, lanes)
+        return rows[1], rows[2]
 
 
 def used_keys(mask: torch.Tensor, batch: int, kv_len: int) -> Keys:
@@ -87,7 +105,15 @@ def used_keys(mask: torch.Tensor, batch: int, kv_len: int) -> Keys:
     indices = torch.empty((batch, kv_len), dtype=torch.int32, device=mask.device)
     counts = torch.empty((batch,), dtype=torch.int32, device=mask.device)
     rows = mask.expand(batch, 1, 1, kv_len)
-    launch(list_used, batch, (rows, indices, counts), (rows.stride(0), rows.stride(3), kv_len), (1024,), 4)
+    launch(
+        list_used,
+        batch,
+        (rows, indices, counts),
+        (rows.stride(0), rows.stride(3), kv_len),
+        (1024,),
+        kinds_of((mask,)),
+        4,
+    )
     return Keys(indices, counts)
 
 
@@ -114,62 +140,123 @@ def quantize_per_head(
         with_lse_shift: also compute q.constant, which the smoothing of k takes from every logit.
 
     Precision:
-        Rotation, transform (inputs rounded to their own dtype in between) and smoothing are float32. Scales are powers of
-        two, at least 2^-56 (2^-126 for v), and map the largest magnitude to between 14 and 448: where only a sample of
-        the tokens was looked at, there is headroom for the others. A token of q or k with an inf or NaN becomes NaN as
-        a whole, of v only that element (with a Hadamard transform, the token), and neither enters scale or constant.
+        Rotation, transform (inputs rounded to their own dtype in between) and smoothing are float32. Scales are powers
+        of two, at least 2^-56 (2^-126 for v). They map a bound of the sampled magnitudes (the largest, plus the largest
+        constant) to at most 448, with a headroom of 16 where not all tokens were sampled: e4m3 is floating point, and
+        loses precision only below 2^-6. An inf or NaN becomes NaN, alone (with a Hadamard transform: its whole token),
+        and enters neither scale nor constant. Magnitudes above about 1e36 may overflow in the transform.
     """
-    batch, heads, q_len, dim = query.shape
-    kv_heads, kv_len = key.shape[1:3]
-    lanes = max(triton.next_power_of_2(dim), 32)
-    device = query.device
-    q_size, kv_size = query.numel(), key.numel()
-    data = torch.empty(q_size + 2 * kv_size, dtype=torch.float8_e4m3fn, device=device)
-    q_out = data.as_strided(query.shape, (heads * q_len * dim, q_len * dim, dim, 1), 0)
-    k_out = data.as_strided(key.shape, (kv_heads * kv_len * dim, kv_len * dim, dim, 1), q_size)
-    v_out = data.as_strided(key.shape, (kv_heads * kv_len * dim, kv_len * dim, dim, 1), q_size + kv_size)
-
-    q_parts = layout.parts(q_len, layout.FEW.value)
-    k_parts = layout.parts(kv_len, layout.FEW.value)
-    v_parts = layout.parts(kv_len, layout.MANY.value)
-    groups = batch * kv_heads
-    all_parts = batch * heads * q_parts + groups * (k_parts + v_parts)
-    buffer = torch.empty(layout.size(groups, lanes, all_parts), dtype=torch.float32, device=device)
-    descale = buffer.as_strided((3, batch, kv_heads), (groups, kv_heads, 1), 0)
-    constant = buffer.as_strided(
-        (2, batch, kv_heads, lanes), (groups * lanes, kv_heads * lanes, lanes, 1), (3 + lanes) * groups
-    )
-    shift = torch.empty((batch, heads, q_len), dtype=torch.float32, device=device) if with_lse_shift else None
-
-    strides, unit, dense = _in_units((*query.stride(), *key.stride(), *value.stride()))
-    indices, counts = (None, None) if keys is None else (keys.indices, keys.counts)
-    cos_q = sin_q = cos_k = sin_k = None
-    turns, turn_unit, turn_dense = (0,) * 8, 1, True
-    kind, rotary = NO_ROPE.value, 0
+    cos_q = sin_q = cos_k = sin_k = turns = None
     if rope is not None:
         cos_q, sin_q = _alike(rope.cos, rope.sin)
         cos_k, sin_k = _alike(rope.cos_k, rope.sin_k)
-        rotary = cos_q.shape[-1]
-        whole = rotary == dim == lanes
-        kind = (INTERLEAVED if rope.interleaved else HALF_SPLIT if whole else HALF_SPLIT_PARTIAL).value
-        turns, turn_unit, turn_dense = _in_units((*_bhsd(cos_q), *_bhsd(cos_k)))
-    constants = (
-        unit, dense, turn_unit, turn_dense, dim, lanes, kind, rotary,
-        hadamard is HadamardMode.QKV, hadamard is not HadamardMode.NONE,
-    )  # fmt: skip
-    sizes = (batch, heads, kv_heads, q_len, kv_len, q_parts, k_parts, v_parts)
-    inputs = (query, key, value, indices, counts, cos_q, sin_q, cos_k, sin_k, buffer)
-    launch(sample_heads, all_parts, inputs, (*sizes, *strides, *turns), constants, _SAMPLE_WARPS)
-    tokens = _TOKENS * _TILES
+        turns = (rope.interleaved, cos_q.shape[-1], cos_q.stride(), cos_k.stride())
+    indices, counts = (None, None) if keys is None else (keys.indices, keys.counts)
+    device = query.device
+    plan = _plan(query.shape, key.shape, query.stride(), key.stride(), value.stride(), turns, hadamard, device)
+    batch, heads, q_len, dim = query.shape
+    kv_heads, kv_len = key.shape[1:3]
+
+    data = torch.empty(plan.bytes, dtype=torch.float8_e4m3fn, device=device)
+    q_out = data.as_strided((batch, q_len, heads, dim), (heads * q_len * dim, dim, q_len * dim, 1))
+    shape, strides = (batch, kv_len, kv_heads, dim), (kv_heads * kv_len * dim, dim, kv_len * dim, 1)
+    k_out, v_out = data.as_strided(shape, strides, plan.k_start), data.as_strided(shape, strides, plan.v_start)
+    buffer = torch.empty(plan.floats, dtype=torch.float32, device=device)
+    q_descale, k_descale, v_descale = buffer.as_strided((3, batch, kv_heads), (batch * kv_heads, kv_heads, 1)).unbind()
+    shift = torch.empty((batch, heads, q_len), dtype=torch.float32, device=device) if with_lse_shift else None
+
+    inputs = (query, key, value, indices, counts, cos_q, sin_q, cos_k, sin_k)
+    kinds = kinds_of(inputs)
+    launch(
+        sample_heads,
+        plan.parts,
+        (*inputs, buffer),
+        plan.numbers,
+        (*plan.constants, plan.overlaps),
+        kinds,
+        _SAMPLE_WARPS,
+        plan.overlaps,
+    )
     launch(
         quantize_heads,
-        batch * heads * -(-q_len // tokens) + 2 * groups * -(-kv_len // tokens),
-        (*inputs, q_out, k_out, v_out, shift),
-        (*sizes, *strides, *turns, float(factor)),
-        (*constants, _TOKENS, _TILES, _STAGES, triton.next_power_of_2(heads // kv_heads * q_parts), INTERPRETED),
+        plan.programs,
+        (*inputs, buffer, q_out, k_out, v_out, shift),
+        (*plan.numbers, plan.tiles_per_program, float(factor)),
+        (*plan.constants, plan.tokens, plan.q_rows, plan.overlaps, INTERPRETED),
+        (kinds, with_lse_shift),
         _WARPS,
+        plan.overlaps,
     )
-    return PerHead(q_out, k_out, v_out, descale, constant, shift, hadamard, buffer)
+    return PerHead(q_out, k_out, v_out, q_descale, k_descale, v_descale, shift, hadamard, buffer)
+
+
+class _Plan(NamedTuple):
+    """What two launches for some shapes and strides need: sizes of what they write, grids, numbers and constants."""
+
+    bytes: int
+    k_start: int
+    v_start: int
+    floats: int
+    parts: int
+    programs: int
+    tiles_per_program: int
+    tokens: int
+    q_rows: int
+    overlaps: bool
+    numbers: tuple[int, ...]
+    constants: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    q_shape: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    q_strides: tuple[int, ...],
+    k_strides: tuple[int, ...],
+    v_strides: tuple[int, ...],
+    turns: tuple[bool, int, tuple[int, ...], tuple[int, ...]] | None,
+    hadamard: HadamardMode,
+    device: torch.device,
+) -> _Plan:
+    batch, heads, q_len, dim = q_shape
+    kv_heads, kv_len = k_shape[1:3]
+    groups, lanes = batch * kv_heads, _lanes(dim)
+    # 16-byte boundaries: what Triton compiles a kernel for includes the alignment of its tensors.
+    k_start = -(-batch * heads * q_len * dim // 16) * 16
+    v_start = k_start + -(-groups * kv_len * dim // 16) * 16
+
+    q_parts, k_parts = layout.parts(q_len, layout.FEW.value), layout.parts(kv_len, layout.FEW.value)
+    v_parts = layout.parts(kv_len, layout.MANY.value)
+    parts = batch * heads * q_parts + groups * (k_parts + v_parts)
+
+    strides, unit, dense = _in_units((*q_strides, *k_strides, *v_strides))
+    kind, rotary, turn_unit, turn_dense = NO_ROPE.value, 0, 1, True
+    turn_strides: tuple[int, ...] = (0,) * 8
+    if turns is not None:
+        interleaved, rotary, turn_q, turn_k = turns
+        whole = rotary == dim == lanes
+        kind = (INTERLEAVED if interleaved else HALF_SPLIT if whole else HALF_SPLIT_PARTIAL).value
+        (q_b, q_s, q_h, q_d), (k_b, k_s, k_h, k_d) = turn_q, turn_k
+        turn_strides, turn_unit, turn_dense = _in_units((q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d))
+
+    tokens = _TILE // lanes
+    q_tiles, kv_tiles = -(-q_len // tokens), -(-kv_len // tokens)
+    each = _tiles_per_program(max(q_tiles, kv_tiles), batch * heads + 2 * groups, _PROGRAMS, device)
+    transforms = (hadamard is HadamardMode.QKV, hadamard is not HadamardMode.NONE)
+    return _Plan(
+        bytes=v_start + groups * kv_len * dim,
+        k_start=k_start,
+        v_start=v_start,
+        floats=layout.size(groups, lanes, parts),
+        parts=parts,
+        programs=batch * heads * -(-q_tiles // each) + 2 * groups * -(-kv_tiles // each),
+        tiles_per_program=each,
+        tokens=tokens,
+        q_rows=_power_of_two(heads // kv_heads * q_parts),
+        overlaps=_overlaps(device),
+        numbers=(batch, heads, kv_heads, q_len, kv_len, q_parts, k_parts, v_parts, *strides, *turn_strides),
+        constants=(unit, dense, turn_unit, turn_dense, dim, lanes, kind, rotary, *transforms),
+    )
 
 
 def restore_output(out: torch.Tensor, quantized: PerHead, dtype: torch.dtype) -> torch.Tensor:
@@ -190,14 +277,18 @@ def restore_output(out: torch.Tensor, quantized: PerHead, dtype: torch.dtype) ->
     batch, q_len, heads, dim = out.shape
     to = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
     limit = torch.finfo(dtype).max if dtype == torch.float16 else 0.0
-    lanes = quantized.constant.shape[-1]
+    tiles = -(-q_len // _RESTORED_TOKENS)
+    each = _tiles_per_program(tiles, batch * heads, _RESTORE_PROGRAMS, out.device)
+    overlaps = _overlaps(out.device)
     launch(
         restore,
-        batch * heads * -(-q_len // _TOKENS),
+        batch * heads * -(-tiles // each),
         (out, to, quantized.buffer),
-        (batch, heads, quantized.key.shape[1], q_len, limit),
-        (dim, lanes, quantized.hadamard is not HadamardMode.NONE, _TOKENS),
-        _WARPS,
+        (batch, heads, quantized.k_descale.shape[1], q_len, each, limit),
+        (dim, _lanes(dim), quantized.hadamard is not HadamardMode.NONE, _RESTORED_TOKENS, overlaps),
+        kinds_of((out, to)),
+        _RESTORE_WARPS,
+        overlaps,
     )
     return to
 
@@ -205,11 +296,6 @@ def restore_output(out: torch.Tensor, quantized: PerHead, dtype: torch.dtype) ->
 def _alike(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The two with equal strides, so that one set of them serves both."""
     return (cos, sin) if cos.stride() == sin.stride() else (cos.contiguous(), sin.contiguous())
-
-
-def _bhsd(turn: torch.Tensor) -> tuple[int, int, int, int]:
-    b, s, h, d = turn.stride()
-    return b, h, s, d
 
 
 def _in_units(strides: tuple[int, ...]) -> tuple[tuple[int, ...], int, bool]:
@@ -220,3 +306,29 @@ def _in_units(strides: tuple[int, ...]) -> tuple[tuple[int, ...], int, bool]:
     dense = all(stride == 1 for stride in strides[3::4])
     unit = 8 if dense and not any(stride % 8 for axis in range(3) for stride in strides[axis::4]) else 1
     return tuple(s if i % 4 == 3 else s // unit for i, s in enumerate(strides)), unit, dense
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _lanes(dim: int) -> int:
+    return max(_power_of_two(dim), 32)  # a matrix product of half of them needs 16
+
+
+def _tiles_per_program(tiles: int, heads: int, per_multiprocessor: int, device: torch.device) -> int:
+    """So many that all programs run at once and take equally long; fewer where there are more heads than that."""
+    programs = per_multiprocessor * _multiprocessors(device) // heads
+    return -(-tiles // programs) if programs else _MANY_TILES
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+@functools.cache
+def _overlaps(device: torch.device) -> bool:
+    """Whether a kernel can start before the one in front of it ends: from Hopper on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

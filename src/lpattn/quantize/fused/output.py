@@ -1,4 +1,4 @@
-"""The pass over the output: V's constant added back, V's Hadamard transform undone, and the cast to the caller's dtype."""
+"""The pass over the output: V's constant added back, its Hadamard transform undone, and the cast to the caller's dtype."""
 
 from __future__ import annotations
 
@@ -9,41 +9,43 @@ from lpattn.quantize.fused import layout
 from lpattn.quantize.fused.tile import hadamard, store_tile
 
 
-@triton.jit(do_not_specialize=["batch", "heads", "kv_heads", "q_len", "limit"])
+@triton.jit(do_not_specialize=["batch", "heads", "kv_heads", "q_len", "each", "limit"])
 def restore(
-    out, to, buffer, batch, heads, kv_heads, q_len, limit,
+    out, to, buffer, batch, heads, kv_heads, q_len, each, limit,
     D: tl.constexpr, LANES: tl.constexpr, HADAMARD: tl.constexpr, TOKENS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """Restore tiles of TOKENS tokens of a head: out and to are [B, S, H, D]-contiguous, and may be the same."""
+    """One program per ``each`` tiles of TOKENS tokens of a head. out and to are [B, S, H, D]-contiguous, perhaps one.
+
+    With OVERLAPS it may be launched before what is in front of it in the stream has ended.
+    """
     HALF: tl.constexpr = LANES // 2
     tiles = tl.cdiv(q_len, TOKENS)
+    programs = tl.cdiv(tiles, each)
     program = tl.program_id(0)
-    tile, row = program % tiles, program // tiles
+    chunk, row = program % programs, program // programs
     b, h = (row // heads).to(tl.int64), row % heads
     group = b * kv_heads + h // (heads // kv_heads)
     lanes = tl.arange(0, HALF)
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
     constant = layout.constants(buffer, batch * kv_heads, 2, LANES) + group * LANES + lanes
     low_c, high_c = tl.load(constant), tl.load(constant + HALF)
     # In place and with nothing to add, there is nothing to do.
     IN_PLACE: tl.constexpr = out.dtype == to.dtype
-    if (not IN_PLACE) | HADAMARD | (tl.max(tl.abs(low_c)) + tl.max(tl.abs(high_c)) > 0.0):
-        rows = tile * TOKENS + tl.arange(0, TOKENS)
+    if (not IN_PLACE) | HADAMARD | (tl.max(tl.maximum(tl.abs(low_c), tl.abs(high_c))) > 0.0):
         start = (b * q_len * heads + h) * D
-        at = out + start + rows[:, None].to(tl.int64) * (heads * D) + lanes[None, :]
-        there = (rows < q_len)[:, None]
-        low = tl.load(at, mask=there & (lanes < D)[None, :], other=0.0).to(tl.float32) + low_c[None, :]
-        high = tl.load(at + HALF, mask=there & (lanes < D - HALF)[None, :], other=0.0).to(tl.float32) + high_c[None, :]
-        if HADAMARD:
-            low, high = hadamard(low.to(out.dtype.element_ty), high.to(out.dtype.element_ty), HALF)
-        if limit > 0.0:
-            low, high = tl.clamp(low, -limit, limit), tl.clamp(high, -limit, limit)
-        store_tile(
-            to + start,
-            rows,
-            rows < q_len,
-            heads * D,
-            low.to(to.dtype.element_ty),
-            high.to(to.dtype.element_ty),
-            D,
-            HALF,
-        )
+        for tile in tl.range(chunk * each, tl.minimum(chunk * each + each, tiles)):
+            rows = tile * TOKENS + tl.arange(0, TOKENS)
+            at = out + start + rows[:, None].to(tl.int64) * (heads * D) + lanes[None, :]
+            there = (rows < q_len)[:, None]
+            low = tl.load(at, mask=there & (lanes < D)[None, :], other=0.0)
+            high = tl.load(at + HALF, mask=there & (lanes < D - HALF)[None, :], other=0.0)
+            low = low.to(tl.float32) + low_c[None, :]
+            high = high.to(tl.float32) + high_c[None, :]
+            if HADAMARD:
+                low, high = hadamard(low.to(out.dtype.element_ty), high.to(out.dtype.element_ty), HALF)
+            if limit > 0.0:
+                low, high = tl.clamp(low, -limit, limit), tl.clamp(high, -limit, limit)
+            dtype: tl.constexpr = to.dtype.element_ty
+            store_tile(to + start, rows, rows < q_len, heads * D, low.to(dtype), high.to(dtype), D, HALF)

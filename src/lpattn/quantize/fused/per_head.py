@@ -20,6 +20,7 @@ from lpattn.quantize.fused.tile import (
     scale_for,
     store_tile,
     to_e4m3,
+    transform_tile,
 )
 
 QK_FLOOR = tl.constexpr(2.0**-56)
@@ -30,7 +31,7 @@ V_FLOOR = tl.constexpr(2.0**-126)
 
 # Numbers of which every call has others: to compile anew for a length would stall it.
 VARYING = [
-    "batch", "heads", "kv_heads", "q_len", "kv_len", "q_parts", "k_parts", "v_parts", "factor",
+    "batch", "heads", "kv_heads", "q_len", "kv_len", "q_parts", "k_parts", "v_parts", "each", "factor",
     "q_b", "q_h", "q_s", "q_d", "k_b", "k_h", "k_s", "k_d", "v_b", "v_h", "v_s", "v_d",
     "turn_q_b", "turn_q_h", "turn_q_s", "turn_q_d", "turn_k_b", "turn_k_h", "turn_k_s", "turn_k_d",
 ]  # fmt: skip
@@ -44,14 +45,21 @@ def sample_heads(
     turn_q_b, turn_q_h, turn_q_s, turn_q_d, turn_k_b, turn_k_h, turn_k_s, turn_k_d,
     UNIT: tl.constexpr, DENSE: tl.constexpr, TURN_UNIT: tl.constexpr, TURN_DENSE: tl.constexpr,
     D: tl.constexpr, LANES: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr,
-    HADAMARD_QK: tl.constexpr, HADAMARD_V: tl.constexpr,
+    HADAMARD_QK: tl.constexpr, HADAMARD_V: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """Sample all heads: one program per part of a head of q, then of k, then of v. It also clears the counters."""
+    """Sample all heads: one program per part of a head of q, then of k, then of v. It also clears the counters.
+
+    With OVERLAPS it may be launched before what is in front of it in the stream has ended.
+    """
     HALF: tl.constexpr = LANES // 2
     program = tl.program_id(0)
     groups = batch * kv_heads
     q_all = batch * heads * q_parts
     kv_all = q_all + groups * k_parts
+    if OVERLAPS:
+        # In this order: the next kernel reads the inputs before it waits for this one.
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     # The tensor that the program reads, and which part of which head.
     x, stride_b, stride_h, stride_s, stride_d = q, q_b, q_h, q_s, q_d
     cos, sin, turn_b, turn_h, turn_s, turn_d = cos_q, sin_q, turn_q_b, turn_q_h, turn_q_s, turn_q_d
@@ -77,11 +85,14 @@ def sample_heads(
     if keys is not None:
         if which > 0:
             tokens = tl.load(keys + b * kv_len + tokens, mask=used, other=0).to(tl.int64)
-    low, high = load_tile(
-        x + (b * stride_b + h * stride_h) * UNIT, tokens, used, stride_s * UNIT, 1 if DENSE else stride_d,
+    x += (b * stride_b + h * stride_h) * UNIT
+    stride_s, stride_d = stride_s * UNIT, 1 if DENSE else stride_d
+    low, high = load_tile(x, tokens, used, stride_s, stride_d, D, HALF)
+    low, high = transform_tile(
+        low, high, x, tokens, used, stride_s, stride_d,
         None if ROPE == 0 else cos + (b * turn_b + h * turn_h) * TURN_UNIT,
         None if ROPE == 0 else sin + (b * turn_b + h * turn_h) * TURN_UNIT,
-        turn_s * TURN_UNIT, 1 if TURN_DENSE else turn_d, which < 2, HADAMARD_QK | (which == 2),
+        turn_s * TURN_UNIT, 1 if TURN_DENSE else turn_d, which < 2, True if HADAMARD_QK else which == 2,
         D, HALF, ROPE, ROTARY, HADAMARD_V,
     )  # fmt: skip
     low = tl.where(tl.abs(low) < float("inf"), low, 0.0)
@@ -89,8 +100,8 @@ def sample_heads(
     # Dividing first keeps the sum of large values finite.
     weight = 1.0 / tl.maximum(size, 1).to(tl.float32)
     scalars = layout.maxima(buffer, groups, LANES) + 2 * program
-    tl.store(scalars, tl.maximum(tl.max(tl.abs(low)), tl.max(tl.abs(high))))
-    tl.store(scalars + 1, tl.sum(low * low * weight) + tl.sum(high * high * weight))
+    tl.store(scalars, tl.max(tl.maximum(tl.abs(low), tl.abs(high))))
+    tl.store(scalars + 1, tl.sum(low * low * weight + high * high * weight))
     sums = layout.sums(buffer, groups, kv_all + groups * v_parts, LANES)
     to = sums + program.to(tl.int64) * LANES + tl.arange(0, HALF)
     tl.store(to, tl.sum(low * weight, 0))
@@ -102,17 +113,23 @@ def quantize_heads(
     q, k, v, keys, key_counts, cos_q, sin_q, cos_k, sin_k, buffer, q_out, k_out, v_out, lse_shift,
     batch, heads, kv_heads, q_len, kv_len, q_parts, k_parts, v_parts,
     q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d,
-    turn_q_b, turn_q_h, turn_q_s, turn_q_d, turn_k_b, turn_k_h, turn_k_s, turn_k_d, factor,
+    turn_q_b, turn_q_h, turn_q_s, turn_q_d, turn_k_b, turn_k_h, turn_k_s, turn_k_d, each, factor,
     UNIT: tl.constexpr, DENSE: tl.constexpr, TURN_UNIT: tl.constexpr, TURN_DENSE: tl.constexpr,
     D: tl.constexpr, LANES: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr,
     HADAMARD_QK: tl.constexpr, HADAMARD_V: tl.constexpr,
-    TOKENS: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr, Q_ROWS: tl.constexpr, INTERPRETED: tl.constexpr,
+    TOKENS: tl.constexpr, Q_ROWS: tl.constexpr, OVERLAPS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Quantize all heads: one program per TILES tiles of TOKENS tokens of a head of q, then of k, then of v."""
+    """Quantize all heads: one program per ``each`` tiles of TOKENS tokens of a head of q, then of k, then of v.
+
+    With OVERLAPS it may start while ``sample_heads`` still runs.
+    """
     HALF: tl.constexpr = LANES // 2
     program = tl.program_id(0)
     groups = batch * kv_heads
-    q_all, kv_all = batch * heads * tl.cdiv(q_len, TOKENS * TILES), groups * tl.cdiv(kv_len, TOKENS * TILES)
+    q_all, kv_all = (
+        batch * heads * tl.cdiv(tl.cdiv(q_len, TOKENS), each),
+        groups * tl.cdiv(tl.cdiv(kv_len, TOKENS), each),
+    )
     q_part_rows, k_part_rows = batch * heads * q_parts, groups * k_parts
     # The tensor that the program reads, and which tile of which head.
     x, out, stride_b, stride_h, stride_s, stride_d = q, q_out, q_b, q_h, q_s, q_d
@@ -126,7 +143,8 @@ def quantize_heads(
         cos, sin, turn_b, turn_h, turn_s, turn_d = cos_k, sin_k, turn_k_b, turn_k_h, turn_k_s, turn_k_d
         index, in_batch, length, least, which = program - q_all, kv_heads, kv_len, FEW, 1
     room = length
-    tiles, programs = tl.cdiv(room, TOKENS), tl.cdiv(room, TOKENS * TILES)
+    tiles = tl.cdiv(room, TOKENS)
+    programs = tl.cdiv(tiles, each)
     chunk, row = index % programs, index // programs
     b, h = (row // in_batch).to(tl.int64), row % in_batch
     if key_counts is not None:
@@ -135,6 +153,18 @@ def quantize_heads(
     group_heads = in_batch // kv_heads
     group = (b * kv_heads + h // group_heads).to(tl.int32)
 
+    x += b * stride_b * UNIT
+    out += b * in_batch * room * D
+    stride_h, stride_s, stride_d = stride_h * UNIT, stride_s * UNIT, 1 if DENSE else stride_d
+    # Some tiles of the group; the first of them is on its way while the sample is looked at.
+    first_head = h // group_heads * group_heads
+    start = h % group_heads * tiles + chunk * each
+    end = h % group_heads * tiles + tl.minimum(chunk * each + each, tiles)
+    low_next, high_next = _load(
+        x, keys, which, b, kv_len, first_head, start, end, tiles, length, stride_h, stride_s, stride_d, TOKENS, D, HALF
+    )
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
     maxima = layout.maxima(buffer, groups, LANES)
     sums = layout.sums(buffer, groups, q_part_rows + k_part_rows + groups * v_parts, LANES)
     factor = tl.where(which == 0, factor, 1.0)
@@ -166,31 +196,28 @@ def quantize_heads(
                 maxima + 2 * first, sums + first.to(tl.int64) * LANES, kv_used, FEW, True, D, HALF
             )
 
-    x += b * stride_b * UNIT
-    out += b * in_batch * room * D
     done = layout.counters(buffer, groups, which, LANES) + group
-    # Some tiles; or, where these were the group's last ones and its scale does not fit, all of the group's once more.
-    start = h % group_heads * tiles + chunk * TILES
-    end = h % group_heads * tiles + tl.minimum(chunk * TILES + TILES, tiles)
+    # These tiles; then, where they were the group's last ones and its scale does not fit, all of the group's once more.
     again = False
     while start < end:
         # Scales are powers of two, so that one multiplication and addition is as exact as a difference that is scaled.
         inverse = inverse_power_of_two(scale)
         low_shift, high_shift = -low_c * inverse, -high_c * inverse
         magnitudes = tl.zeros((TOKENS, HALF), tl.float32)
-        for index in tl.range(start, end, num_stages=STAGES):
-            head = (h // group_heads * group_heads + index // tiles).to(tl.int64)
+        for index in range(start, end):
+            low, high = low_next, high_next
+            low_next, high_next = _load(
+                x, keys, which, b, kv_len, first_head, index + 1, end, tiles, length,
+                stride_h, stride_s, stride_d, TOKENS, D, HALF,
+            )  # fmt: skip
+            head = (first_head + index // tiles).to(tl.int64)
             rows = index % tiles * TOKENS + tl.arange(0, TOKENS)
             used = rows < length
-            tokens = rows
-            if keys is not None:
-                if which > 0:
-                    tokens = tl.load(keys + b * kv_len + rows, mask=used, other=0)
-            low, high = load_tile(
-                x + head * stride_h * UNIT, tokens, used, stride_s * UNIT, 1 if DENSE else stride_d,
+            low, high = transform_tile(
+                low, high, x + head * stride_h, rows, used, stride_s, stride_d,
                 None if ROPE == 0 else cos + (b * turn_b + head * turn_h) * TURN_UNIT,
                 None if ROPE == 0 else sin + (b * turn_b + head * turn_h) * TURN_UNIT,
-                turn_s * TURN_UNIT, 1 if TURN_DENSE else turn_d, which < 2, HADAMARD_QK | (which == 2),
+                turn_s * TURN_UNIT, 1 if TURN_DENSE else turn_d, which < 2, True if HADAMARD_QK else which == 2,
                 D, HALF, ROPE, ROTARY, HADAMARD_V,
             )  # fmt: skip
             if lse_shift is not None:
@@ -221,4 +248,25 @@ def quantize_heads(
                 if most > 0.0:
                     scale = scale_for(most / E4M3_MAX, floor)
                     start, end, again = tl.zeros_like(start), tiles * group_heads, True
+                    low_next, high_next = _load(
+                        x, keys, which, b, kv_len, first_head, start, end, tiles, length,
+                        stride_h, stride_s, stride_d, TOKENS, D, HALF,
+                    )  # fmt: skip
                 tl.store(layout.descales(buffer, groups, which) + group, scale)
+
+
+@triton.jit
+def _load(
+    x, keys, which, b, kv_len, first_head, index, end, tiles, length, stride_h, stride_s, stride_d,
+    TOKENS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Load the group's tile ``index``, or zeros from ``end`` on."""
+    rows = index % tiles * TOKENS + tl.arange(0, TOKENS)
+    used = rows < tl.where(index < end, length, 0)
+    tokens = rows
+    if keys is not None:
+        if which > 0:
+            tokens = tl.load(keys + b * kv_len + rows, mask=used, other=0)
+    return load_tile(
+        x + (first_head + index // tiles).to(tl.int64) * stride_h, tokens, used, stride_s, stride_d, D, HALF
+    )

@@ -20,24 +20,32 @@ E4M3_MAX = tl.constexpr(448.0)
 
 
 @triton.jit
-def load_tile(
-    x, rows, used, stride_s, stride_d, cos, sin, cos_s, cos_d, turns, transforms,
-    D: tl.constexpr, HALF: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr, HADAMARD: tl.constexpr,
-):  # fmt: skip
-    """Load tokens ``rows`` of a head: two float32 tensors [TOKENS, HALF], zero where not ``used``.
-
-    Args:
-        x, cos, sin: at token 0 of this (batch, head).
-        turns, transforms: whether this tensor is rotated and Hadamard-transformed, where ROPE and HADAMARD compile that.
-    """
+def load_tile(x, rows, used, stride_s, stride_d, D: tl.constexpr, HALF: tl.constexpr):
+    """Load tokens ``rows`` of a head, from its token 0 at x: two tensors [TOKENS, HALF], zero where not ``used``."""
     lanes = tl.arange(0, HALF)
     at = x + rows[:, None].to(tl.int64) * stride_s + lanes[None, :] * stride_d
     low = tl.load(at, mask=used[:, None] & (lanes < D)[None, :], other=0.0)
     high = tl.load(at + HALF * stride_d, mask=used[:, None] & (lanes < D - HALF)[None, :], other=0.0)
+    return low, high
+
+
+@triton.jit
+def transform_tile(
+    low, high, x, rows, used, stride_s, stride_d, cos, sin, cos_s, cos_d, turns, transforms,
+    D: tl.constexpr, HALF: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr, HADAMARD: tl.constexpr,
+):  # fmt: skip
+    """Rotate and Hadamard-transform a loaded tile: two float32 tensors [TOKENS, HALF].
+
+    Args:
+        low, high, x, rows, used, stride_s, stride_d: of :func:`load_tile`.
+        cos, sin: at token 0 of this (batch, head).
+        turns, transforms: whether this tensor is rotated and transformed, where ROPE and HADAMARD compile that.
+    """
     dtype: tl.constexpr = low.dtype
     low, high = low.to(tl.float32), high.to(tl.float32)
     if ROPE != NO_ROPE:
         if turns:
+            lanes = tl.arange(0, HALF)
             turn = rows[:, None].to(tl.int64) * cos_s + lanes[None, :] * cos_d
             low_turns = used[:, None] & (lanes < ROTARY)[None, :]
             high_turns = used[:, None] & (lanes < ROTARY - HALF)[None, :]
