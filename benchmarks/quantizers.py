@@ -76,19 +76,19 @@ def quantizers() -> dict[str, Quantizer]:
 
 
 def dequantized_per_head(quantized: Any) -> Tensors:
-    (q_scale, k_scale, v_scale), (k_constant, v_constant) = quantized.descale, quantized.constant
+    k_constant, v_constant = quantized.constants
     qk, v = quantized.hadamard is HadamardMode.QKV, quantized.hadamard is not HadamardMode.NONE
     return (
-        _value(quantized.query, q_scale, None, qk),
-        _value(quantized.key, k_scale, k_constant, qk),
-        _value(quantized.value, v_scale, v_constant, v),
+        _value(quantized.query, quantized.q_descale, None, qk),
+        _value(quantized.key, quantized.k_descale, k_constant, qk),
+        _value(quantized.value, quantized.v_descale, v_constant, v),
     )
 
 
 def _value(data: torch.Tensor, descale: torch.Tensor, constant: torch.Tensor | None, transformed: bool) -> torch.Tensor:
     dim = data.shape[-1]
-    descale = descale.repeat_interleave(data.shape[1] // descale.shape[1], 1)
-    x = data.float() * descale[..., None, None]
+    descale = descale.repeat_interleave(data.shape[2] // descale.shape[1], 1)
+    x = data.transpose(1, 2).float() * descale[..., None, None]
     if constant is not None:
         x += constant[:, :, None, :dim]
     return hadamard_transform(x)[..., :dim] if transformed else x

@@ -96,9 +96,8 @@ class KernelAlone:
         if (function := fa3_function()) is None:
             raise RuntimeError("FlashAttention-3 is not installed")
         quantized = self._quantized
-        bshd = [x.transpose(1, 2) for x in (quantized.query, quantized.key, quantized.value)]
-        names = ("q_descale", "k_descale", "v_descale")
-        descales = dict(zip(names, quantized.descale, strict=True))
+        bshd = (quantized.query, quantized.key, quantized.value)
+        descales = {name: getattr(quantized, name) for name in ("q_descale", "k_descale", "v_descale")}
         return functools.partial(function, *bshd, causal=self._causal, **descales)
 
     def restored(self) -> torch.Tensor:

@@ -32,19 +32,22 @@ def plain(query, key, value, *, hadamard, rope):
     means = [x.mean(2, keepdim=True) for x in operands[1:]]
     operands = [operands[0], *(x - mean for x, mean in zip(operands[1:], means, strict=True))]
     q, k, v = (quantize_e4m3(x, Granularity.PER_HEAD, num_kv_heads=kv_heads) for x in operands)
+    q_descale, k_descale, v_descale = (x.scale.reshape(len(query), kv_heads) for x in (q, k, v))
     return SimpleNamespace(
-        query=q.data,
-        key=k.data,
-        value=v.data,
-        descale=torch.stack([x.scale.reshape(len(query), kv_heads) for x in (q, k, v)]),
-        constant=torch.stack([mean.squeeze(2) for mean in means]),
+        query=q.data.transpose(1, 2),
+        key=k.data.transpose(1, 2),
+        value=v.data.transpose(1, 2),
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+        constants=tuple(mean.squeeze(2) for mean in means),
         hadamard=hadamard,
     )
 
 
 def without_the_constant(*qkv, **options):
     found = plain(*qkv, **options)
-    found.constant = torch.zeros_like(found.constant)
+    found.constants = tuple(torch.zeros_like(c) for c in found.constants)
     return found
 
 

@@ -1,4 +1,4 @@
-"""The pass over the output: V's constant added back, its Hadamard transform undone, and the cast to the caller's dtype."""
+"""The pass over the output: adds V's constant, undoes V's Hadamard transform, casts to the caller's dtype."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ and what it costs to add the constant back shrinks against the time of attention
 
 _SIGNIFICANT = tl.constexpr(2.0)
 _SIGNIFICANT_CHANNEL = tl.constexpr(30.0)
-"""V has a mean if the square of the sampled one, in units of what chance would give, is larger: over all channels, or in
-one of them."""
+"""V has a mean if the square of the sampled one, in units of what chance would give, is larger: over all channels, or
+in one of them."""
 
 _ROWS = tl.constexpr(8)
 
