@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 import lpattn
 from lpattn import execute
 from lpattn.registry import registry
+
+# Without a GPU, Triton's kernels run in its interpreter. It looks when it is imported, which some test does first.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

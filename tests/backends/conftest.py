@@ -1,7 +1,11 @@
-"""A FlashAttention-3 that runs on the CPU: the real schema in a namespace of its own, and it keeps its inputs."""
+"""A FlashAttention-3 that runs on the CPU: the real schema in a namespace of its own, and it keeps its inputs.
+
+With it and Triton's interpreter, the whole of fp8_fa3 runs on the CPU.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from lpattn.backends.fa3 import wheel
+import lpattn
+from lpattn.backends.fa3 import FA3Backend, wheel
 from lpattn.backends.fa3.wheel import Build
 
 NAMESPACE = "lpattn_spy_fa3"
@@ -27,11 +32,26 @@ bool is_rotary_interleaved = False, Tensor? scheduler_metadata = None, int num_s
 int sm_margin = 0) -> (Tensor(out!), Tensor, Tensor, Tensor)"""
 
 
+class FA3OnTheCPU(FA3Backend):
+    """fp8_fa3 as it is, but on tensors of the CPU."""
+
+    name = "fp8_fa3_on_cpu"
+    capabilities = dataclasses.replace(FA3Backend.capabilities, device_types=frozenset({"cpu"}))
+
+
 @dataclass
 class Spy:
-    """What the latest call gave the operator, by name, where it is not the schema's default."""
+    """The operator's side of the latest call.
+
+    Attributes:
+        given: what it was given, by name, where that is not the schema's default.
+        dtype: what it returns. The kernel returns bfloat16, whose products Triton's interpreter gets wrong.
+        calls: how many there were.
+    """
 
     given: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.bfloat16
+    calls: int = 0
 
 
 spy_of_this_process = Spy()
@@ -44,18 +64,24 @@ def _forward(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
     defaults = {a.name: a.default_value for a in arguments}
     given = {n: x for n, x in named.items() if isinstance(x, torch.Tensor) or x != defaults[n]}
     spy_of_this_process.given = given
+    spy_of_this_process.calls += 1
     q, k, v = (given[name].float().transpose(1, 2) for name in "qkv")
     groups = q.shape[1] // k.shape[1]
     k, v = k * given["k_descale"][..., None, None], v * given["v_descale"][..., None, None]
     q = (q.unflatten(1, (-1, groups)) * given["q_descale"][..., None, None, None]).flatten(1, 2)
     logits = q @ k.repeat_interleave(groups, 1).mT * given["softmax_scale"]
+    q_len, kv_len = logits.shape[-2:]
+    lengths = given.get("seqused_k", torch.full((len(q),), kv_len))[:, None, None, None]
+    seen = (torch.arange(kv_len) < lengths).expand(-1, 1, q_len, -1)
     if given.get("is_causal"):
         # Bottom right, as the kernel's.
-        seen = torch.ones(logits.shape[-2:], dtype=torch.bool).tril(logits.shape[-1] - logits.shape[-2])
-        logits = logits.masked_fill(~seen, -torch.inf)
-    out = (logits.softmax(-1) @ v.repeat_interleave(groups, 1)).transpose(1, 2)
+        seen = seen & (torch.arange(kv_len) <= torch.arange(q_len)[:, None] + lengths - q_len)
+    logits = logits.masked_fill(~seen, -torch.inf)
+    # What lies past the used keys has weight 0; as in the kernel's product, a NaN there would come through.
+    weights = logits.softmax(-1).masked_fill(~seen.any(-1, keepdim=True), 0.0)
+    out = (weights @ v.repeat_interleave(groups, 1)).transpose(1, 2)
     lse = logits.logsumexp(-1).nan_to_num(nan=-torch.inf)
-    return out.to(torch.bfloat16).contiguous(), lse, torch.empty(0), torch.empty(0)
+    return out.to(spy_of_this_process.dtype).contiguous(), lse, torch.empty(0), torch.empty(0)
 
 
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -65,8 +91,22 @@ _library.impl("fwd", _forward, "CPU")
 
 @pytest.fixture
 def spy() -> Spy:
-    spy_of_this_process.given = {}
+    spy_of_this_process.__init__()  # type: ignore[misc]
     return spy_of_this_process
+
+
+@pytest.fixture
+def backend(install, spy) -> FA3Backend:
+    """fp8_fa3 on the CPU, with the spy for a kernel; lpattn knows it by ``backend.name``."""
+    pytest.importorskip("triton", reason="triton, in which q, k and v are quantized, is not installed")
+    from lpattn.quantize.fused.launcher import INTERPRETED
+
+    if not INTERPRETED:
+        pytest.skip("Triton compiles for the GPU here: TRITON_INTERPRET=1 runs this test, tests/gpu has its like")
+    install({})
+    backend = FA3OnTheCPU()
+    lpattn.register_backend(backend)
+    return backend
 
 
 @pytest.fixture

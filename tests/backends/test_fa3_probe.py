@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 import lpattn
 from lpattn.backends.fa3 import FA3Backend, wheel
 from lpattn.backends.fa3.wheel import NOT_INSTALLED, Build
-from lpattn.types import AttentionCall, CausalKind, HadamardMode, MaskKind, Reason
+from lpattn.types import AttentionCall, CausalKind, HadamardMode, MaskKind, Reason, Rope
 
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -41,6 +42,16 @@ def test_without_cuda_and_wheel_both_are_said_with_the_command(install) -> None:
     assert codes(reasons) == ["device", "not_installed"]
     assert reasons[0].message == "device cpu: runs on cuda"
     assert FA3Backend().version == ""
+
+
+def test_triton_is_needed_too(install, hopper, monkeypatch) -> None:
+    install({})
+    monkeypatch.setitem(sys.modules, "triton", None)
+    (reason,) = FA3Backend().probe(CUDA)
+    assert reason.code == "not_installed"
+    assert str(reason).endswith("triton, in which q, k and v are quantized, is not installed (pip install triton)")
+    monkeypatch.setattr(wheel, "BUILDS", ())
+    assert [r.message.split()[0] for r in FA3Backend().probe(CUDA)] == ["triton,", "neither"]
 
 
 def test_the_command_that_installs_it_is_named_where_there_is_one() -> None:
@@ -105,13 +116,13 @@ def test_a_build_without_the_operator(install, hopper) -> None:
     assert "torch.ops.lpattn_spy_none.fwd" in reason.message
 
 
-def test_an_operator_without_descales(install, hopper) -> None:
+def test_an_operator_without_arguments_that_are_needed(install, hopper) -> None:
     library = torch.library.Library("lpattn_spy_old", "DEF")
     library.define("fwd(Tensor q, Tensor k, Tensor v, float? softmax_scale, bool is_causal, int num_splits) -> Tensor")
     install({}, build=dataclasses.replace(wheel_build(), namespace="lpattn_spy_old"))
     (reason,) = FA3Backend().probe(CUDA)
     assert reason.code == "signature"
-    assert "q_descale, k_descale, v_descale" in reason.message
+    assert "has no argument q_descale, k_descale, v_descale, seqused_k" in reason.message
 
 
 def test_one_usable_build_is_enough(install, hopper) -> None:
@@ -144,11 +155,12 @@ def test_head_dims_without_a_wheel_or_without_flags(install, hopper) -> None:
     [
         ({"dtype": torch.float64}, "dtype"),
         ({"head_dim_v": 64}, "head_dim_v"),
-        ({"mask": MaskKind.BOOL, "mask_shape": (1, 1, 1, 1)}, "mask"),
-        ({"mask": MaskKind.ADDITIVE, "mask_shape": (1, 1, 1, 1)}, "mask"),
+        ({"mask": MaskKind.BOOL, "mask_shape": (2, 1, 256, 256)}, "mask"),
+        ({"mask": MaskKind.BOOL, "mask_shape": (2, 8, 1, 256)}, "mask"),
+        ({"mask": MaskKind.BOOL, "mask_shape": (1, 1, 256, 1)}, "mask"),
+        ({"mask": MaskKind.ADDITIVE, "mask_shape": (2, 1, 1, 256)}, "mask"),
         ({"causal": CausalKind.TOP_LEFT, "kv_len": 512}, "causal_alignment"),
         ({"dropout": True}, "dropout"),
-        ({"hadamard": HadamardMode.QKV}, "hadamard"),
         ({"softmax_scale": float("nan")}, "scale"),
         ({"softmax_scale": float("inf")}, "scale"),
         ({"softmax_scale": 1e39}, "scale"),
@@ -160,6 +172,23 @@ def test_head_dims_without_a_wheel_or_without_flags(install, hopper) -> None:
 def test_what_it_cannot_run_is_declined(install, hopper, change, code) -> None:
     install({})
     assert codes(FA3Backend().supports(dataclasses.replace(CALL, **change))) == [code]
+
+
+def test_other_masks_are_declined_with_the_shape_that_is_not(install, hopper) -> None:
+    install({})
+    (reason,) = FA3Backend().supports(dataclasses.replace(CALL, mask=MaskKind.BOOL, mask_shape=(2, 1, 256, 256)))
+    assert reason.message == ("bool attn_mask [2, 1, 256, 256]: takes key-padding masks only, bool [B, 1, 1, kv_len]")
+
+
+@pytest.mark.parametrize("dim", [96, 192])
+@pytest.mark.parametrize("mode", [HadamardMode.QKV, HadamardMode.V_ONLY])
+def test_transforms_need_a_power_of_two(install, hopper, dim, mode) -> None:
+    install({})
+    call = dataclasses.replace(CALL, head_dim=dim, head_dim_v=dim)
+    assert FA3Backend().supports(call) == []
+    (reason,) = FA3Backend().supports(dataclasses.replace(call, hadamard=mode))
+    assert reason.code == "hadamard"
+    assert str(reason) == f'hadamard {mode} with head_dim {dim}: transforms powers of two only (pass hadamard="none")'
 
 
 @pytest.mark.parametrize(
@@ -175,11 +204,23 @@ def test_what_it_cannot_run_is_declined(install, hopper, change, code) -> None:
         {"contiguous_last_dim": False},
         {"num_kv_heads": 1},
         {"q_len": 1},
+        {"hadamard": HadamardMode.QKV},
+        {"hadamard": HadamardMode.V_ONLY},
+        {"mask": MaskKind.BOOL, "mask_shape": (2, 1, 1, 256)},
+        {"mask": MaskKind.BOOL, "mask_shape": (1, 1, 1, 256)},
+        {"mask": MaskKind.BOOL, "mask_shape": (2, 1, 1, 1)},
+        {"rope": Rope(interleaved=True, rotary_dim=64)},
     ],
 )
 def test_what_it_can_run_is_accepted(install, hopper, change) -> None:
     install({})
     assert FA3Backend().supports(dataclasses.replace(CALL, **change)) == []
+
+
+def test_it_has_fused_rotation_and_key_padding() -> None:
+    assert FA3Backend.capabilities.rope
+    assert FA3Backend.capabilities.key_padding
+    assert FA3Backend.capabilities.hadamard == frozenset(HadamardMode)
 
 
 def test_it_is_a_built_in_backend() -> None:

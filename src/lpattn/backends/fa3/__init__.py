@@ -7,14 +7,13 @@ Owns the translation of a call into the kernel's terms. Where the kernel comes f
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 from typing import TYPE_CHECKING
 
 import torch
 
 from lpattn.backend import Backend, Capabilities
-from lpattn.backends.fa3.wheel import HEAD_DIMS, NOT_INSTALLED, Wheel, installed_wheels
+from lpattn.backends.fa3.wheel import HEAD_DIMS, NOT_INSTALLED, Wheel, installed_wheels, is_installed
 from lpattn.hookspecs import hookimpl
 from lpattn.policy import measured_speedup
 from lpattn.types import AttentionBackend, AttentionCall, CausalKind, HadamardMode, Reason
@@ -83,7 +82,7 @@ class FA3Backend(Backend):
         # What the data says about the device alone: any call that nothing else speaks against will do.
         any_call = AttentionCall(1, 1, 1, 1, 1, 128, 128, torch.bfloat16, device.type, capability=capability)
         reasons += self.capabilities.reasons_against(any_call)
-        if importlib.util.find_spec("triton") is None:
+        if not is_installed("triton"):
             reasons.append(_NO_TRITON)
         if not self._wheels:
             return [*reasons, NOT_INSTALLED]

@@ -167,10 +167,11 @@ class Wheel:
 
 def installed_wheels() -> tuple[Wheel, ...]:
     """The builds that are installed, the preferred one first."""
-    return tuple(Wheel(build) for build in BUILDS if _is_installed(build.interface))
+    return tuple(Wheel(build) for build in BUILDS if is_installed(build.interface))
 
 
-def _is_installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
+    """Whether a top-level module can be found. It is not imported."""
     try:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):  # ValueError: a module without a spec, put into sys.modules by somebody

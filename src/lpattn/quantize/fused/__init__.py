@@ -6,6 +6,24 @@ scales and layout a kernel wants is for the caller to say. Needs triton, and so 
 
 from __future__ import annotations
 
-from lpattn.quantize.fused.operands import Keys, PerHead, Rotation, quantize_per_head, restore_output, used_keys
+from lpattn.quantize.fused.operands import (
+    Keys,
+    PerBlock,
+    PerHead,
+    Rotation,
+    quantize_per_block,
+    quantize_per_head,
+    restore_output,
+    used_keys,
+)
 
-__all__ = ["Keys", "PerHead", "Rotation", "quantize_per_head", "restore_output", "used_keys"]
+__all__ = [
+    "Keys",
+    "PerBlock",
+    "PerHead",
+    "Rotation",
+    "quantize_per_block",
+    "quantize_per_head",
+    "restore_output",
+    "used_keys",
+]
