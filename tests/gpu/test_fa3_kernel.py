@@ -117,8 +117,38 @@ def zeros(q, k, v):
 )
 def test_adversarial_inputs(fa3, tools, change, length, causal) -> None:
     q, k, v = change(*tools.make(1, 2, 2, length, length, 128))
-    drift = tools.drift_per_key * length if change is ones else 0.0
-    tools.compare(fa3, q, k, v, causal, 128**-0.5).check(drift)
+    tools.compare(fa3, q, k, v, causal, 128**-0.5).check()
+
+
+# bfloat16 at every head_dim that can be transformed; the other dtypes at one each, since every one is compiled apart.
+@pytest.mark.parametrize(
+    ("hadamard", "dim", "dtype"),
+    [
+        ("qkv", 64, torch.bfloat16),
+        ("qkv", 128, torch.bfloat16),
+        ("qkv", 256, torch.bfloat16),
+        ("qkv", 128, torch.float32),
+        ("v_only", 64, torch.float16),
+        ("v_only", 128, torch.bfloat16),
+        ("v_only", 256, torch.float32),
+    ],
+)
+@pytest.mark.parametrize(
+    "change", [lambda *qkv: qkv, outliers, outlier_channels], ids=["normal", "outliers", "channels"]
+)
+def test_hadamard_modes(fa3, tools, change, hadamard, dim, dtype) -> None:
+    q, k, v = change(*tools.make(1, 4, 2, 300, 300, dim, dtype))
+    for causal in (False, True):
+        tools.compare(fa3, q, k, v, causal, dim**-0.5, hadamard).check()
+
+
+def test_a_constant_v_comes_back_exactly(fa3, tools) -> None:
+    for length in (1, 300, 8192):
+        q, k, v = tools.make(1, 2, 2, length, length, 128)
+        constant = torch.randn(1, 2, 1, 128, device="cuda").bfloat16()
+        out = lpattn.low_precision_sdpa(q, k, constant.expand_as(v), backend=fa3, return_lse=True)[0]
+        # The mean of equal numbers, divided before they are added up, is off by float32's rounding of the sum.
+        assert (out - constant).abs().max() <= 2**-7 * constant.abs().max()
 
 
 def test_zero_values_and_constants_are_not_nan(fa3, tools) -> None:
@@ -176,44 +206,6 @@ def test_two_runs_are_bitwise_equal(fa3, tools) -> None:
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("shape", "causal"),
-    [
-        ((1, 8, 8, 512, 512, 128), False),
-        ((1, 8, 8, 4608, 4608, 128), False),
-        ((1, 4, 4, 16384, 16384, 64), False),
-        ((1, 8, 2, 8192, 8192, 128), True),
-        ((2, 4, 4, 2048, 2048, 256), False),
-        ((2, 4, 1, 1000, 3000, 192), False),
-        ((1, 4, 4, 1536, 1536, 96), True),
-    ],
-)
-def test_it_keeps_24_db_on_normal_data(fa3, tools, shape, causal, record_property) -> None:
-    q, k, v = tools.make(*shape)
-    out = lpattn.low_precision_sdpa(q, k, v, is_causal=causal, enable_gqa=True, backend=fa3)
-    rows = torch.randperm(shape[3], device="cuda")[:128].sort().values
-    expected, _ = tools.exact_rows(q, k, v, rows, causal, shape[5] ** -0.5)
-    found = tools.sqnr(expected, out[:, :, rows])
-    record_property("sqnr_db", found)
-    print(f"{shape} causal={causal}: {found:.2f} dB")
-    assert found >= 24.0
-
-
-def test_past_2_to_the_31_elements_and_128k_keys(fa3, tools) -> None:
-    heads, length, dim = 130, 131072, 128
-    assert heads * length * dim > 2**31
-    if torch.cuda.mem_get_info()[0] < 60 * 2**30:
-        pytest.skip("needs 60 GiB of GPU memory")
-    q, k, v = tools.make(1, heads, heads, length, length, dim)
-    out, lse = lpattn.low_precision_sdpa(q, k, v, backend=fa3, return_lse=True)
-    rows = torch.tensor([0, 1, 65535, 65536, 100_000, length - 1], device="cuda")
-    for head in (0, 63, 64, 127, 128, heads - 1):
-        one = slice(head, head + 1)
-        expected, expected_lse = tools.exact_rows(q[:, one], k[:, one], v[:, one], rows, False, dim**-0.5)
-        assert tools.sqnr(expected, out[:, one, rows]) >= 20.0
-        assert (lse[:, one, rows] - expected_lse).abs().max() < 0.05
-
-
 # What is not finite
 
 
@@ -224,8 +216,9 @@ def spoiled(tools, q, k, v, causal):
 
 @pytest.mark.parametrize("which", ["q", "k", "v"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_a_nan_stays_where_exact_attention_has_one(fa3, tools, which, causal) -> None:
-    tensors = dict(zip("qkv", tools.make(2, 4, 2, 300, 300, 128), strict=True))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_nan_stays_where_exact_attention_has_one(fa3, tools, which, causal, dtype) -> None:
+    tensors = dict(zip("qkv", tools.make(2, 4, 2, 300, 300, 128, dtype), strict=True))
     tensors[which][1, 1, 170, 9] = torch.nan
     q, k, v = tensors.values()
     out, lse = lpattn.low_precision_sdpa(q, k, v, is_causal=causal, enable_gqa=True, backend=fa3, return_lse=True)
@@ -253,7 +246,7 @@ def test_an_inf_costs_no_other_row_or_head(fa3, tools, which, value) -> None:
         touched[1, 2:] = True
     else:
         touched[1, 2:, :, 9] = True
-    assert not got[touched].isfinite().any()
+    assert got[touched].isnan().all()
     assert got[~touched].isfinite().all()
     assert tools.sqnr(want[~touched], got[~touched]) > 22
 
@@ -261,15 +254,23 @@ def test_an_inf_costs_no_other_row_or_head(fa3, tools, which, value) -> None:
 # What it declines
 
 
-def test_it_declines_masks_and_rectangular_causal_calls(fa3, tools) -> None:
+def test_it_declines_dense_masks_and_rectangular_causal_calls(fa3, tools) -> None:
     q, k, v = tools.make(1, 2, 2, 64, 128, 64)
-    mask = torch.ones(64, 128, dtype=torch.bool, device="cuda")
-    for options in ({"attn_mask": mask}, {"attn_mask": mask.to(q.dtype)}, {"is_causal": True}):
+    dense = torch.ones(64, 128, dtype=torch.bool, device="cuda")
+    additive = torch.zeros(1, 1, 1, 128, dtype=q.dtype, device="cuda")
+    for options in ({"attn_mask": dense}, {"attn_mask": additive}, {"is_causal": True}):
         with pytest.raises(lpattn.UnsupportedCallError, match="fp8_fa3"):
             lpattn.low_precision_sdpa(q, k, v, **options, backend=fa3)
         with pytest.warns(lpattn.LpattnWarning, match="exactly"), lpattn.low_precision_attention():
             out = lpattn.low_precision_sdpa(q, k, v, **options, backend=fa3, on_unsupported="fallback")
         assert torch.equal(out, torch.nn.functional.scaled_dot_product_attention(q, k, v, **options))
+
+
+def test_it_declines_transforms_of_other_head_dims(fa3, tools) -> None:
+    for dim in (96, 192):
+        q, k, v = tools.make(1, 2, 2, 64, 64, dim)
+        with pytest.raises(lpattn.UnsupportedCallError, match=f"hadamard qkv with head_dim {dim}: transforms powers"):
+            lpattn.low_precision_sdpa(q, k, v, backend=fa3, hadamard="qkv")
 
 
 def test_it_names_the_head_dims_of_the_wheel(fa3, tools) -> None:
@@ -289,22 +290,89 @@ def test_the_probe_names_the_wheel(fa3) -> None:
 # How it is launched
 
 
-def test_it_runs_on_the_current_stream(fa3, tools) -> None:
-    q, k, v = tools.make(2, 8, 8, 2048, 2048, 128)
-    want = lpattn.low_precision_sdpa(q, k, v, backend=fa3)
+class Call:
+    """One call with all that can be asked for, on tensors that stay where they are."""
+
+    def __init__(self, tools, hadamard: str = "none", masked: bool = False, rope: bool = False) -> None:
+        q, k, v = tools.make(2, 4, 2, 512, 512, 128)
+        self.inputs = [x.transpose(1, 2) for x in (q, k, v)]
+        self.options = {"hadamard": hadamard, "return_lse": True, "backend": "fp8_fa3"}
+        if masked:
+            self.options["attn_mask"] = torch.rand(2, 1, 1, 512, device="cuda") < 0.5
+        self.tables = [torch.randn(512, 1, 128, device="cuda") for _ in range(2)] if rope else None
+
+    def __call__(self):
+        if self.tables is None:
+            q, k, v = (x.transpose(1, 2) for x in self.inputs)
+            return lpattn.low_precision_sdpa(q, k, v, enable_gqa=True, **self.options)
+        return lpattn.low_precision_rope_sdpa(*self.inputs, *self.tables, enable_gqa=True, **self.options)
+
+
+CALLS = [{}, {"masked": True}, {"rope": True}, {"masked": True, "hadamard": "qkv"}]
+calls = pytest.mark.parametrize("kind", CALLS, ids=["plain", "masked", "rope", "masked and transformed"])
+
+
+@calls
+def test_it_runs_on_the_current_stream(fa3, tools, kind) -> None:
+    call = Call(tools, **kind)
+    want = call()
+    before = [x.clone() for x in call.inputs]
+    for x in call.inputs:
+        x.fill_(torch.nan)
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)  # whatever ran on the default stream would be done before this
-        q2 = q.clone()
-        got = lpattn.low_precision_sdpa(q2, k, v, backend=fa3)
+        for x, old in zip(call.inputs, before, strict=True):
+            x.copy_(old)
+        got = call()
     stream.synchronize()
-    assert torch.equal(want, got)
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.device_count() < 2,
+    reason="needs two GPUs: tensors on one that is not the current one",
+)
+def test_it_runs_on_the_device_of_its_tensors(fa3, tools) -> None:
+    call = Call(tools, masked=True)
+    want = call()
+    call.inputs = [x.to("cuda:1") for x in call.inputs]
+    call.options["attn_mask"] = call.options["attn_mask"].to("cuda:1")
+    got = call()
+    torch.cuda.synchronize("cuda:1")
+    assert all(a.device == b.device and torch.equal(a, b.to(a.device)) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_it_can_be_captured_in_a_cuda_graph(fa3, tools, causal) -> None:
-    q, k, v = tools.make(1, 4, 2, 512, 512, 128)
-    run = lambda: lpattn.low_precision_sdpa(q, k, v, is_causal=causal, enable_gqa=True, backend=fa3, return_lse=True)  # noqa: E731
+    call = Call(tools)
+    call.options["is_causal"] = causal
+    graph, captured = capture(call)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        for x in call.inputs:
+            x.normal_()
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, call(), strict=True))
+
+
+def test_a_captured_mask_may_change(fa3, tools) -> None:
+    call = Call(tools, masked=True)
+    mask = call.options["attn_mask"]
+    graph, captured = capture(call)
+    at = torch.arange(512, device="cuda")
+    for used in (at >= 0, at < 100, at >= 411, at % 5 == 0, at == 77, at < 0):
+        mask[0] = used
+        mask[1] = ~used
+        graph.replay()
+        got = [x.clone() for x in captured]
+        assert all(torch.equal(a, b) for a, b in zip(got, call(), strict=True))
+        assert not got[0].isnan().any()
+        assert (got[1] == -torch.inf).any() == (not mask.any(-1).all())
+
+
+def capture(run):
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -314,20 +382,57 @@ def test_it_can_be_captured_in_a_cuda_graph(fa3, tools, causal) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = run()
-    for seed in range(3):
-        torch.manual_seed(seed)
-        for x in (q, k, v):
-            x.normal_()
-        graph.replay()
-        assert all(torch.equal(a, b) for a, b in zip(captured, run(), strict=True))
+    return graph, captured
 
 
+@calls
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
-def test_it_does_not_wait_for_the_device(fa3, tools) -> None:
-    q, k, v = tools.make(1, 4, 4, 512, 512, 128)
-    lpattn.low_precision_sdpa(q, k, v, backend=fa3)
+def test_it_does_not_wait_for_the_device(fa3, tools, kind) -> None:
+    call = Call(tools, **kind)
+    call()
     try:
         torch.cuda.set_sync_debug_mode("error")
-        lpattn.low_precision_sdpa(q, k, v, backend=fa3)
+        call()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_length_compiles_a_kernel(fa3, tools, masked) -> None:
+    from lpattn.quantize.fused import launcher
+
+    def run(length: int) -> int:
+        q, k, v = tools.make(1, 2, 1, length, length, 128)
+        mask = torch.rand(1, 1, 1, length, device="cuda") < 0.5 if masked else None
+        lpattn.low_precision_sdpa(q, k, v, attn_mask=mask, enable_gqa=True, backend=fa3, return_lse=True)
+        return len(launcher._compiled)
+
+    run(1000)
+    before = run(1001)
+    for length in (
+        257,
+        264,
+        299,
+        384,
+        500,
+        511,
+        513,
+        640,
+        777,
+        999,
+        1024,
+        1536,
+        2047,
+        2304,
+        3001,
+        3333,
+        4096,
+        4097,
+        5000,
+        6143,
+    ):
+        assert run(length) == before, f"length {length} compiled a kernel"
+    # Below and above, one per power of two of sampled parts.
+    for length in (1, 2, 63, 128, 129, 8192, 12345, 20000, 40000, 65536, 80000):
+        run(length)
+    assert len(launcher._compiled) <= before + 6

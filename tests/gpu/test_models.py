@@ -280,7 +280,7 @@ def test_llama_with_a_padded_batch_falls_back_for_its_masks(fa3, tools) -> None:
     keep[0, :20] = 0
     want = llama(tokens, attention_mask=keep).logits[keep.bool()]
     lpattn.apply_low_precision_attention(llama, fa3, on_unsupported="fallback")
-    with pytest.warns(lpattn.LpattnWarning, match="takes no attn_mask"):
+    with pytest.warns(lpattn.LpattnWarning, match="takes key-padding masks only"):
         got = llama(tokens, attention_mask=keep).logits[keep.bool()]
     assert tools.sqnr(want, got) > 40
     assert [entry["exact"] for entry in lpattn.attention_report(llama).values()] == [{"mask": 1}] * 2

@@ -15,23 +15,37 @@ import triton
 import triton.language as tl
 
 PART = tl.constexpr(128)
-"""Sampled tokens per part. A part has one writer, and parts are added in order: no two runs differ."""
+"""Tokens that are looked at together. A part is one or more times as many and has one writer, and parts are added in
+order: no two runs differ."""
 
 FEW = tl.constexpr(256)
-MANY = tl.constexpr(512)
+"""Least number of sampled tokens of q and k. A sixteenth of them all is better where that is more, up to ``_MOST``."""
+
+ALL = tl.constexpr(2**30)
+"""Of v all tokens are looked at: a constant other than the mean leaves a mean, and its sum over the keys an error."""
+
 _MOST = tl.constexpr(4096)
+_MOST_PARTS = tl.constexpr(32)
 
 
 def parts(length: int, least: int) -> int:
-    """Number of parts that :func:`sample_size` tokens make."""
-    size = min(length, max(length // 16 // PART.value * PART.value, least), _MOST.value)
-    return -(-size // PART.value)
+    """Number of parts that :func:`sample_size` tokens make: see :func:`part_size`."""
+    tokens = min(length, max(min(length // 16 // PART.value * PART.value, _MOST.value), least))
+    tiles = -(-tokens // PART.value)
+    each = max(-(-tiles // _MOST_PARTS.value), 1)
+    return -(-tiles // each)
 
 
 @triton.jit
 def sample_size(length, least):
-    """Tokens that are sampled: a sixteenth, but at least ``least`` and at most 4096, if there are so many."""
-    return tl.minimum(length, tl.minimum(tl.maximum(length // 16 // PART * PART, least), _MOST))
+    """Tokens that are looked at, for ``least`` FEW or ALL."""
+    return tl.minimum(length, tl.maximum(tl.minimum(length // 16 // PART * PART, _MOST), least))
+
+
+@triton.jit
+def part_size(size):
+    """Tokens of a part; the last one may be short."""
+    return tl.maximum(tl.cdiv(tl.cdiv(size, PART), _MOST_PARTS), 1) * PART
 
 
 def size(groups: int, lanes: int, all_parts: int) -> int:

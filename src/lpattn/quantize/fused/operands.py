@@ -226,7 +226,7 @@ def _plan(
     v_start = k_start + -(-groups * kv_len * dim // 16) * 16
 
     q_parts, k_parts = layout.parts(q_len, layout.FEW.value), layout.parts(kv_len, layout.FEW.value)
-    v_parts = layout.parts(kv_len, layout.MANY.value)
+    v_parts = layout.parts(kv_len, layout.ALL.value)
     parts = batch * heads * q_parts + groups * (k_parts + v_parts)
 
     strides, constants = _read(dim, q_strides, k_strides, v_strides, turns, hadamard)
@@ -333,7 +333,7 @@ def quantize_per_block(
     q_blocks, blocks = -(-q_len // _BLOCK), -(-kv_len // _BLOCK)
     cos_q, sin_q, cos_k, sin_k, turns = _tables(rope)
     strides, constants = _read(dim, query.stride(), key.stride(), value.stride(), turns, hadamard)
-    k_parts, v_parts = layout.parts(kv_len, layout.FEW.value), layout.parts(kv_len, layout.MANY.value)
+    k_parts, v_parts = layout.parts(kv_len, layout.FEW.value), layout.parts(kv_len, layout.ALL.value)
     parts, overlaps = groups * (k_parts + v_parts), _overlaps(device)
     found = PerBlock(
         query=torch.empty((batch, heads, q_len, dim), dtype=torch.float8_e4m3fn, device=device),

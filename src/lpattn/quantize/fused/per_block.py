@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from lpattn.quantize.fused import layout
-from lpattn.quantize.fused.layout import FEW, MANY
+from lpattn.quantize.fused.layout import ALL, FEW
 from lpattn.quantize.fused.per_head import QK_FLOOR, V_FLOOR, VARYING
 from lpattn.quantize.fused.sample import smoothing_constant
 from lpattn.quantize.fused.tile import (
@@ -53,7 +53,7 @@ def quantize_blocks(
     index, in_batch, length, least, which, floor, limit = program, heads, q_len, FEW, 0, QK_FLOOR, qk_max
     if program >= q_all + kv_all:
         x, stride_b, stride_h, stride_s, stride_d = v, v_b, v_h, v_s, v_d
-        index, in_batch, length, least, which = program - q_all - kv_all, kv_heads, kv_len, MANY, 2
+        index, in_batch, length, least, which = program - q_all - kv_all, kv_heads, kv_len, ALL, 2
         floor, limit = V_FLOOR, E4M3_MAX
     elif program >= q_all:
         x, stride_b, stride_h, stride_s, stride_d = k, k_b, k_h, k_s, k_d

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from lpattn.quantize.fused import layout
-from lpattn.quantize.fused.layout import FEW, MANY, sample_size
+from lpattn.quantize.fused.layout import ALL, FEW, PART, part_size, sample_size
 from lpattn.quantize.fused.sample import estimated_scale, sampled_tokens, smoothing_constant
 from lpattn.quantize.fused.tile import (
     E4M3_MAX,
@@ -66,7 +66,7 @@ def sample_heads(
     index, parts, in_batch, length, least, which = program, q_parts, heads, q_len, FEW, 0
     if program >= kv_all:
         x, stride_b, stride_h, stride_s, stride_d = v, v_b, v_h, v_s, v_d
-        index, parts, in_batch, length, least, which = program - kv_all, v_parts, kv_heads, kv_len, MANY, 2
+        index, parts, in_batch, length, least, which = program - kv_all, v_parts, kv_heads, kv_len, ALL, 2
     elif program >= q_all:
         x, stride_b, stride_h, stride_s, stride_d = k, k_b, k_h, k_s, k_d
         cos, sin, turn_b, turn_h, turn_s, turn_d = cos_k, sin_k, turn_k_b, turn_k_h, turn_k_s, turn_k_d
@@ -81,31 +81,40 @@ def sample_heads(
         if which > 0:
             length = tl.load(key_counts + b)
     size = sample_size(length, least)
-    tokens, used = sampled_tokens(part, size, length)
-    if keys is not None:
-        if which > 0:
-            tokens = tl.load(keys + b * kv_len + tokens, mask=used, other=0).to(tl.int64)
-    x += (b * stride_b + h * stride_h) * UNIT
-    stride_s, stride_d = stride_s * UNIT, 1 if DENSE else stride_d
-    low, high = load_tile(x, tokens, used, stride_s, stride_d, D, HALF)
-    low, high = transform_tile(
-        low, high, x, tokens, used, stride_s, stride_d,
-        None if ROPE == 0 else cos + (b * turn_b + h * turn_h) * TURN_UNIT,
-        None if ROPE == 0 else sin + (b * turn_b + h * turn_h) * TURN_UNIT,
-        turn_s * TURN_UNIT, 1 if TURN_DENSE else turn_d, which < 2, True if HADAMARD_QK else which == 2,
-        D, HALF, ROPE, ROTARY, HADAMARD_V,
-    )  # fmt: skip
-    low = tl.where(tl.abs(low) < float("inf"), low, 0.0)
-    high = tl.where(tl.abs(high) < float("inf"), high, 0.0)
+    each = part_size(size)
     # Dividing first keeps the sum of large values finite.
     weight = 1.0 / tl.maximum(size, 1).to(tl.float32)
+    x += (b * stride_b + h * stride_h) * UNIT
+    stride_s, stride_d = stride_s * UNIT, 1 if DENSE else stride_d
+    largest, square = 0.0, 0.0
+    low_sum = tl.zeros((HALF,), tl.float32)
+    high_sum = tl.zeros((HALF,), tl.float32)
+    for first in range(part * each, tl.minimum(part * each + each, size), PART):
+        tokens, used = sampled_tokens(first, size, length)
+        if keys is not None:
+            if which > 0:
+                tokens = tl.load(keys + b * kv_len + tokens, mask=used, other=0).to(tl.int64)
+        low, high = load_tile(x, tokens, used, stride_s, stride_d, D, HALF)
+        low, high = transform_tile(
+            low, high, x, tokens, used, stride_s, stride_d,
+            None if ROPE == 0 else cos + (b * turn_b + h * turn_h) * TURN_UNIT,
+            None if ROPE == 0 else sin + (b * turn_b + h * turn_h) * TURN_UNIT,
+            turn_s * TURN_UNIT, 1 if TURN_DENSE else turn_d, which < 2, True if HADAMARD_QK else which == 2,
+            D, HALF, ROPE, ROTARY, HADAMARD_V,
+        )  # fmt: skip
+        low = tl.where(tl.abs(low) < float("inf"), low, 0.0)
+        high = tl.where(tl.abs(high) < float("inf"), high, 0.0)
+        largest = tl.maximum(largest, tl.max(tl.maximum(tl.abs(low), tl.abs(high))))
+        square += tl.sum(low * low * weight + high * high * weight)
+        low_sum += tl.sum(low * weight, 0)
+        high_sum += tl.sum(high * weight, 0)
     scalars = layout.maxima(buffer, groups, LANES) + 2 * program
-    tl.store(scalars, tl.max(tl.maximum(tl.abs(low), tl.abs(high))))
-    tl.store(scalars + 1, tl.sum(low * low * weight + high * high * weight))
+    tl.store(scalars, largest)
+    tl.store(scalars + 1, square)
     sums = layout.sums(buffer, groups, kv_all + groups * v_parts, LANES)
     to = sums + program.to(tl.int64) * LANES + tl.arange(0, HALF)
-    tl.store(to, tl.sum(low * weight, 0))
-    tl.store(to + HALF, tl.sum(high * weight, 0))
+    tl.store(to, low_sum)
+    tl.store(to + HALF, high_sum)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -137,7 +146,7 @@ def quantize_heads(
     index, in_batch, length, least, which, floor = program, heads, q_len, FEW, 0, QK_FLOOR
     if program >= q_all + kv_all:
         x, out, stride_b, stride_h, stride_s, stride_d = v, v_out, v_b, v_h, v_s, v_d
-        index, in_batch, length, least, which, floor = program - q_all - kv_all, kv_heads, kv_len, MANY, 2, V_FLOOR
+        index, in_batch, length, least, which, floor = program - q_all - kv_all, kv_heads, kv_len, ALL, 2, V_FLOOR
     elif program >= q_all:
         x, out, stride_b, stride_h, stride_s, stride_d = k, k_out, k_b, k_h, k_s, k_d
         cos, sin, turn_b, turn_h, turn_s, turn_d = cos_k, sin_k, turn_k_b, turn_k_h, turn_k_s, turn_k_d

@@ -5,16 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lpattn.quantize.fused.layout import PART, sample_size
+from lpattn.quantize.fused.layout import PART, part_size, sample_size
 from lpattn.quantize.fused.tile import scale_for
 
 HEADROOM = tl.constexpr(16.0)
 """How far a token may exceed the sampled ones before its head is quantized once more. e4m3 is floating point: this
 costs four of the 15 powers of two below the largest value, not precision."""
-
-_ALWAYS = tl.constexpr(8192)
-"""From so many keys on, V's mean counts as significant: the error of an undetected one grows with the number of keys,
-and what it costs to add the constant back shrinks against the time of attention."""
 
 _SIGNIFICANT = tl.constexpr(2.0)
 _SIGNIFICANT_CHANNEL = tl.constexpr(30.0)
@@ -25,13 +21,13 @@ _ROWS = tl.constexpr(8)
 
 
 @triton.jit
-def sampled_tokens(part, size, length):
-    """The tokens of one part of a sample, and which of them exist: one from each of ``size`` strata.
+def sampled_tokens(first, size, length):
+    """PART tokens of a sample from its ``first`` on, and which of them exist: one from each of ``size`` strata.
 
     Token 0, a frequent outlier, is always there. The place within a stratum is scattered, so that the sample has no
     period that the tokens might have too.
     """
-    i = part * PART + tl.arange(0, PART)
+    i = first + tl.arange(0, PART)
     # Fixed point, since a division for every token would take longer than to load it.
     stride = (length.to(tl.int64) << 16) // tl.maximum(size, 1)
     start = (i * stride) >> 16
@@ -52,9 +48,10 @@ def smoothing_constant(maxima, sums, length, least, always, D: tl.constexpr, HAL
     square = 0.0
     largest = 0.0
     lanes = tl.arange(0, HALF)[None, :]
-    for first in range(0, tl.cdiv(size, PART), _ROWS):
+    tokens = part_size(size)
+    for first in range(0, tl.cdiv(size, tokens), _ROWS):
         row = first + tl.arange(0, _ROWS)
-        there = row * PART < size
+        there = row * tokens < size
         largest = tl.maximum(largest, tl.max(tl.load(maxima + 2 * row, mask=there, other=0.0)))
         square += tl.sum(tl.load(maxima + 2 * row + 1, mask=there, other=0.0))
         at = sums + row[:, None] * (2 * HALF) + lanes
@@ -64,7 +61,7 @@ def smoothing_constant(maxima, sums, length, least, always, D: tl.constexpr, HAL
     most = tl.maximum(tl.max(tl.abs(low)), tl.max(tl.abs(high)))
     variance = (square - mean_square) / tl.maximum(size, 1).to(tl.float32)
     small = (mean_square < _SIGNIFICANT * variance) & (most * most * D < _SIGNIFICANT_CHANNEL * variance)
-    if small & (length < _ALWAYS) & (not always):
+    if small & (not always):
         low = tl.zeros((HALF,), tl.float32)
         high = tl.zeros((HALF,), tl.float32)
         most = 0.0
