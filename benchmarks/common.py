@@ -184,16 +184,16 @@ def _version(name: str) -> str:
 
 
 def commit() -> str:
-    """The commit that runs; LPATTN_COMMIT where there is no git."""
+    """The commit that runs: what LPATTN_COMMIT says, for a copy whose git does not know it, else what git says."""
+    if given := os.environ.get("LPATTN_COMMIT"):
+        return given
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=REPOSITORY, capture_output=True, text=True
         )
     except OSError:
-        done = None
-    if done is not None and done.returncode == 0:
-        return done.stdout.strip()
-    return os.environ.get("LPATTN_COMMIT", "unknown")
+        return "unknown"
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
 def gpu_state() -> dict[str, str]:

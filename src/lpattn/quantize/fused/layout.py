@@ -43,9 +43,9 @@ def sample_size(length, least):
 
 
 @triton.jit
-def part_size(size):
-    """Tokens of a part; the last one may be short."""
-    return tl.maximum(tl.cdiv(tl.cdiv(size, PART), _MOST_PARTS), 1) * PART
+def part_size(room, least):
+    """Tokens of a part, the last one of which may be short; the same however many of the ``room`` tokens are used."""
+    return tl.maximum(tl.cdiv(tl.cdiv(sample_size(room, least), PART), _MOST_PARTS), 1) * PART
 
 
 def size(groups: int, lanes: int, all_parts: int) -> int:

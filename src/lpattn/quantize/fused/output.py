@@ -46,6 +46,8 @@ def restore(
             if HADAMARD:
                 low, high = hadamard(low.to(out.dtype.element_ty), high.to(out.dtype.element_ty), HALF)
             if limit > 0.0:
-                low, high = tl.clamp(low, -limit, limit), tl.clamp(high, -limit, limit)
+                # A clamp alone would turn NaN into the limit.
+                low = tl.where(low == low, tl.clamp(low, -limit, limit), low)
+                high = tl.where(high == high, tl.clamp(high, -limit, limit), high)
             dtype: tl.constexpr = to.dtype.element_ty
             store_tile(to + start, rows, rows < q_len, heads * D, low.to(dtype), high.to(dtype), D, HALF)

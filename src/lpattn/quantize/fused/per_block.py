@@ -86,7 +86,7 @@ def quantize_blocks(
     if which > 0:
         first = tl.where(which == 1, row * k_parts, groups * k_parts + row * v_parts)
         low_c, high_c, _ = smoothing_constant(
-            maxima + 2 * first, sums + first.to(tl.int64) * LANES, length, least, True, D, HALF
+            maxima + 2 * first, sums + first.to(tl.int64) * LANES, length, length, least, True, D, HALF
         )
         if block == 0:
             constant = layout.constants(buffer, groups, which, LANES) + row * LANES + tl.arange(0, HALF)
@@ -98,7 +98,9 @@ def quantize_blocks(
     if lse_shift is not None:
         if which == 0:
             first = (b * kv_heads + h // (heads // kv_heads)) * k_parts
-            low_k, high_k, _ = smoothing_constant(maxima + 2 * first, sums + first * LANES, kv_len, FEW, True, D, HALF)
+            low_k, high_k, _ = smoothing_constant(
+                maxima + 2 * first, sums + first * LANES, kv_len, kv_len, FEW, True, D, HALF
+            )
             products = tl.sum(low * low_k[None, :] + high * high_k[None, :], 1)
             tl.store(lse_shift + row.to(tl.int64) * q_len + rows, products, mask=used)
 

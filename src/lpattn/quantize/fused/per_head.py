@@ -77,11 +77,11 @@ def sample_heads(
         done = layout.counters(buffer, groups, which, LANES) + b * kv_heads + h // (in_batch // kv_heads)
         tl.store(done, 0)
         tl.store(done + groups, 0)
+    each = part_size(length, least)
     if key_counts is not None:
         if which > 0:
             length = tl.load(key_counts + b)
     size = sample_size(length, least)
-    each = part_size(size)
     # Dividing first keeps the sum of large values finite.
     weight = 1.0 / tl.maximum(size, 1).to(tl.float32)
     x += (b * stride_b + h * stride_h) * UNIT
@@ -186,7 +186,7 @@ def quantize_heads(
     else:
         first = tl.where(which == 1, q_part_rows + group * k_parts, q_part_rows + k_part_rows + group * v_parts)
         low_c, high_c, largest = smoothing_constant(
-            maxima + 2 * first, sums + first.to(tl.int64) * LANES, length, least, which == 1, D, HALF
+            maxima + 2 * first, sums + first.to(tl.int64) * LANES, length, room, least, which == 1, D, HALF
         )
         if chunk == 0:
             constant = layout.constants(buffer, groups, which, LANES) + group * LANES + tl.arange(0, HALF)
@@ -202,7 +202,7 @@ def quantize_heads(
             if key_counts is not None:
                 kv_used = tl.load(key_counts + b)
             low_k, high_k, _ = smoothing_constant(
-                maxima + 2 * first, sums + first.to(tl.int64) * LANES, kv_used, FEW, True, D, HALF
+                maxima + 2 * first, sums + first.to(tl.int64) * LANES, kv_used, kv_len, FEW, True, D, HALF
             )
 
     done = layout.counters(buffer, groups, which, LANES) + group
