@@ -89,7 +89,7 @@ def test_masks_of_all_shapes_that_say_the_same(fa3, tools) -> None:
     for got in others:
         assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
     one = used[:1, None, None]
-    for mask in (one, one.expand(2, 1, 100, LENGTH), used[0], one[0].expand(100, LENGTH)):
+    for mask in (one, one.expand(2, 1, 100, LENGTH), used[0], used[0].expand(100, LENGTH)):
         out, lse = lpattn.low_precision_sdpa(q, k, v, mask, enable_gqa=True, backend=fa3, return_lse=True)
         check(tools, q, k, v, used[:1].expand(2, LENGTH), out, lse)
 

@@ -222,8 +222,9 @@ def quantize_heads(
             head = (first_head + index // tiles).to(tl.int64)
             rows = index % tiles * TOKENS + tl.arange(0, TOKENS)
             used = rows < length
+            tokens = _tokens(keys, which, b, kv_len, rows, used)
             low, high = transform_tile(
-                low, high, x + head * stride_h, rows, used, stride_s, stride_d,
+                low, high, x + head * stride_h, tokens, used, stride_s, stride_d,
                 None if ROPE == 0 else cos + (b * turn_b + head * turn_h) * TURN_UNIT,
                 None if ROPE == 0 else sin + (b * turn_b + head * turn_h) * TURN_UNIT,
                 turn_s * TURN_UNIT, 1 if TURN_DENSE else turn_d, which < 2, True if HADAMARD_QK else which == 2,
@@ -265,6 +266,16 @@ def quantize_heads(
 
 
 @triton.jit
+def _tokens(keys, which, b, kv_len, rows, used):
+    """Where in the input the rows of the output are: k and v may be packed."""
+    tokens = rows
+    if keys is not None:
+        if which > 0:
+            tokens = tl.load(keys + b * kv_len + rows, mask=used, other=0)
+    return tokens
+
+
+@triton.jit
 def _load(
     x, keys, which, b, kv_len, first_head, index, end, tiles, length, stride_h, stride_s, stride_d,
     TOKENS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
@@ -272,10 +283,7 @@ def _load(
     """Load the group's tile ``index``, or zeros from ``end`` on."""
     rows = index % tiles * TOKENS + tl.arange(0, TOKENS)
     used = rows < tl.where(index < end, length, 0)
-    tokens = rows
-    if keys is not None:
-        if which > 0:
-            tokens = tl.load(keys + b * kv_len + rows, mask=used, other=0)
+    tokens = _tokens(keys, which, b, kv_len, rows, used)
     return load_tile(
         x + (first_head + index // tiles).to(tl.int64) * stride_h, tokens, used, stride_s, stride_d, D, HALF
     )
