@@ -31,11 +31,13 @@ class Emitter:
     def __init__(self, before: fx.Node) -> None:
         self._before = before
         self._graph = before.graph
+        self._added: list[fx.Node] = []
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A new node, with the fake value that inductor's later passes expect."""
         with self._graph.inserting_before(self._before):
             node = self._graph.call_function(target, args, kwargs)
+        self._added.append(node)
 
         def value(argument: Any) -> Any:
             return argument.meta["val"] if isinstance(argument, fx.Node) else argument
@@ -46,6 +48,12 @@ class Emitter:
         with mode:
             node.meta["val"] = target(*real_args, **real_kwargs)
         return node
+
+    def undo(self) -> None:
+        """Erase what was added; nothing else reads it yet."""
+        for node in reversed(self._added):
+            self._graph.erase_node(node)
+        self._added.clear()
 
     def size(self, node: fx.Node, dim: int) -> Any:
         """A size of a node, as an argument of another: an int, or a node where it is symbolic."""

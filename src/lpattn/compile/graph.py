@@ -40,22 +40,34 @@ def fuse_rope(graph: fx.Graph) -> None:
     fused = 0
     reasons: dict[str, None] = {}
     for call in calls:
-        try:
-            # The proofs compute on plain tensors, whatever mode surrounds the compiler.
-            with unset_fake_temporarily():
-                found = _prove(call, sizes)
-        except RefusedError as refused:
-            reason = str(refused)
-        except UnknownSizeError as unknown:
-            reason = str(unknown)
-        else:
-            _replace(call, found)
+        reason = _fuse(call, sizes)
+        if reason is None:
             fused += 1
-            continue
-        call.args = (*call.args[:_REASON], reason)
-        reasons[reason] = None
+        else:
+            call.args = (*call.args[:_REASON], reason)
+            _keep_strides(call)
+            reasons[reason] = None
     because = f": {'; '.join(reasons)}" if reasons else ""
     log.debug("RoPE fused into %d of %d attention calls%s", fused, len(calls), because)
+
+
+def _fuse(call: fx.Node, sizes: Sequence[Sizes]) -> str | None:
+    """Replace one call, or say why not and leave the graph as it was."""
+    emitter = Emitter(call)
+    try:
+        # The proofs compute on plain tensors, whatever mode surrounds the compiler.
+        with unset_fake_temporarily():
+            found = _prove(call, sizes)
+        _replace(call, found, emitter)
+    except (RefusedError, UnknownSizeError) as refused:
+        emitter.undo()
+        return str(refused)
+    except Exception as error:
+        # A defect of this pass: the model still compiles, and the report tells.
+        log.warning("RoPE is not fused: the proof failed", exc_info=True)
+        emitter.undo()
+        return f"the proof failed: {type(error).__name__}: {error}"
+    return None
 
 
 class _Found:
@@ -107,8 +119,7 @@ def _rotations(name: str, prover: Prover, groups: int) -> list[Rotation]:
         raise RefusedError(f"{name}: {refused}", refused.progress) from None
 
 
-def _replace(call: fx.Node, found: _Found) -> None:
-    emitter = Emitter(call)
+def _replace(call: fx.Node, found: _Found, emitter: Emitter) -> None:
     query, key, value, *rest = call.args
     q = _streams(emitter, query, found.query)  # type: ignore[arg-type]
     k = _streams(emitter, key, found.key)  # type: ignore[arg-type]
@@ -125,10 +136,18 @@ def _replace(call: fx.Node, found: _Found) -> None:
             (*operands, *tables, found.interleaved, *rest[: _REASON - 3]),
         )
     fused.meta = dict(call.meta)
+    _keep_strides(fused)
     call.replace_all_uses_with(fused)
     inputs = call.all_input_nodes
     call.graph.erase_node(call)
     _erase_unused(inputs)
+
+
+def _keep_strides(call: fx.Node) -> None:
+    """Have inductor hand over inputs with the strides that they have in the graph, as it does for the user's operators."""
+    if "eager_input_vals" in call.meta:
+        values = fx.node.map_aggregate(call.args, lambda a: a.meta["val"] if isinstance(a, fx.Node) else a)
+        call.meta["eager_input_vals"] = (values, {})
 
 
 def _described(rotations: Sequence[Rotation]) -> list[Any]:
