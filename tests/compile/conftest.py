@@ -99,6 +99,8 @@ def sharpen():
             if parameter.dim() == 2 and any(part in name for part in names):
                 drawn = torch.randn(parameter.shape, generator=generator)
                 parameter.copy_(drawn * gain / math.sqrt(parameter.shape[1]))
+            elif parameter.dim() == 1 and any(part in name for part in ("norm_q", "norm_k", "q_norm", "k_norm")):
+                parameter.mul_(gain)
         return model.eval()
 
     return redraw

@@ -102,14 +102,27 @@ def _prove(call: fx.Node, sizes: Sequence[Sizes]) -> _Found:
     try:
         k = _rotations("k", keys, groups)
     except RefusedError as refused:
-        if groups == 1:
-            raise
+        k = _rotations_otherwise(keys, groups, refused)
         groups = 1
-        try:
-            k = _rotations("k", keys, groups)
-        except RefusedError:
-            raise refused from None
     return _Found(q, k, values.view(groups))
+
+
+def _rotations_otherwise(keys: Prover, groups: int, refused: RefusedError) -> list[Rotation]:
+    """The keys, where their heads are not repeated as those of v are: with repeated heads, or the best reason."""
+    if groups > 1:
+        try:
+            return _rotations("k", keys, 1)
+        except RefusedError as other:
+            refused = max(refused, other, key=lambda found: found.progress)
+    for number in range(2, keys.heads + 1):
+        if keys.heads % number == 0 and number != groups:
+            try:
+                _rotations("k", keys, number)
+            except RefusedError as other:
+                refused = max(refused, other, key=lambda found: found.progress)
+            else:
+                raise RefusedError(f"k: each of its heads is repeated {number} times, and v's are not")
+    raise refused
 
 
 def _rotations(name: str, prover: Prover, groups: int) -> list[Rotation]:

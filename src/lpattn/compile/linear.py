@@ -22,7 +22,7 @@ prims = torch.ops.prims
 _MAX_VISITS = 4000
 """Nodes that one pull-back may pass through, repetitions counted: a graph that needs more is no rotation."""
 
-NOT_LINEAR, NOT_A_TABLE, NOT_A_ROTATION = 1, 2, 3
+NOT_FROM_IT, NOT_LINEAR, NOT_A_TABLE, NOT_A_ROTATION = range(4)
 """How far a candidate came before it was refused; the reason of the one that came furthest is reported."""
 
 
@@ -142,7 +142,7 @@ class PullBack:
             none = points.flat[:0]
             return Terms(none, none, none.double(), none, none)
         if node not in self._dependent:
-            raise RefusedError(f"{node.name} is added, which does not depend on what is rotated")
+            raise RefusedError(f"{node.name} is added, which does not depend on what is rotated", NOT_FROM_IT)
         rule = _RULES.get(node.target)
         if rule is None:
             raise RefusedError(f"{node.name} ({node.target}) is neither linear nor a view")
