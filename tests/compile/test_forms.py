@@ -182,8 +182,11 @@ def attend(spy, compiled, reasons):
     return run
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("name", FUSED)
+DYNAMIC = ["half_split", "written", "complex", "partly", "repeated"]
+LENGTHS = [(name, False) for name in FUSED] + [(name, True) for name in DYNAMIC]
+
+
+@pytest.mark.parametrize(("name", "dynamic"), LENGTHS, ids=[f"{n}-dynamic" if d else n for n, d in LENGTHS])
 def test_fused(name, dynamic, attend, spy):
     functions, angle, (is_interleaved, lanes), kv_heads = FUSED[name]
     q, k, v = qkv()
@@ -361,7 +364,7 @@ NEAR = {
     "cut_at_a_quarter": ((cut_at_a_quarter,), "is paired with lane"),
     "reversed_lanes": ((reversed_lanes,), "q: "),
     "tiled_heads": ((half_split, repeated(half_split, True), repeated(plain, True)), "repeated one after another"),
-    "only_q": ((half_split, plain), "k: nothing is computed"),
+    "only_q": ((half_split, plain), "k: no rotation lies between arg"),
     "next_row": ((next_row,), "q: "),
     "last_row_differs": ((last_row_differs,), "q: "),
     "one_row_is_another": ((one_row_is_another,), "q: "),

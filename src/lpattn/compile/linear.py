@@ -189,6 +189,12 @@ class PullBack:
             else torch.zeros_like(flat)
         )
 
+    def repeat(self, node: fx.Node, points: Points) -> Terms:
+        """A tensor several times along its dimensions, as a whole each time."""
+        inner = self._sizes.shape(_first(node))
+        kept = unravel(points.flat, self._sizes.shape(node))[-len(inner) :]
+        return self(_first(node), points.at(ravel([c % n for c, n in zip(kept, inner, strict=True)], inner)))
+
     def permute(self, node: fx.Node, points: Points) -> Terms:
         shape = self._sizes.shape(_first(node))
         order = [int(d) % len(shape) for d in node.args[1]]  # type: ignore[union-attr, arg-type]
@@ -389,6 +395,7 @@ _RULES: dict[Any, Rule] = {
     prims.convert_element_type.default: PullBack.cast,
     aten._to_copy.default: PullBack.cast,
     aten.expand.default: PullBack.expand,
+    aten.repeat.default: PullBack.repeat,
     aten.permute.default: PullBack.permute,
     aten.slice.Tensor: PullBack.slice,
     aten.select.int: PullBack.select,

@@ -142,7 +142,9 @@ class Prover:
         return 1
 
     def _prove(self, stretch: Stretch, groups: int, rotated: bool) -> Rotation:
-        best = RefusedError("nothing is computed between the projection and the attention", progress=-1)
+        nearest = next((node for node in ancestors(stretch.root) if not is_transparent(node)), stretch.root)
+        where = f" ({nearest.target})" if nearest.op == "call_function" else ""
+        best = RefusedError(f"no rotation lies between {nearest.name}{where} and the attention", progress=-1)
         for candidate in self._candidates(stretch, groups):
             try:
                 found = self._fit_everywhere(candidate, stretch, groups)
