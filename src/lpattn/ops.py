@@ -1,9 +1,9 @@
 """The ``torch.library`` operators that compiled graphs contain, their fakes, and how settings travel in them.
 
-Settings travel as one string and the layer as a 0-dim CPU tensor: with the string alone, or an int, torch.compile would
-make a graph per layer. The backend is chosen when the operator runs, on real sizes. Why a rotation in front of attention
-was not fused travels as a string too, which :mod:`lpattn.compile` adds: when a graph comes out of a cache, nothing else
-knows.
+Settings travel as one string and the layer as a 0-dim CPU tensor: with the string alone, or an int, torch.compile
+would make a graph per layer. The backend is chosen when the operator runs, on real sizes. Why a rotation in front of
+attention was not fused travels as a string too, which :mod:`lpattn.compile` adds: when a graph comes out of a cache,
+nothing else knows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the tests of RoPE fusion share: a spy on the reference backend, and compilation up to inductor's graph passes."""
+"""What the tests of RoPE fusion share: a spy on the reference backend, and inductor up to its graph passes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def fresh():
 
 @pytest.fixture
 def compiled():
-    """``compiled(f)``: f as one graph, with inductor's graph passes, without its code generation; ``.graphs`` counts."""
+    """``compiled(f)``: f as one graph, with inductor's passes, without code generation; ``.graphs`` are those."""
 
     def compile(function, **options):
         graphs = []

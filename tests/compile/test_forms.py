@@ -153,7 +153,12 @@ FUSED = {
     "partly": ((partly,), twice(angles(3)), (False, 6), HKV),
     "partly_in_place": ((partly_in_place,), pairwise(angles(4)), (True, 8), HKV),
     "repeated": ((half_split, repeated(half_split), repeated(plain)), HALVES, (False, D), HKV),
-    "repeated_first": ((half_split, lambda x, *t: half_split(repeated(plain)(x), *t), repeated(plain)), HALVES, (False, D), HKV),
+    "repeated_first": (
+        (half_split, lambda x, *t: half_split(repeated(plain)(x), *t), repeated(plain)),
+        HALVES,
+        (False, D),
+        HKV,
+    ),
     # These are no rotations by one angle, but a pair of lanes goes to the same pair of lanes all the same.
     "halves_differ": ((half_split,), torch.cat((angles(), angles().flip(-1)), -1), (False, D), HKV),
 }
@@ -380,7 +385,10 @@ NEAR = {
     "swapped_lanes": ((swapped_lanes_in_the_write,), None),
     "unwritten_lanes": ((unwritten_lanes,), "q: "),
     "other_widths": ((half_split, lambda x, *t: partly(x, *t)), "lanes of k are rotated"),
-    "v_repeated_otherwise": ((half_split, repeated(half_split), repeated(plain, True)), "k: each of its heads is repeated 2 times, and v's are not"),
+    "v_repeated_otherwise": (
+        (half_split, repeated(half_split), repeated(plain, True)),
+        "k: each of its heads is repeated 2 times, and v's are not",
+    ),
 }
 
 
@@ -395,7 +403,7 @@ def test_near_rotations_are_right(name, attend, spy):
 
 
 def test_a_shape_that_looks_like_another_at_one_length(attend, spy):
-    """With as many positions as heads, [B, S, H, D] read as [B, H, S, D] is a view like any other; at other lengths not."""
+    """With as many positions as heads, [B, S, H, D] may be read as [B, H, S, D]; at other lengths not."""
 
     class Confused(nn.Module):
         def forward(self, q, k, v, cos, sin):

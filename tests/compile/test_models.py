@@ -1,4 +1,4 @@
-"""Models of transformers and diffusers, compiled: one graph, RoPE fused in every layer that has it, the eager numbers."""
+"""Models of transformers and diffusers, compiled: one graph, RoPE fused wherever it is, and the eager numbers."""
 
 from __future__ import annotations
 

@@ -84,7 +84,11 @@ def programs(draw):
     style = draw(st.sampled_from(sorted(STYLES)))
     length = draw(st.sampled_from([3, 4, 7]))
     groups = draw(st.sampled_from([1, 2]))
-    near = draw(st.sampled_from(["nothing", "swap", "scale", "row", "head", "offset", "leak", "other_style", "cut", "swap_before"]))
+    near = draw(
+        st.sampled_from(
+            ["nothing", "swap", "scale", "row", "head", "offset", "leak", "other_style", "cut", "swap_before"]
+        )
+    )
     which = draw(st.sampled_from(["q", "k", "both"]))
     lane, other = draw(st.integers(0, dim - 1)), draw(st.integers(0, dim - 1))
     row, second = draw(st.integers(0, length - 1)), draw(st.integers(0, length - 1))
@@ -128,9 +132,7 @@ def build(p):
             turned[1] = change(turned[1], k, tables_k)
         k = turned[1]
         if p["groups"] > 1:
-            k, v = (
-                x[:, :, None].expand(-1, -1, p["groups"], -1, -1).reshape(2, -1, *x.shape[2:]) for x in (k, v)
-            )
+            k, v = (x[:, :, None].expand(-1, -1, p["groups"], -1, -1).reshape(2, -1, *x.shape[2:]) for x in (k, v))
         return ops.sdpa(turned[0], k, v, None, 0.0, False, None, None, REFERENCE)
 
     return run

@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backends": {"backend", "hookspecs", "quantize", "kernels", "policy", "rope", *WORDS},
     "ops": {"execute", "dispatch", "settings", "ledger", *WORDS},
     "functional": {
+        "compile",
         "tracing",
         "active",
         "ops",
@@ -57,10 +58,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         *WORDS,
     },
     "eager": {"active", "tracing", "functional", "ops", "execute", "dispatch", "settings", "policy", "ledger", *WORDS},
-    "compile": {"ops", "types"},
+    "compile": {"ops", "dispatch", "registry", "settings", "calls", *WORDS},
     ROOT: PUBLIC,
     "testing": {ROOT, *PUBLIC},
-    "cli": {ROOT, *PUBLIC, "settings", "calls", "testing"},
+    "cli": {ROOT, *PUBLIC, "settings", "calls", "compile", "testing"},
     "__main__": {"cli"},
 }
 

@@ -42,7 +42,8 @@ class Emitter:
         def value(argument: Any) -> Any:
             return argument.meta["val"] if isinstance(argument, fx.Node) else argument
 
-        real_args, real_kwargs = (fx.node.map_aggregate(a, value) for a in (args, kwargs))
+        real_args: Any = fx.node.map_aggregate(args, value)
+        real_kwargs: Any = fx.node.map_aggregate(kwargs, value)
         mode = detect_fake_mode([n.meta["val"] for n in node.all_input_nodes] or [value_of(self._before)])
         assert mode is not None
         with mode:
@@ -76,7 +77,7 @@ class Emitter:
         return node if back == [0, 1, 2, 3] else self.call(aten.permute.default, node, back)
 
     def _reshaped(self, node: fx.Node, sizes: Shape) -> list[Any]:
-        """Sizes as arguments of a reshape: symbolic ones are taken from the node, one at most is left to be inferred."""
+        """Sizes as arguments of a reshape: symbolic ones are taken from the node, at most one is left to infer."""
         given: list[Any] = []
         for size in sizes:
             if isinstance(size, int):

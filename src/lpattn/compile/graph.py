@@ -1,4 +1,4 @@
-"""The pass itself: for each attention operator of a functional graph, fuse the rotations in front of it, or say why not."""
+"""The pass itself: fuse the rotations in front of each attention operator of a functional graph, or say why not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lpattn import ops
 from lpattn.compile.emit import Emitter
-from lpattn.compile.linear import RefusedError, is_transparent
+from lpattn.compile.linear import RefusedError, args_of, is_transparent
 from lpattn.compile.proof import Prover, Rotation
 from lpattn.compile.sizes import Sizes, UnknownSizeError, assignments, value_of
 from lpattn.compile.worth import reason_against
@@ -93,8 +93,7 @@ class _Found:
 def _prove(call: fx.Node, sizes: Sequence[Sizes]) -> _Found:
     if (reason := reason_against(call, sizes[0])) is not None:
         raise RefusedError(reason)
-    query, key, value = call.args[:3]
-    assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(value, fx.Node)
+    query, key, value = args_of(call)[:3]
     values = Prover(value, sizes)
     groups = values.repeats()
     q = _rotations("q", Prover(query, sizes), 1)
@@ -133,15 +132,15 @@ def _rotations(name: str, prover: Prover, groups: int) -> list[Rotation]:
 
 
 def _replace(call: fx.Node, found: _Found, emitter: Emitter) -> None:
-    query, key, value, *rest = call.args
-    q = _streams(emitter, query, found.query)  # type: ignore[arg-type]
-    k = _streams(emitter, key, found.key)  # type: ignore[arg-type]
+    query, key, value, *rest = args_of(call)
+    q = _streams(emitter, query, found.query)
+    k = _streams(emitter, key, found.key)
     shared = _described(found.query) == _described(found.key)
     tables = [
         *_tables(emitter, found.query, q, found),
         *((None, None) if shared else _tables(emitter, found.key, k, found)),
     ]
-    v = emitter.heads_last(found.value, _shape(value, found.value.groups))  # type: ignore[arg-type]
+    v = emitter.heads_last(found.value, _shape(value, found.value.groups))
     operands = (_joined(emitter, q), _joined(emitter, k), v)
     with call.graph.inserting_before(call):
         fused = call.graph.call_function(
@@ -157,7 +156,7 @@ def _replace(call: fx.Node, found: _Found, emitter: Emitter) -> None:
 
 
 def _keep_strides(call: fx.Node) -> None:
-    """Have inductor hand over inputs with the strides that they have in the graph, as it does for the user's operators."""
+    """Have inductor hand over inputs with the strides that they have in the graph, as for any operator."""
     if "eager_input_vals" in call.meta:
         values = fx.node.map_aggregate(call.args, lambda a: a.meta["val"] if isinstance(a, fx.Node) else a)
         call.meta["eager_input_vals"] = (values, {})
@@ -190,7 +189,7 @@ def _joined(emitter: Emitter, streams: Sequence[fx.Node]) -> fx.Node:
 def _tables(
     emitter: Emitter, rotations: Sequence[Rotation], streams: Sequence[fx.Node], found: _Found
 ) -> tuple[fx.Node, fx.Node]:
-    """cos and sin of an operand; 1 and 0 for the stretches that are not rotated."""
+    """Cosines and sines of an operand; 1 and 0 for the stretches that are not rotated."""
     cos, sin = [], []
     for rotation, x in zip(rotations, streams, strict=True):
         if rotation.cos is None or rotation.sin is None:

@@ -1,7 +1,8 @@
-"""Puts the pass where inductor looks for one while a graph with lpattn's operators is compiled, and takes it away again.
+"""Puts the pass where inductor looks for one while a graph with lpattn's operators is compiled, and takes it away.
 
-Between compilations nothing of lpattn is in anybody's configuration. Tracing lpattn's operator installs the pass, in the
-thread that compiles, on top of what the user has set by then; Dynamo's callback at the end of the compilation removes it.
+Between compilations nothing of lpattn is in anybody's configuration. Tracing lpattn's operator installs the pass, in
+the thread that compiles, on top of what the user has set by then. Dynamo's callback at the end of a compilation removes
+it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Pulls elements of a tensor back through a functional graph, to sums of coefficient * element of an earlier tensor.
 
-This is arithmetic on indices: nothing of the model is run. A coefficient is a number, or a number times one element of a
-tensor that does not depend on the earlier one (a *leaf*, such as the table of cosines).
+This is arithmetic on indices: nothing of the model is run. A coefficient is a number, or a number times one element of
+a tensor that does not depend on the earlier one (a *leaf*, such as the table of cosines).
 """
 
 from __future__ import annotations
@@ -168,6 +168,7 @@ class PullBack:
         return self(_first(node), points)
 
     def cast(self, node: fx.Node, points: Points) -> Terms:
+        """The same elements in another floating-point dtype."""
         before, after = value_of(_first(node)).dtype, value_of(node).dtype
         kept = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
         if before not in kept or after not in kept:
@@ -175,6 +176,7 @@ class PullBack:
         return self(_first(node), points)
 
     def expand(self, node: fx.Node, points: Points) -> Terms:
+        """A tensor along new dimensions, or along ones of size 1."""
         return self(_first(node), points.at(self.broadcast(points.flat, node, _first(node))))
 
     def broadcast(self, flat: torch.Tensor, node: fx.Node, argument: fx.Node) -> torch.Tensor:
@@ -196,13 +198,15 @@ class PullBack:
         return self(_first(node), points.at(ravel([c % n for c, n in zip(kept, inner, strict=True)], inner)))
 
     def permute(self, node: fx.Node, points: Points) -> Terms:
+        """Dimensions in another order."""
         shape = self._sizes.shape(_first(node))
-        order = [int(d) % len(shape) for d in node.args[1]]  # type: ignore[union-attr, arg-type]
+        order = [int(d) % len(shape) for d in args_of(node)[1]]
         coordinates = unravel(points.flat, self._sizes.shape(node))
         moved = [coordinates[order.index(dim)] for dim in range(len(shape))]
         return self(_first(node), points.at(ravel(moved, shape)))
 
     def slice(self, node: fx.Node, points: Points) -> Terms:
+        """Every so many places along a dimension."""
         dim, start, _, step = self.range_of(node, _first(node), 1)
         coordinates = unravel(points.flat, self._sizes.shape(node))
         coordinates[dim] = coordinates[dim] * step + start
@@ -211,7 +215,7 @@ class PullBack:
     def range_of(self, node: fx.Node, of: fx.Node, first: int) -> tuple[int, int, int, int]:
         """(dim, start, end, step) of a slice of a tensor, whose arguments begin at a position."""
         shape = self._sizes.shape(of)
-        given = [*node.args[first:], None, None, None, None]
+        given = [*args_of(node)[first:], None, None, None, None]
         dim = _int(given[0], 0) % len(shape)
         size = shape[dim]
         start = 0 if given[1] is None else self._sizes(given[1])
@@ -220,7 +224,8 @@ class PullBack:
         return dim, start, end, _int(given[3], 1)
 
     def select(self, node: fx.Node, points: Points) -> Terms:
-        return self._at(node, points, _int(node.args[1]), self._sizes(node.args[2]))
+        """One place along a dimension."""
+        return self._at(node, points, _int(args_of(node)[1]), self._sizes(args_of(node)[2]))
 
     def _at(self, node: fx.Node, points: Points, dim: int, index: int, of: fx.Node | None = None) -> Terms:
         """The elements of a tensor at one place along a dimension that the node no longer has."""
@@ -233,30 +238,29 @@ class PullBack:
 
     def item(self, node: fx.Node, points: Points) -> Terms:
         """One of the tensors that an operator returned."""
-        several, which = node.args[0], int(node.args[1])  # type: ignore[arg-type]
-        assert isinstance(several, fx.Node)
+        several, which = args_of(node)[:2]
         source = _first(several)
         shape = self._sizes.shape(source)
         if several.target is aten.unbind.int:
-            return self._at(node, points, _int(_argument(several, 1), 0), which, source)
+            return self._at(node, points, dim_of(several, 1, 0), which, source)
         if several.target is aten.split.Tensor:
-            start = which * self._sizes(several.args[1])
+            start = which * self._sizes(args_of(several)[1])
         elif several.target is aten.split_with_sizes.default:
-            start = sum(self._sizes(size) for size in several.args[1][:which])  # type: ignore[index, union-attr, arg-type]
+            start = sum(self._sizes(size) for size in args_of(several)[1][:which])
         else:
             raise RefusedError(f"{several.name} ({several.target}) is neither linear nor a view")
-        dim = _int(_argument(several, 2), 0) % len(shape)
+        dim = dim_of(several, 2, 0) % len(shape)
         coordinates = unravel(points.flat, self._sizes.shape(node))
         coordinates[dim] = coordinates[dim] + start
         return self(source, points.at(ravel(coordinates, shape)))
 
     def cat(self, node: fx.Node, points: Points) -> Terms:
+        """Tensors one after another."""
         shape = self._sizes.shape(node)
-        dim = _int(_argument(node, 1), 0) % len(shape)
+        dim = dim_of(node, 1, 0) % len(shape)
         coordinates = unravel(points.flat, shape)
         place, start, parts = coordinates[dim], 0, []
-        for part in node.args[0]:  # type: ignore[union-attr]
-            assert isinstance(part, fx.Node)
+        for part in args_of(node)[0]:
             inner = self._sizes.shape(part)
             if len(inner) != len(shape):
                 continue  # an empty tensor of one dimension, which cat leaves out
@@ -268,8 +272,8 @@ class PullBack:
         return joined(parts)
 
     def slice_scatter(self, node: fx.Node, points: Points) -> Terms:
-        base, patch = _first(node), node.args[1]
-        assert isinstance(patch, fx.Node)
+        """A tensor with a slice of it replaced: what an indexed write has become."""
+        base, patch = _first(node), args_of(node)[1]
         shape = self._sizes.shape(base)
         dim, start, end, step = self.range_of(node, base, 2)
         coordinates = unravel(points.flat, shape)
@@ -279,12 +283,12 @@ class PullBack:
         return self._patched(base, patch, points, inside, ravel(moved, self._sizes.shape(patch)))
 
     def select_scatter(self, node: fx.Node, points: Points) -> Terms:
-        base, patch = _first(node), node.args[1]
-        assert isinstance(patch, fx.Node)
+        """A tensor with one place along a dimension replaced."""
+        base, patch = _first(node), args_of(node)[1]
         shape = self._sizes.shape(base)
-        dim = _int(node.args[2]) % len(shape)
+        dim = _int(args_of(node)[2]) % len(shape)
         coordinates = unravel(points.flat, shape)
-        inside = coordinates[dim] == self._sizes(node.args[3]) % shape[dim]
+        inside = coordinates[dim] == self._sizes(args_of(node)[3]) % shape[dim]
         moved = [*coordinates[:dim], *coordinates[dim + 1 :]]
         return self._patched(base, patch, points, inside, ravel(moved, self._sizes.shape(patch)))
 
@@ -300,34 +304,34 @@ class PullBack:
 
     def copy(self, node: fx.Node, points: Points) -> Terms:
         """What is written over all of a tensor."""
-        written = node.args[1]
-        assert isinstance(written, fx.Node)
+        written = args_of(node)[1]
         return self(written, points.at(self.broadcast(points.flat, node, written)))
 
     def negate(self, node: fx.Node, points: Points) -> Terms:
+        """Elements times -1."""
         return self(_first(node), points).scaled(-1.0)
 
     def add(self, node: fx.Node, points: Points) -> Terms:
+        """Sums and differences."""
         sign = -1.0 if node.target is aten.sub.Tensor else 1.0
         alpha = float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
         parts = []
-        for argument, factor in zip(node.args[:2], (1.0, sign * alpha), strict=True):
+        for argument, factor in zip(args_of(node)[:2], (1.0, sign * alpha), strict=True):
             if not isinstance(argument, fx.Node):
                 raise RefusedError(f"{node.name} adds the number {argument}")
             parts.append(self(argument, points.at(self.broadcast(points.flat, node, argument))).scaled(factor))
         return joined(parts)
 
     def multiply(self, node: fx.Node, points: Points) -> Terms:
-        left, right = node.args[:2]
+        """Products with a number, or with a leaf."""
+        left, right = args_of(node)[:2]
         if not self.depends(left):
             left, right = right, left
         if self.depends(right):
             raise RefusedError(f"{node.name} multiplies two tensors that both depend on what is rotated")
-        assert isinstance(left, fx.Node)
         inner = points.at(self.broadcast(points.flat, node, left))
         if (number := _number(right)) is not None:
             return self(left, inner).scaled(number)
-        assert isinstance(right, fx.Node)
         return self._times_leaf(node, left, inner, right, self.broadcast(points.flat, node, right))
 
     def _times_leaf(self, node: fx.Node, left: fx.Node, inner: Points, leaf: fx.Node, at: torch.Tensor) -> Terms:
@@ -357,20 +361,22 @@ class PullBack:
         return Terms(terms.sample, terms.index, terms.factor, number, place[terms.sample])
 
     def divide(self, node: fx.Node, points: Points) -> Terms:
-        left, right = node.args[:2]
+        """Quotients by a number."""
+        left, right = args_of(node)[:2]
         number = _number(right)
         if not self.depends(left) or number is None:
             raise RefusedError(f"{node.name} divides by a tensor")
         if node.kwargs.get("rounding_mode") is not None or number == 0:
             raise RefusedError(f"{node.name} is no linear division")
-        assert isinstance(left, fx.Node)
         return self(left, points.at(self.broadcast(points.flat, node, left))).scaled(1.0 / number)
 
     def view_as_complex(self, node: fx.Node, points: Points) -> Terms:
+        """Pairs of numbers as complex ones."""
         assert points.part is not None
         return self(_first(node), Points(points.sample, points.flat * 2 + points.part))
 
     def view_as_real(self, node: fx.Node, points: Points) -> Terms:
+        """Complex numbers as pairs."""
         return self(_first(node), Points(points.sample, points.flat // 2, points.flat % 2))
 
 
@@ -421,14 +427,18 @@ def is_transparent(node: fx.Node) -> bool:
     return node.target in _RULES or node.target in _SEVERAL
 
 
+def args_of(node: fx.Node) -> Any:
+    """The positional arguments of a node: nodes, numbers, lists of these."""
+    return node.args
+
+
+def dim_of(node: fx.Node, position: int, default: int | None = None) -> int:
+    """The argument ``dim`` of a node, which may be left out or given by name."""
+    return _int(node.args[position] if len(node.args) > position else node.kwargs.get("dim"), default)
+
+
 def _first(node: fx.Node) -> fx.Node:
-    assert isinstance(node.args[0], fx.Node)
-    return node.args[0]
-
-
-def _argument(node: fx.Node, position: int) -> Any:
-    """A positional argument that may be left out, or given by name (all that are asked for are called ``dim``)."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get("dim")
+    return args_of(node)[0]
 
 
 def _int(value: Any, default: int | None = None) -> int:

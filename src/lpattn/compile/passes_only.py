@@ -17,7 +17,8 @@ from torch._inductor.fx_passes.post_grad import view_to_reshape
 
 def passes_only(graph: fx.GraphModule, example_inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
     """Decompose and functionalize as inductor does, run the custom passes in their place, and interpret the result."""
-    return compile_fx(graph, example_inputs, inner_compile=_run_passes)  # type: ignore[arg-type]
+    compiled: Any = compile_fx(graph, example_inputs, inner_compile=_run_passes)  # type: ignore[arg-type]
+    return compiled
 
 
 def _run_passes(graph: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:

@@ -2,8 +2,8 @@
 
 Sampled elements of the operand are pulled back to linear forms over each earlier tensor that could be the one before
 rotation. It is one if every element is a sum of at most two elements of its own row and head, the partners pair up as
-half-split or interleaved RoPE has them, and the coefficients are tables. All lanes of the sampled rows are looked at; the
-rows are the corners, those around every constant of the graph in between, and random ones.
+half-split or interleaved RoPE has them, and the coefficients are tables. All lanes of the sampled rows are looked at.
+The rows are the corners, those around every constant of the graph in between, and random ones.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from lpattn.compile.linear import (
     PullBack,
     RefusedError,
     Terms,
+    args_of,
+    dim_of,
     is_transparent,
     ravel,
     unravel,
@@ -168,9 +170,7 @@ class Prover:
                     shapes = [s.shape(node) for s in self._sizes]
                 except UnknownSizeError:
                     continue
-                wanted = [
-                    b * (h // groups) * n * d for (b, h, _, d), n in zip(self._shapes, stretch.rows, strict=True)
-                ]
+                wanted = [b * (h // groups) * n * d for (b, h, _, d), n in zip(self._shapes, stretch.rows, strict=True)]
                 if [torch.Size(shape).numel() for shape in shapes] == wanted:
                     yield node
 
@@ -214,25 +214,23 @@ class Prover:
             if len(inputs) != 1:
                 return []
             node = inputs[0]
-        parts = node.args[0]
+        parts = args_of(node)[0]
         try:
             order = self._fit_everywhere(node, self.whole, 1).order
         except (RefusedError, UnknownSizeError):
             return []
         lengths = []
         for (batch, heads, rows, dim), sizes in zip(self._shapes, self._sizes, strict=True):
-            axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
             shape = sizes.shape(node)
-            axis = int(axis) % len(shape)  # type: ignore[call-overload]
+            axis = dim_of(node, 1, 0) % len(shape)
             extent = (batch, rows, heads, dim)
             outside = [extent[o] for o in order[: order.index(ROW)]]
             if shape[axis] != rows or torch.Size(shape[:axis]).numel() != torch.Size(outside).numel():
                 return []
-            lengths.append([sizes.shape(part)[axis] for part in parts])  # type: ignore[union-attr, arg-type]
+            lengths.append([sizes.shape(part)[axis] for part in parts])
         starts = [[sum(found[:i]) for i in range(len(found))] for found in lengths]
         return [
-            Stretch(part, tuple(s[i] for s in starts), tuple(n[i] for n in lengths))  # type: ignore[arg-type]
-            for i, part in enumerate(parts)  # type: ignore[arg-type]
+            Stretch(part, tuple(s[i] for s in starts), tuple(n[i] for n in lengths)) for i, part in enumerate(parts)
         ]
 
 
@@ -273,19 +271,20 @@ def _constants(operand: fx.Node, dependent: Iterable[fx.Node], sizes: Sizes) -> 
     """Whole numbers at which what the graph computes may change from one row to the next."""
     found: set[int] = set()
     for node in dependent:
-        for argument in node.args:
+        for argument in args_of(node):
             for value in argument if isinstance(argument, (list, tuple)) else [argument]:
-                if isinstance(value, int) or (isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.SymInt)):
+                if isinstance(value, int) or (
+                    isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.SymInt)
+                ):
                     try:
                         found.add(sizes(value))
                     except UnknownSizeError:
                         continue
         if node.target is torch.ops.aten.cat.default:
-            axis = node.args[1] if len(node.args) > 1 else 0
             at = 0
-            for part in node.args[0]:  # type: ignore[union-attr]
-                shape = sizes.shape(part)  # type: ignore[arg-type]
-                at += shape[int(axis) % len(shape)] if shape else 0  # type: ignore[call-overload]
+            for part in args_of(node)[0]:
+                shape = sizes.shape(part)
+                at += shape[dim_of(node, 1, 0) % len(shape)] if shape else 0
                 found.add(at)
     return sorted(found)
 
@@ -302,12 +301,13 @@ def _rows(batch: int, heads: int, rows: int, groups: int, constants: Sequence[in
 
     shuffled = random.Random(0)
     last = (batch - 1, heads - 1, rows - 1)
-    found = set(itertools.product(*({0, n} for n in last)))
+    found = {(b, h, s) for b in {0, last[0]} for h in {0, last[1]} for s in {0, last[2]}}
     found |= {(0, min(groups, heads - 1), 0), (0, heads - 1, min(1, rows - 1)), (min(1, batch - 1), 0, 0)}
     found |= {(b, shuffled.randrange(heads), shuffled.randrange(rows)) for b in near(batch)[:8]}
     found |= {(shuffled.randrange(batch), h, shuffled.randrange(rows)) for h in near(heads)[:24]}
     found |= {(shuffled.randrange(batch), shuffled.randrange(heads), s) for s in near(rows)[:40]}
-    found |= {tuple(shuffled.randrange(n + 1) for n in last) for _ in range(_RANDOM_ROWS)}  # type: ignore[misc]
+    for _ in range(_RANDOM_ROWS):
+        found.add((shuffled.randrange(batch), shuffled.randrange(heads), shuffled.randrange(rows)))
     return sorted(found)
 
 

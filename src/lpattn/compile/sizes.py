@@ -55,7 +55,7 @@ def value_of(node: fx.Node) -> Any:
 
 
 def assignments(nodes: Iterable[fx.Node]) -> list[Sizes]:
-    """One assignment for a graph without symbolic sizes, and two for one with: the sizes that it was traced with, and others.
+    """The sizes that a graph was traced with, and other ones where sizes are symbolic.
 
     What holds at both does not hold because two sizes happen to be equal.
     """

@@ -74,7 +74,13 @@ class Extent:
 
 
 def read_table(
-    terms: Terms, place: Place, extent: Extent, rotary_dim: int, interleaved: bool, leaves: Sequence[fx.Node], sizes: Sizes
+    terms: Terms,
+    place: Place,
+    extent: Extent,
+    rotary_dim: int,
+    interleaved: bool,
+    leaves: Sequence[fx.Node],
+    sizes: Sizes,
 ) -> Table:
     """Describe the coefficients of one kind.
 

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from lpattn.calls import default_scale, device_capability
+from lpattn.compile.linear import args_of
 from lpattn.compile.sizes import Sizes, value_of
 from lpattn.dispatch import asked_for_exact, choose
 from lpattn.errors import LpattnError
@@ -19,8 +20,8 @@ from lpattn.types import AttentionCall, CausalKind, MaskKind, Provenance
 def reason_against(call: fx.Node, sizes: Sizes) -> str | None:
     """Why the rotations in front of a call should stay with the compiler; None where a backend should have them.
 
-    Where a call runs exactly, the compiler's own fusion of the rotation is the faster one. An exact backend that the user
-    named runs what it was given.
+    Where a call runs exactly, the compiler's own fusion of the rotation is the faster one. An exact backend that the
+    user named runs what it was given.
 
     Args:
         call: an attention operator of a graph.
@@ -42,10 +43,10 @@ def reason_against(call: fx.Node, sizes: Sizes) -> str | None:
 
 def describe(call: fx.Node, sizes: Sizes) -> AttentionCall:
     """The call that an attention operator of a graph makes, at given sizes."""
-    query, key, value, mask, dropout_p, is_causal, scale, _, settings, *_ = call.args
-    batch, num_heads, q_len, head_dim = sizes.shape(query)  # type: ignore[arg-type]
-    _, num_kv_heads, kv_len, _ = sizes.shape(key)  # type: ignore[arg-type]
-    q: Any = value_of(query)  # type: ignore[arg-type]
+    query, key, value, mask, dropout_p, is_causal, scale, _, settings, *_ = args_of(call)
+    batch, num_heads, q_len, head_dim = sizes.shape(query)
+    _, num_kv_heads, kv_len, _ = sizes.shape(key)
+    q: Any = value_of(query)
     kind, mask_shape = MaskKind.NONE, None
     if isinstance(mask, fx.Node):
         tensor = value_of(mask)
@@ -60,7 +61,7 @@ def describe(call: fx.Node, sizes: Sizes) -> AttentionCall:
         q_len=q_len,
         kv_len=kv_len,
         head_dim=head_dim,
-        head_dim_v=sizes.shape(value)[3],  # type: ignore[arg-type]
+        head_dim_v=sizes.shape(value)[3],
         dtype=q.dtype,
         device_type=q.device.type,
         device_index=q.device.index or 0,
