@@ -130,6 +130,8 @@ class Prover:
         Raises:
             RefusedError: it is none.
         """
+        if groups == 1:
+            return Rotation(self.operand, (BATCH, HEAD, ROW, LANE), 1)
         return self._prove(self.whole, groups, rotated=False)
 
     def repeats(self) -> int:
@@ -163,7 +165,9 @@ class Prover:
     def _candidates(self, stretch: Stretch, groups: int) -> Iterator[fx.Node]:
         """Earlier tensors of the dtype and size that the source must have, nearest first."""
         dtype = value_of(self.operand).dtype
-        for node in itertools.chain([stretch.root], ancestors(stretch.root)):
+        # The operand itself is no earlier tensor; a stretch of it may be what is looked for.
+        nearest = [] if stretch is self.whole else [stretch.root]
+        for node in itertools.chain(nearest, ancestors(stretch.root)):
             value = node.meta.get("val")
             if isinstance(value, torch.Tensor) and value.dtype == dtype:
                 try:
