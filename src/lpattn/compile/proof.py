@@ -212,12 +212,16 @@ class Prover:
 
     def _stretches(self) -> list[Stretch]:
         """The inputs of the nearest concatenation along rows that the operand is a view of; empty if there is none."""
-        node = self.operand
+        node, shared = self.operand, len(self.operand.users) > 1
         while node.target is not torch.ops.aten.cat.default:
             inputs = [a for a in node.all_input_nodes if is_transparent(node)]
             if len(inputs) != 1:
                 return []
             node = inputs[0]
+            shared = shared or len(node.users) > 1
+        if shared:
+            # A cache, for one: with its rows concatenated a second time, more would be copied than saved.
+            raise RefusedError(f"{node.name}, which puts rows together, is needed for something else, too")
         parts = args_of(node)[0]
         try:
             order = self._fit_everywhere(node, self.whole, 1).order
