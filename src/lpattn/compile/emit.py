@@ -9,10 +9,10 @@ import torch
 from torch import fx
 from torch._guards import detect_fake_mode
 
-from lpattn.compile.linear import RefusedError
-from lpattn.compile.proof import BATCH, HEAD, LANE, ROW, Rotation
+from lpattn.compile.rotation import BATCH, HEAD, LANE, ROW, Rotation
 from lpattn.compile.sizes import value_of
 from lpattn.compile.tables import Axis, Part, Table
+from lpattn.compile.terms import RefusedError
 
 aten = torch.ops.aten
 prims = torch.ops.prims

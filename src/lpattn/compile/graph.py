@@ -12,9 +12,11 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lpattn import ops
 from lpattn.compile.emit import Emitter
-from lpattn.compile.linear import RefusedError, args_of, is_transparent
-from lpattn.compile.proof import Prover, Rotation
+from lpattn.compile.linear import args_of, is_transparent
+from lpattn.compile.proof import Prover
+from lpattn.compile.rotation import Rotation
 from lpattn.compile.sizes import Sizes, UnknownSizeError, assignments, value_of
+from lpattn.compile.terms import RefusedError
 from lpattn.compile.worth import reason_against
 
 log = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lpattn.compile.linear import NOT_A_TABLE, RefusedError, Terms, unravel
 from lpattn.compile.sizes import Sizes, value_of
+from lpattn.compile.terms import NOT_A_TABLE, RefusedError, Terms, unravel
 
 
 @dataclass(frozen=True)
