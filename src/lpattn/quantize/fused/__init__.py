@@ -6,14 +6,14 @@ scales and layout a kernel wants is for the caller to say. Needs triton, and so 
 
 from __future__ import annotations
 
+from lpattn.quantize.fused.block_operands import PerBlock, quantize_per_block
 from lpattn.quantize.fused.operands import (
     Keys,
-    PerBlock,
     PerHead,
     Rotation,
-    quantize_per_block,
     quantize_per_head,
     restore_output,
+    rotation_of,
     used_keys,
 )
 
@@ -25,5 +25,6 @@ __all__ = [
     "quantize_per_block",
     "quantize_per_head",
     "restore_output",
+    "rotation_of",
     "used_keys",
 ]
