@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 LINEAR, STEP, QUADRATIC = range(3)
 _KEYS = 128
-_UNIT = 2.0**-24
 
 
 def emulate(quantized: PerBlock, kv_len: int, *, kind: int, causal: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,7 +57,7 @@ def emulate(quantized: PerBlock, kv_len: int, *, kind: int, causal: bool = False
         s = s.masked_fill(columns >= seen[..., None], -torch.inf)
         largest = torch.where(s.isnan(), -torch.inf, s).amax(-1)
         c = quantized.q_scale.double() * k_scale[:, :, block, None]
-        c = torch.where((largest * c).abs() > 8000.0, 1.0, c.clamp(max=32768.0))
+        c = torch.where((largest * c).abs() > 8000.0, 1.0, c.clamp(2.0**-24, 32768.0))
         after = torch.minimum(offset, _float16_below(top - (largest * c).clamp(min=-8192.0)))
         change = torch.where(offset == torch.inf, 0.0, torch.exp2(after - offset))
         t = (s * _half(c)[..., None] + after[..., None]).half().double()

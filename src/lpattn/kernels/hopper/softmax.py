@@ -37,6 +37,8 @@ UNSEEN = gl.constexpr(0x7C007C00)
 
 _MOST = gl.constexpr(8000.0)
 _LARGEST_FACTOR = gl.constexpr(32768.0)
+_SMALLEST_FACTOR = gl.constexpr(2.0**-24)
+"""The smallest float16: with a factor of zero, -inf would become NaN. Its logits are all below 0.0005."""
 _HIDDEN = gl.constexpr(8192.0)
 """31 - m of a row of which a tile shows nothing: more than any other, and finite, so that -inf stays -inf."""
 
@@ -50,7 +52,7 @@ def top(kind):
 @gluon.jit
 def factor_of(q_scale, k_scale):
     """Powers of two that make logits, in powers of two, of scores: float32 [BM]."""
-    return gl.minimum(q_scale * k_scale, _LARGEST_FACTOR)
+    return gl.maximum(gl.minimum(q_scale * k_scale, _LARGEST_FACTOR), _SMALLEST_FACTOR)
 
 
 @gluon.jit
