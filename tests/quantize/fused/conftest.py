@@ -19,8 +19,10 @@ from lpattn.rope import rotate
 from lpattn.types import HadamardMode
 
 HEADROOM = 16.0
-# Of v all tokens are looked at, of a head of q and k so many, at least. Where that is not all, there is headroom.
+# So many tokens of a head are looked at, at least; all of v, if there are many keys. Where that is not all, there is
+# headroom.
 FEW = 256
+EXACT_FROM = 8192
 # The smallest scales of q, k and v.
 FLOORS = (2.0**-56, 2.0**-56, 2.0**-126)
 
@@ -269,7 +271,7 @@ class Fused:
                 want[b, :, :, count:] = 0.0  # where the mean was subtracted
                 for h in range(kv_heads):
                     tokens, rest = x[b, h, :, :count], smoothed[b, h, :, :count]
-                    whole = which == 2 or count <= FEW
+                    whole = count <= FEW or (which == 2 and kv_len >= EXACT_FROM)
                     if which:
                         check_constant(tokens[0], constant[b, h], whole, which == 1)
                     check_descale(tokens, rest, constant[b, h], float(descale[b, h]), FLOORS[which], whole)

@@ -259,7 +259,7 @@ def _plan(
     v_start = k_start + -(-groups * kv_len * dim // 16) * 16
 
     q_parts, k_parts = layout.parts(q_len, layout.FEW.value), layout.parts(kv_len, layout.FEW.value)
-    v_parts = layout.parts(kv_len, layout.ALL.value)
+    v_parts = layout.parts(kv_len, layout.ALL.value) if kv_len >= layout.EXACT_FROM else k_parts
     parts = batch * heads * q_parts + groups * (k_parts + v_parts)
 
     strides, constants = read_as(dim, q_strides, k_strides, v_strides, turns, hadamard)
