@@ -62,8 +62,8 @@ def check(
         assert not constant[..., x.shape[3] :].any()
         constants.append(constant.cpu()[..., : x.shape[3]])
         if kv_len <= 256 or x is wanted[2]:
-            counts = (seen.any(1, keepdim=True)[..., None] & x.isfinite()).expand_as(x)
-            mean = torch.where(counts, x, 0.0).double().sum(2) / counts.sum(2).clamp_min(1)
+            counts = seen.any(1, keepdim=True)[..., None]
+            mean = torch.where(counts & x.isfinite(), x, 0.0).double().sum(2) / counts.sum(2).clamp_min(1)
             assert torch.allclose(constants[-1].double(), mean, rtol=1e-5, atol=2e-6 * fused.largest_finite(x) + 1e-44)
 
     kinds = (Granularity.PER_TOKEN, Granularity.PER_BLOCK, Granularity.PER_BLOCK)
