@@ -140,7 +140,7 @@ class TritonBackend(Backend):
         # The transform's inverse runs on bfloat16, whatever the inputs are.
         transformed = call.hadamard is not HadamardMode.NONE
         dtype = torch.bfloat16 if transformed else query.dtype
-        out, lse = attend(quantized, call.kv_len, dtype, causal=causal, return_lse=call.return_lse)
+        out, lse = attend(quantized, dtype, causal=causal, return_lse=call.return_lse)
         if transformed:
             out = restore_output(out, quantized, query.dtype)
         out = out.transpose(1, 2)

@@ -17,12 +17,11 @@ LINEAR, STEP, QUADRATIC = range(3)
 _KEYS = 128
 
 
-def emulate(quantized: PerBlock, kv_len: int, *, kind: int, causal: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def emulate(quantized: PerBlock, *, kind: int, causal: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of quantized tensors.
 
     Args:
         quantized: q, k and v; see :class:`lpattn.quantize.fused.PerBlock`.
-        kv_len: number of keys.
         kind: how P is made: LINEAR, STEP or QUADRATIC.
         causal: query i sees keys 0..i.
 
@@ -37,9 +36,9 @@ def emulate(quantized: PerBlock, kv_len: int, *, kind: int, causal: bool = False
     v = _unpermuted(quantized.value).repeat_interleave(group, 1)
     k_scale, v_scale = (x.double().repeat_interleave(group, 1) for x in (quantized.k_scale, quantized.v_scale))
     rows = torch.arange(q_len, device=q.device)
-    seen = torch.full((batch, 1, q_len), kv_len, device=q.device)
-    if quantized.counts is not None:
-        seen = torch.minimum(seen, quantized.counts[:, None, None])
+    seen = torch.full((batch, 1, q_len), quantized.kv_len, device=q.device)
+    if quantized.key_counts is not None:
+        seen = torch.minimum(seen, quantized.key_counts[:, None, None])
     if causal:
         seen = torch.minimum(seen, rows + 1)
 

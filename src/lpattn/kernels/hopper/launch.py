@@ -59,7 +59,6 @@ def tile_of(head_dim: int) -> tuple[int, Tile]:
 
 def attend(
     quantized: PerBlock,
-    kv_len: int,
     dtype: torch.dtype,
     *,
     causal: bool = False,
@@ -70,7 +69,6 @@ def attend(
 
     Args:
         quantized: with q times the softmax scale times log2(e), and ``qk_max`` :data:`QK_MAX`.
-        kv_len: number of keys, those that ``quantized.counts`` leaves out among them.
         dtype: of the output: float16, bfloat16 or float32.
         causal: query i sees keys 0..i.
         return_lse: also return the log-sum-exp.
@@ -99,12 +97,12 @@ def attend(
         _descriptor(quantized.value, KEYS.value, lanes, tile.keys),
     )
     # What the kernel is compiled for, of tensors: they are parts of larger ones, and may not be aligned.
-    kinds = (dtype, quantized.counts is None, *(x is not None and x.data_ptr() % 16 == 0 for x in scales))
+    kinds = (dtype, quantized.key_counts is None, *(x is not None and x.data_ptr() % 16 == 0 for x in scales))
     launch(
         attention,
         min(tiles, _multiprocessors(device)),
-        (*scales, out, lse, shift, quantized.counts, *descriptors),
-        (heads, quantized.k_scale.shape[1], q_len, kv_len, q_tiles, tiles),
+        (*scales, out, lse, shift, quantized.key_counts, *descriptors),
+        (heads, quantized.k_scale.shape[1], q_len, quantized.kv_len, q_tiles, tiles),
         (
             tile.keys,
             lanes,

@@ -6,7 +6,7 @@ scales and layout a kernel wants is for the caller to say. Needs triton, and so 
 
 from __future__ import annotations
 
-from lpattn.quantize.fused.block_operands import PerBlock, quantize_per_block
+from lpattn.quantize.fused.blocks import BLOCK, PerBlock, Precision, quantize_per_block
 from lpattn.quantize.fused.operands import (
     Keys,
     PerHead,
@@ -18,9 +18,11 @@ from lpattn.quantize.fused.operands import (
 )
 
 __all__ = [
+    "BLOCK",
     "Keys",
     "PerBlock",
     "PerHead",
+    "Precision",
     "Rotation",
     "quantize_per_block",
     "quantize_per_head",

@@ -22,14 +22,14 @@ _TILE = 4096
 """Elements of a head in a tile of the quantization."""
 _WARPS = 2
 _PROGRAMS = 4
-_SAMPLE_WARPS = 4
+SAMPLE_WARPS = 4
 _RESTORED_TOKENS = 64
 _RESTORE_WARPS = 4
 _RESTORE_PROGRAMS = 3
 _MANY_TILES = 16
 """Tiles per program where there are more heads than programs."""
 
-_Turns = tuple[bool, int, tuple[int, ...], tuple[int, ...]]
+Turns = tuple[bool, int, tuple[int, ...], tuple[int, ...]]
 """Whether pairs are interleaved, how many lanes turn, and the strides of q's and of k's tables, [B, S, H, lanes]."""
 
 
@@ -207,7 +207,7 @@ def quantize_per_head(
         plan.numbers,
         (*plan.constants, plan.overlaps),
         kinds,
-        _SAMPLE_WARPS,
+        SAMPLE_WARPS,
         plan.overlaps,
     )
     launch(
@@ -247,7 +247,7 @@ def _plan(
     q_strides: tuple[int, ...],
     k_strides: tuple[int, ...],
     v_strides: tuple[int, ...],
-    turns: _Turns | None,
+    turns: Turns | None,
     hadamard: HadamardMode,
     device: torch.device,
 ) -> _Plan:
@@ -262,7 +262,7 @@ def _plan(
     v_parts = layout.parts(kv_len, layout.ALL.value) if kv_len >= layout.EXACT_FROM else k_parts
     parts = batch * heads * q_parts + groups * (k_parts + v_parts)
 
-    strides, constants = read_as(dim, q_strides, k_strides, v_strides, turns, hadamard)
+    strides, constants = how_to_read(dim, q_strides, k_strides, v_strides, turns, hadamard)
     tokens = _TILE // lanes
     q_tiles, kv_tiles = -(-q_len // tokens), -(-kv_len // tokens)
     each = _tiles_per_program(max(q_tiles, kv_tiles), batch * heads + 2 * groups, _PROGRAMS, device)
@@ -282,12 +282,12 @@ def _plan(
     )
 
 
-def read_as(
+def how_to_read(
     dim: int,
     q_strides: tuple[int, ...],
     k_strides: tuple[int, ...],
     v_strides: tuple[int, ...],
-    turns: _Turns | None,
+    turns: Turns | None,
     hadamard: HadamardMode,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """How inputs are read: the strides, and what is compiled in."""
@@ -349,7 +349,7 @@ def _constants(buffer: torch.Tensor, of_head: torch.Tensor, lanes: int) -> tuple
 
 def tables_of(
     rope: Rotation | None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, _Turns | None]:
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, Turns | None]:
     """Cos and sin of q and of k, and what is to be known of them."""
     if rope is None:
         return None, None, None, None, None
@@ -379,7 +379,7 @@ def _power_of_two(n: int) -> int:
 
 
 def lanes_of(dim: int) -> int:
-    """Lanes that head_dim is padded to in registers."""
+    """What a pass takes a head_dim for: the next power of two, at least 32."""
     return max(_power_of_two(dim), 32)  # a matrix product of half of them needs 16
 
 

@@ -4,9 +4,10 @@ Nothing about a scale lies outside of its tile, so that one pass over the tokens
 subtracted from k and v come from a sample of their tokens, in a launch of their own. Any constant would do: it is added
 back exactly.
 
-V is stored transposed, [D, BLOCK] per block, and the keys of each group of 16 are permuted: slot 4c + 2b + e holds key
-8b + 2c + e. That is the order in which the accumulator of a product of q and k holds its columns, so that P becomes an
-operand of the next product without leaving its registers.
+V in e4m3 is stored transposed, [D, BLOCK] per block, and the keys of each group of 16 are permuted: slot 4c + 2b + e
+holds key 8b + 2c + e. That is the order in which the accumulator of a product of q and k holds its columns, so that P
+becomes an operand of the next product without leaving its registers. V in float16 is stored as it comes: a product of
+16-bit operands reads either order.
 """
 
 from __future__ import annotations
@@ -15,21 +16,31 @@ import triton
 import triton.language as tl
 
 from lpattn.quantize.fused.layout import FEW, PART, sample_size
-from lpattn.quantize.fused.per_head import QK_FLOOR, V_FLOOR
+from lpattn.quantize.fused.per_head import QK_FLOOR
 from lpattn.quantize.fused.sample import sampled_tokens
 from lpattn.quantize.fused.tile import (
     E4M3_MAX,
+    NO_ROPE,
     inverse_power_of_two,
     load_tile,
     scale_for,
     store_tile,
     to_e4m3,
+    to_int8,
     transform_tile,
 )
 
+_V_SPREAD = tl.constexpr(2.0**-60)
+"""How far below the scale of a head's largest sampled value of v a scale may lie. A kernel may then keep its
+accumulator in the units of the block at hand: the ratio of two scales overflows only where a block that was not sampled
+holds values some 10^13 times as large as all that were."""
+
+_V_FLOOR = tl.constexpr(2.0**-126)
+_INT8_MAX = tl.constexpr(127.0)
+
 # Numbers of which every call has others: to compile anew for a length would stall it.
 _VARYING = [
-    "batch", "heads", "kv_heads", "q_len", "kv_len", "factor", "qk_max",
+    "batch", "heads", "kv_heads", "q_len", "kv_len", "factor", "qk_max", "flag_b", "flag_h", "flag_s",
     "q_b", "q_h", "q_s", "q_d", "k_b", "k_h", "k_s", "k_d", "v_b", "v_h", "v_s", "v_d",
     "turn_q_b", "turn_q_h", "turn_q_s", "turn_q_d", "turn_k_b", "turn_k_h", "turn_k_s", "turn_k_d",
 ]  # fmt: skip
@@ -44,7 +55,7 @@ def sample_blocks(
     ROPE: tl.constexpr, ROTARY: tl.constexpr, HADAMARD_QK: tl.constexpr, HADAMARD_V: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """Mean of a sample of the tokens of each head of k, then of v: one program each.
+    """Mean of a sample of the tokens of each head of k, then of v: one program each. Of v also the least scale.
 
     With OVERLAPS it may be launched before what is in front of it in the stream has ended.
     """
@@ -81,31 +92,41 @@ def sample_blocks(
         HALF_V: tl.constexpr = LANES_V // 2
         x = v + (b * v_b + h * v_h) * UNIT
         v_low_sum, v_high_sum = tl.zeros((HALF_V,), tl.float32), tl.zeros((HALF_V,), tl.float32)
+        largest = 0.0
         for first in range(0, size, PART):
             tokens, used = _sampled(keys, b, kv_len, first, size, length)
             v_low, v_high = _v_tile(x, tokens, used, v_s, v_d, UNIT, DENSE, D_V, HALF_V, HADAMARD_V)
-            v_low_sum += tl.sum(_finite(v_low) * weight, 0)
-            v_high_sum += tl.sum(_finite(v_high) * weight, 0)
+            v_low, v_high = _finite(v_low), _finite(v_high)
+            largest = tl.maximum(largest, tl.max(tl.maximum(tl.abs(v_low), tl.abs(v_high))))
+            v_low_sum += tl.sum(v_low * weight, 0)
+            v_high_sum += tl.sum(v_high * weight, 0)
         v_at = v_constant + row * LANES_V + tl.arange(0, HALF_V)
         tl.store(v_at, v_low_sum)
         tl.store(v_at + HALF_V, v_high_sum)
+        # Where all that was sampled is zero, nothing is known of the others but that they are not tiny.
+        floor = tl.where(largest > 0.0, largest * (_V_SPREAD / E4M3_MAX), _V_SPREAD)
+        tl.store(v_constant + groups * LANES_V + row, tl.maximum(floor, _V_FLOOR))
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def quantize_blocks(
-    q, k, v, keys, key_counts, cos_q, sin_q, cos_k, sin_k, k_constant, v_constant,
+    q, k, v, keys, key_counts, cos_q, sin_q, cos_k, sin_k, flags, k_constant, v_constant,
     q_out, k_out, v_out, q_scale, k_scale, v_scale, lse_shift,
     batch, heads, kv_heads, q_len, kv_len,
     q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d,
-    turn_q_b, turn_q_h, turn_q_s, turn_q_d, turn_k_b, turn_k_h, turn_k_s, turn_k_d, factor, qk_max,
+    turn_q_b, turn_q_h, turn_q_s, turn_q_d, turn_k_b, turn_k_h, turn_k_s, turn_k_d,
+    flag_b, flag_h, flag_s, factor, qk_max,
     UNIT: tl.constexpr, DENSE: tl.constexpr, TURN_UNIT: tl.constexpr, TURN_DENSE: tl.constexpr,
     D: tl.constexpr, LANES: tl.constexpr, D_V: tl.constexpr, LANES_V: tl.constexpr,
     ROPE: tl.constexpr, ROTARY: tl.constexpr, HADAMARD_QK: tl.constexpr, HADAMARD_V: tl.constexpr,
-    PITCH: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr, INTERPRETED: tl.constexpr,
+    D_OUT: tl.constexpr, D_V_OUT: tl.constexpr, PACKED: tl.constexpr,
+    BLOCK: tl.constexpr, OVERLAPS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One program per BLOCK tokens of a head of q, then of k, then of v.
 
-    With OVERLAPS it may start while ``sample_blocks`` still runs, of which q needs nothing.
+    With OVERLAPS it may start while ``sample_blocks`` still runs, of which q needs nothing. ``keys`` and ``key_counts``
+    say which tokens of k and v are used; with PACKED these come first in the output, otherwise ``flags`` says so of
+    each, in its place.
     """
     program = tl.program_id(0)
     groups = batch * kv_heads
@@ -133,17 +154,16 @@ def quantize_blocks(
             low_c, high_c = tl.load(constant), tl.load(constant + HALF)
             products = tl.sum(low * low_c[None, :] + high * high_c[None, :], 1)
             tl.store(lse_shift + row * q_len + rows, products, mask=used)
-        scale = scale_for(_largest(low, high) / qk_max, QK_FLOOR)
-        inverse = inverse_power_of_two(scale)
-        low_out = to_e4m3(low * inverse[:, None], INTERPRETED)
-        high_out = to_e4m3(high * inverse[:, None], INTERPRETED)
-        store_tile(q_out + row * q_len * PITCH, rows, used, PITCH, low_out, high_out, PITCH, HALF)
+        scale, low_out, high_out = _round_rows(
+            low, high, _largest(low, high), _spoiled(low, high), qk_max, q_out.dtype.element_ty, INTERPRETED
+        )
+        store_tile(q_out + row * q_len * D_OUT, rows, used, D_OUT, low_out, high_out, D_OUT, HALF)
         tl.store(q_scale + row * q_len + rows, scale, mask=used)
     elif program < kv_all:
         block, row = (program - q_all) % blocks, ((program - q_all) // blocks).to(tl.int64)
         b, h = row // kv_heads, row % kv_heads
         rows = block * BLOCK + slots
-        tokens, used = _packed(keys, key_counts, b, kv_len, rows)
+        tokens, used = _used(keys, key_counts, flags, b, h, kv_len, rows, flag_b, flag_h, flag_s, PACKED)
         low, high = _qk_tile(
             k + (b * k_b + h * k_h) * UNIT, tokens, used, k_s, k_d,
             cos_k, sin_k, b, h, turn_k_b, turn_k_h, turn_k_s, turn_k_d,
@@ -155,19 +175,23 @@ def quantize_blocks(
         low_c, high_c = tl.load(constant), tl.load(constant + HALF)
         low = tl.where(used[:, None], low - low_c[None, :], 0.0)
         high = tl.where(used[:, None], high - high_c[None, :], 0.0)
-        k_unit = scale_for(tl.max(_largest(low, high)) / qk_max, QK_FLOOR)
-        k_inverse = inverse_power_of_two(k_unit)
-        low_out, high_out = to_e4m3(low * k_inverse, INTERPRETED), to_e4m3(high * k_inverse, INTERPRETED)
+        largest, spoiled = _largest(low, high), _spoiled(low, high)
+        largest = tl.zeros_like(largest) + tl.max(largest)
+        spoiled = tl.zeros_like(spoiled) + tl.max(spoiled)
+        scale, low_out, high_out = _round_rows(low, high, largest, spoiled, qk_max, k_out.dtype.element_ty, INTERPRETED)
         # The last block is whole, its tail zeros.
-        store_tile(k_out + row * blocks * BLOCK * PITCH, rows, rows >= 0, PITCH, low_out, high_out, PITCH, HALF)
-        tl.store(k_scale + row * blocks + block, k_unit)
+        store_tile(k_out + row * blocks * BLOCK * D_OUT, rows, rows >= 0, D_OUT, low_out, high_out, D_OUT, HALF)
+        tl.store(k_scale + row * blocks + block, tl.sum(tl.where(slots == 0, scale, 0.0)))
     else:
         HALF_V: tl.constexpr = LANES_V // 2
+        E4M3: tl.constexpr = v_out.dtype.element_ty == tl.float8e4nv
         v_lanes = tl.arange(0, HALF_V)
         block, row = (program - kv_all) % blocks, ((program - kv_all) // blocks).to(tl.int64)
         b, h = row // kv_heads, row % kv_heads
-        rows = block * BLOCK + slots // 16 * 16 + slots // 2 % 2 * 8 + slots // 4 % 4 * 2 + slots % 2
-        tokens, used = _packed(keys, key_counts, b, kv_len, rows)
+        rows = block * BLOCK + slots
+        if E4M3:
+            rows = block * BLOCK + slots // 16 * 16 + slots // 2 % 2 * 8 + slots // 4 % 4 * 2 + slots % 2
+        tokens, used = _used(keys, key_counts, flags, b, h, kv_len, rows, flag_b, flag_h, flag_s, PACKED)
         v_low, v_high = _v_tile(
             v + (b * v_b + h * v_h) * UNIT, tokens, used, v_s, v_d, UNIT, DENSE, D_V, HALF_V, HADAMARD_V
         )
@@ -177,13 +201,35 @@ def quantize_blocks(
         v_low_c, v_high_c = tl.load(v_mean), tl.load(v_mean + HALF_V)
         v_low = tl.where(used[:, None], v_low - v_low_c[None, :], 0.0)
         v_high = tl.where(used[:, None], v_high - v_high_c[None, :], 0.0)
-        v_unit = scale_for(tl.max(_largest(v_low, v_high)) / E4M3_MAX, V_FLOOR)
-        v_inverse = inverse_power_of_two(v_unit)
-        v_low_out, v_high_out = to_e4m3(v_low * v_inverse, INTERPRETED), to_e4m3(v_high * v_inverse, INTERPRETED)
-        v_at = v_out + (row * blocks + block) * D_V * BLOCK + v_lanes[:, None] * BLOCK + slots[None, :]
-        tl.store(v_at, tl.trans(v_low_out), mask=v_lanes[:, None] < D_V)
-        tl.store(v_at + HALF_V * BLOCK, tl.trans(v_high_out), mask=v_lanes[:, None] < D_V - HALF_V)
+        floor = tl.load(v_constant + groups * LANES_V + row)
+        v_unit = scale_for(tl.max(_largest(v_low, v_high)) / E4M3_MAX, floor)
+        v_low, v_high = v_low * inverse_power_of_two(v_unit), v_high * inverse_power_of_two(v_unit)
         tl.store(v_scale + row * blocks + block, v_unit)
+        if E4M3:
+            v_at = v_out + (row * blocks + block) * D_V_OUT * BLOCK + v_lanes[:, None] * BLOCK + slots[None, :]
+            tl.store(v_at, tl.trans(to_e4m3(v_low, INTERPRETED)), mask=v_lanes[:, None] < D_V_OUT)
+            above = v_lanes[:, None] < D_V_OUT - HALF_V
+            tl.store(v_at + HALF_V * BLOCK, tl.trans(to_e4m3(v_high, INTERPRETED)), mask=above)
+        else:
+            v_start = v_out + row * blocks * BLOCK * D_V_OUT
+            v_low, v_high = v_low.to(tl.float16), v_high.to(tl.float16)
+            store_tile(v_start, rows, rows >= 0, D_V_OUT, v_low, v_high, D_V_OUT, HALF_V)
+
+
+@triton.jit
+def _round_rows(low, high, largest, spoiled, qk_max, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Round q or k to 8 bits, with a scale per row: (scales [BLOCK], lower half, upper half [BLOCK, HALF])."""
+    if DTYPE == tl.float8e4nv:
+        scale = scale_for(largest / qk_max, QK_FLOOR)
+        inverse = inverse_power_of_two(scale)[:, None]
+        low_out, high_out = to_e4m3(low * inverse, INTERPRETED), to_e4m3(high * inverse, INTERPRETED)
+    else:
+        scale = tl.maximum(largest / _INT8_MAX, QK_FLOOR)
+        inverse = (1.0 / scale)[:, None]
+        low_out, high_out = to_int8(low * inverse), to_int8(high * inverse)
+        # An integer cannot be NaN: the scale is, for all that share it.
+        scale = tl.where(spoiled != 0, float("nan"), scale)
+    return scale, low_out, high_out
 
 
 @triton.jit
@@ -197,8 +243,8 @@ def _qk_tile(
     low, high = load_tile(x, tokens, used, stride_s, stride_d, D, HALF)
     return transform_tile(
         low, high, x, tokens, used, stride_s, stride_d,
-        None if ROPE == 0 else cos + (b * turn_b + h * turn_h) * TURN_UNIT,
-        None if ROPE == 0 else sin + (b * turn_b + h * turn_h) * TURN_UNIT,
+        None if ROPE == NO_ROPE else cos + (b * turn_b + h * turn_h) * TURN_UNIT,
+        None if ROPE == NO_ROPE else sin + (b * turn_b + h * turn_h) * TURN_UNIT,
         turn_s * TURN_UNIT, 1 if TURN_DENSE else turn_d, True, True, D, HALF, ROPE, ROTARY, HADAMARD,
     )  # fmt: skip
 
@@ -212,7 +258,7 @@ def _v_tile(
     stride_s, stride_d = stride_s * UNIT, 1 if DENSE else stride_d
     low, high = load_tile(x, tokens, used, stride_s, stride_d, D, HALF)
     return transform_tile(
-        low, high, x, tokens, used, stride_s, stride_d, None, None, 0, 1, False, True, D, HALF, 0, 0, HADAMARD
+        low, high, x, tokens, used, stride_s, stride_d, None, None, 0, 1, False, True, D, HALF, NO_ROPE, 0, HADAMARD
     )
 
 
@@ -226,14 +272,16 @@ def _sampled(keys, b, kv_len, first, size, length):
 
 
 @triton.jit
-def _packed(keys, key_counts, b, kv_len, rows):
-    """Where in the input the rows of the output are, and which of them are used."""
-    if keys is not None:
+def _used(keys, key_counts, flags, b, h, kv_len, rows, flag_b, flag_h, flag_s, PACKED: tl.constexpr):
+    """Where in the input the rows of k's or v's output are, and which of them are used."""
+    used = rows < kv_len
+    tokens = rows
+    if PACKED:
         used = rows < tl.load(key_counts + b)
         tokens = tl.load(keys + b * kv_len + rows, mask=used, other=0)
-    else:
-        used = rows < kv_len
-        tokens = rows
+    if flags is not None:
+        at = flags + b * flag_b + h * flag_h + rows.to(tl.int64) * flag_s
+        used = tl.load(at, mask=used, other=0) != 0
     return tokens, used
 
 
@@ -244,6 +292,11 @@ def _finite(x):
 
 @triton.jit
 def _largest(low, high):
-    """Largest finite magnitude per token: inf times 0 is NaN, which a maximum leaves out."""
-    magnitudes = tl.maximum(tl.abs(low + low * 0.0), tl.abs(high + high * 0.0))
-    return tl.maximum(tl.max(magnitudes, 1), 0.0)
+    """Largest finite magnitude per token."""
+    return tl.max(tl.maximum(tl.abs(_finite(low)), tl.abs(_finite(high))), 1)
+
+
+@triton.jit
+def _spoiled(low, high):
+    """Whether a token has an inf or NaN."""
+    return tl.max(((low * 0.0 != 0.0) | (high * 0.0 != 0.0)).to(tl.int32), 1)
