@@ -57,13 +57,13 @@ class PerBlock:
     Attributes:
         query: [B, H, q_len, D'], contiguous; of q times ``factor``. torch.float8_e4m3fn, or torch.int8. D' is D rounded
             up to a multiple of 16, lanes past D being zeros; or, with Hadamard mode QKV, all lanes of the transform.
-        q_scale: float32 [B, H, q_len]. Powers of two, as all scales are; those of int8 are not.
+        q_scale: float32 [B, H, q_len]. Powers of two, as k's are; those of int8 are not.
         key: [B, Hkv, blocks * 128, D'] in q's dtype, contiguous; zeros past the keys that are used.
         k_scale: float32 [B, Hkv, blocks].
         value: e4m3: [B, Hkv, blocks, D_v', 128], contiguous: each block transposed, with the keys of every group of 16
             permuted (see :mod:`.per_block`). D_v' is D_v, or, with a Hadamard transform, all of its lanes. float16, in
             order: [B, Hkv, blocks * 128, D_v'], D_v' as D' from D. Zeros past the keys that are used.
-        v_scale: float32 [B, Hkv, blocks].
+        v_scale: float32 [B, Hkv, blocks], powers of two times sqrt(2): their ratios are powers of two.
         k_constant, v_constant: float32 [B, Hkv, lanes], what was subtracted from k and v after rotation and transform,
             lanes being D or D_v padded to a power of two, at least 32.
         key_counts: int32 [B], how many keys come first, where ``keys`` packed them; else None: all of them.
@@ -127,12 +127,12 @@ def quantize_per_block(
 
     Precision:
         Rotation, transform (inputs rounded to their own dtype in between) and smoothing are float32. The constants are
-        means of a sample of 256 tokens, or of a sixteenth of them up to 4096. Scales of e4m3 are powers of two that map
-        the largest magnitude to at most ``qk_max`` (448 for v): at least 2^-56 for q and k; for v at least 2^-60 of
-        what the largest sampled value would get. An inf or NaN becomes NaN, alone (with a Hadamard transform: its whole
-        token), and enters neither scale nor constant. Magnitudes above about 1e36 may overflow in the transform. int8
-        has no NaN: there, the scale of its token (of its block, in k) becomes NaN. The scales of int8 map the largest
-        magnitude to 127; v in float16 is scaled like v in e4m3. The oracle is
+        means of a sample of 256 tokens, or of a sixteenth of them up to 4096. Scales of e4m3 are powers of two (for v,
+        times sqrt(2)) that map the largest magnitude to at most ``qk_max`` (448 for v): at least 2^-56 for q and k; for
+        v at least 2^-60 of what the largest sampled value would get. An inf or NaN becomes NaN, alone (with a Hadamard
+        transform: its whole token), and enters neither scale nor constant. Magnitudes above about 1e36 may overflow in
+        the transform. int8 has no NaN: there, the scale of its token (of its block, in k) becomes NaN. The scales of
+        int8 map the largest magnitude to 127; v in float16 is scaled like v in e4m3. The oracle is
         :func:`lpattn.quantize.quantize_e4m3` with ``power_of_two=True``, given the constants.
     """
     if keys is not None and used is not None:
