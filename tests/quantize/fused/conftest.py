@@ -127,6 +127,7 @@ class Fused:
 
     power_of_two_above = staticmethod(power_of_two_above)
     operands = staticmethod(operands)
+    largest_finite = staticmethod(largest_finite)
 
     def __init__(self) -> None:
         pytest.importorskip("triton", reason="triton, in which the passes are written, is not installed")

@@ -31,35 +31,37 @@ def kinds_of(tensors: Sequence[torch.Tensor | None]) -> tuple[object, ...]:
 def launch(
     kernel: Any,
     programs: int,
-    tensors: tuple[torch.Tensor | None, ...],
+    tensors: tuple[Any, ...],
     numbers: tuple[float, ...],
     constants: tuple[Hashable, ...],
     kinds: Hashable,
     num_warps: int,
     launch_pdl: bool = False,
+    maxnreg: int | None = None,
 ) -> None:
     """Launch a kernel, whose arguments are tensors, numbers and constants in this order, on its first tensor's device.
 
     Args:
         kernel: a ``triton.jit`` function that specializes on no number.
         programs: size of the grid.
-        tensors: None is compiled in.
+        tensors: None is compiled in. Descriptors of tensors may be among them, but not first.
         numbers: what varies from call to call.
         constants: what is compiled in.
         kinds: :func:`kinds_of` all tensors that may differ in that between calls with equal constants.
         num_warps: per program.
         launch_pdl: it may start before the kernel in front of it ends.
+        maxnreg: registers per thread at most.
     """
-    assert tensors[0] is not None
-    Launch(kernel, programs, numbers, constants, kinds, num_warps, launch_pdl, tensors[0].device)(tensors)
+    device = tensors[0].device
+    Launch(kernel, programs, numbers, constants, kinds, num_warps, launch_pdl, device, maxnreg)(tensors)
 
 
 class Launch:
     """A launch of which only the tensors are left to say; made once and kept, it costs the host least.
 
     Args:
-        kernel, programs, numbers, constants, kinds, num_warps, launch_pdl: as of :func:`launch`. All tensors that it is
-            called with must be of these kinds.
+        kernel, programs, numbers, constants, kinds, num_warps, launch_pdl, maxnreg: as of :func:`launch`. All tensors
+            that it is called with must be of these kinds.
         device: theirs.
     """
 
@@ -75,29 +77,30 @@ class Launch:
         num_warps: int,
         launch_pdl: bool,
         device: torch.device,
+        maxnreg: int | None = None,
     ) -> None:
         self._kernel = kernel
         self._programs = programs
         self._rest = (*numbers, *constants)
         self._device = device.index
-        self._options = {"num_warps": num_warps, "launch_pdl": launch_pdl}
+        self._options = {"num_warps": num_warps, "launch_pdl": launch_pdl, "maxnreg": maxnreg}
         # A number that does not fit into 32 bits is an argument of another type.
         wide = tuple([n >= _INT32_END for n in numbers]) if max(numbers) >= _INT32_END else ()
         # Not the kernel itself: to hash it, Triton takes a lock.
-        self._key = (id(kernel), self._device, constants, kinds, num_warps, launch_pdl, wide)
+        self._key = (id(kernel), self._device, constants, kinds, num_warps, launch_pdl, maxnreg, wide)
         self._handles = _compiled.get(self._key)
 
-    def __call__(self, tensors: tuple[torch.Tensor | None, ...]) -> None:
+    def __call__(self, tensors: tuple[Any, ...]) -> None:
         """Launch it on the device's current stream."""
         handles, device = self._handles, self._device
         if handles is None or device != torch.cuda.current_device() or _listening():
             self._launch_slowly(tensors)
             return
         run, function, metadata, stream_of, _ = handles
-        pointers = [t if t is None else t.data_ptr() for t in tensors]
+        pointers = [t.data_ptr() if isinstance(t, torch.Tensor) else t for t in tensors]
         run(self._programs, 1, 1, stream_of(device), function, metadata, None, None, None, *pointers, *self._rest)
 
-    def _launch_slowly(self, tensors: tuple[torch.Tensor | None, ...]) -> None:
+    def _launch_slowly(self, tensors: tuple[Any, ...]) -> None:
         if self._programs == 0:
             return
         if INTERPRETED:

@@ -141,6 +141,13 @@ def to_e4m3(x, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def to_int8(x):
+    """Round to the nearest integer, ties to even, for |x| <= 127; NaN becomes anything."""
+    # Adding 1.5 * 2^23 leaves integers.
+    return ((x + 12582912.0) - 12582912.0).to(tl.int8)
+
+
+@triton.jit
 def store_tile(out, rows, written, stride_s, low, high, D: tl.constexpr, HALF: tl.constexpr):
     """Store two halves [TOKENS, HALF] as tokens ``rows`` of a head with contiguous lanes."""
     lanes = tl.arange(0, HALF)
