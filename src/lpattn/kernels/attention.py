@@ -132,6 +132,7 @@ def attend(
             unit,
             dense,
             quantized.hadamard is not HadamardMode.NONE,
+            shape.sum_by_product,
             INTERPRETED,
         ),
         (
