@@ -355,6 +355,13 @@ class NanIsLost(Honest):
         return super().finish(out.nan_to_num(), call)
 
 
+@bug("batch_entries_are_apart", "batch entry 0 has")
+class OneInt8ScaleForTheBatch(Honest):
+    def quantize(self, x):
+        step = x.abs().amax().clamp_min(1e-30) / 127
+        return (x / step).round() * step
+
+
 # lse
 
 
@@ -507,6 +514,27 @@ class HadamardOfQAlone(Honest):
 @bug("hadamard", "hadamard")
 class HadamardNotUndone(Honest):
     def rotate_back(self, out):
+        return out
+
+
+@bug("dropout", "dropped the same weights")
+class DropoutIgnored(Honest):
+    capabilities = replace(Honest.capabilities, dropout=True)
+
+
+@bug("gradients", "the gradient of query has")
+class GradientsOfRoundedScores(Honest):
+    capabilities = replace(Honest.capabilities, backward=True)
+
+    def attention(self, query, key, value, call, attn_mask=None, dropout_p=0.0):
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query * 0.5 + query.detach() * 0.5,
+            key,
+            value,
+            is_causal=call.causal is CausalKind.TOP_LEFT,
+            scale=call.softmax_scale,
+            enable_gqa=True,
+        )
         return out
 
 

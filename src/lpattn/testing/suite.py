@@ -71,7 +71,7 @@ def _test_of(name: str) -> Callable[[BackendTests], None]:
         if outcome.status.is_failure:
             raise CheckFailed(outcome.detail)
         if outcome.status in (Status.SKIPPED, Status.EXPECTED):
-            import pytest  # only pytest runs this method
+            import pytest  # only pytest calls this method
 
             (pytest.skip if outcome.status is Status.SKIPPED else pytest.xfail)(outcome.detail)
 
@@ -123,7 +123,7 @@ def run_checks(
         only: names of checks; None runs all.
         skip: names of checks that do not run.
 
-    Yields:
+    Returns:
         The outcome of each, as it ends.
 
     Raises:
@@ -134,9 +134,8 @@ def run_checks(
     _require_known(skip, "skip")
     suite = suite() if isinstance(suite, type) else suite
     subject = suite.subject()
-    for name in CHECKS:
-        if (only is None or name in only) and name not in skip:
-            yield run_check(subject, name, suite.expected_failures)
+    names = [name for name in CHECKS if (only is None or name in only) and name not in skip]
+    return (run_check(subject, name, suite.expected_failures) for name in names)
 
 
 def suite_for(

@@ -113,7 +113,7 @@ def gradients(subject: Subject) -> None:
         weight = torch.linspace(-1, 1, out.numel(), device=out.device).reshape(out.shape)
         (out * weight.to(out)).sum().backward()
         (plain.changed(**wide).exact()[0] * weight.double()).sum().backward()
-        floor = floor_for(subject, "sharp", out.dtype) - 10
+        floor = floor_for(subject, "sharp", out.dtype) - 6
         for name in names:
             grad = leaves[name].grad
             require(grad is not None, f"{plain}: no gradient reached {name}")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from lpattn.testing.budget import LSE_BIAS, LSE_TOLERANCE, floor_for, require_close, require_unbiased
-from lpattn.testing.exact import worst_row_sqnr
+from lpattn.testing.exact import sqnr, worst_row_sqnr
 from lpattn.testing.inputs import KINDS, Problem
 from lpattn.testing.outcome import NotApplicable, check, require
 from lpattn.testing.subject import Subject
@@ -298,6 +298,22 @@ def _with_zero_head(x: torch.Tensor) -> torch.Tensor:
     x = x.clone()
     x[:, 0] = 0
     return x
+
+
+@check
+def batch_entries_are_apart(subject: Subject) -> str:
+    """Values 300 times as large in one batch entry leave the accuracy of the other as it is."""
+    plain = subject.problem()
+    large = plain.changed(label="batch entry 1 times 300")
+    for name in ("query", "key", "value"):
+        tensor = getattr(plain, name).clone()
+        tensor[1] *= 300
+        large = large.changed(**{name: tensor})
+    (problem,) = subject.accepted([large])
+    exact, out = problem.exact()[0][0], subject.run(problem)[0]
+    quality, floor = sqnr(exact, out), floor_for(subject, "normal", out.dtype)
+    require(quality >= floor, f"{problem}: batch entry 0 has {quality:.1f} dB; the floor is {floor:.1f} dB")
+    return f"{quality:.1f} dB"
 
 
 @check
