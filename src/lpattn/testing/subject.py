@@ -51,6 +51,7 @@ class Subject:
         self.emulate = emulate
         devices = local_devices() if device is None else [torch.device(device)]
         self.probed: dict[torch.device, tuple[Reason, ...]] = {d: registry.probe(self.name, d) for d in devices}
+        self._fitting: dict[int, int] = {}
         self._device = next((d for d, reasons in self.probed.items() if not reasons), None)
 
     @property
@@ -117,10 +118,13 @@ class Subject:
                 return candidate
         return candidates[0]
 
-    @property
-    def kv_groups(self) -> list[int]:
-        """Heads per KV head that can be tried."""
-        return [1, 2, 4] if self.capabilities.gqa else [1]
+    def fitting(self, length: int) -> int:
+        """The length, or the next multiple of 64 or 128 where the backend refuses it: for checks that need just any."""
+        if length not in self._fitting:
+            candidates = (length, *(-(-length // tile) * tile for tile in (64, 128)))
+            taken = (n for n in candidates if not self.refusal(self.problem(length=n)))
+            self._fitting[length] = next(taken, length)
+        return self._fitting[length]
 
     @property
     def causal_kinds(self) -> list[bool]:
@@ -130,7 +134,7 @@ class Subject:
     def sizes(self, **changes: Any) -> Sizes:
         """Sizes of a middling call; ``length`` sets q_len and kv_len, ``head_dim`` that of v too."""
         groups = changes.pop("groups", 2 if self.capabilities.gqa else 1)
-        length = changes.pop("length", 160)
+        length = changes.pop("length", None) or self.fitting(160)
         dim = changes.pop("head_dim", None) or self.head_dim
         plain = Sizes(2, 4, 4 // groups, length, length, dim, dim)
         return dataclasses.replace(plain, **changes)

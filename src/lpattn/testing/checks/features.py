@@ -21,7 +21,7 @@ def fused_rotation(subject: Subject) -> str:
     """rope_attention: half-split and interleaved, all lanes and some, tables per batch entry, own tables for keys."""
     if not subject.capabilities.rope:
         raise NotApplicable("declares no fused rotation")
-    (plain,) = subject.accepted([subject.problem(length=60)])
+    (plain,) = subject.accepted([subject.problem(length=subject.fitting(60))])
     generator = torch.Generator().manual_seed(2)
     dim, seen = plain.query.shape[3], 0
     for interleaved in (False, True):
@@ -30,7 +30,9 @@ def fused_rotation(subject: Subject) -> str:
                 for causal in subject.causal_kinds:
                     # Neither equal halves nor cos^2 + sin^2 = 1: what a kernel assumes of them shows.
                     names = ("cos", "sin", "cos_k", "sin_k") if own_tables else ("cos", "sin")
-                    tables = {n: torch.randn(2, 60, 1, rotary_dim, generator=generator) for n in names}
+                    tables = {
+                        n: torch.randn(2, plain.query.shape[2], 1, rotary_dim, generator=generator) for n in names
+                    }
                     tables = {name: t.to(plain.query) for name, t in tables.items()}
                     problem = plain.changed(is_causal=causal)
                     _require_rotation(subject, problem, tables, interleaved)
@@ -105,7 +107,9 @@ def gradients(subject: Subject) -> None:
     """Gradients of q, k and v are those of exact attention."""
     if not subject.capabilities.backward:
         raise NotApplicable("declares no backward pass")
-    for plain in subject.accepted(subject.problem(length=40, causal=causal) for causal in subject.causal_kinds):
+    for plain in subject.accepted(
+        subject.problem(length=subject.fitting(40), causal=causal) for causal in subject.causal_kinds
+    ):
         names = ("query", "key", "value")
         leaves = {name: getattr(plain, name).clone().requires_grad_() for name in names}
         wide = {name: getattr(plain, name).double().requires_grad_() for name in names}

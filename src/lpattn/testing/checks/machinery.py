@@ -25,7 +25,7 @@ def fakes(subject: Subject) -> None:
     """torch.library.opcheck: what lpattn's operators promise about shapes, strides and inputs holds with it."""
     dim = subject.head_dim
     dim_v = dim + 8 if subject.capabilities.head_dim_v_differs else dim
-    problem = subject.problem(length=40, head_dim_v=dim_v)
+    problem = subject.problem(length=subject.fitting(40), head_dim_v=dim_v)
     (problem,) = subject.accepted([problem.changed(key=problem.key.transpose(0, 1).clone().transpose(0, 1))])
     settings = make_settings(subject.name, None, None, Provenance.ARGUMENT).text
     arguments = (problem.query, problem.key, problem.value, None, 0.0, False, None, None, settings)
@@ -45,7 +45,7 @@ def strict_compile(subject: Subject) -> None:
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Any:
         return lpattn.low_precision_sdpa(query * 1.0, key, value, enable_gqa=True, backend=subject.name) * 2.0
 
-    problems = subject.accepted(subject.problem(length=length) for length in (48, 80))
+    problems = subject.accepted(subject.problem(length=length) for length in (subject.fitting(48), subject.fitting(80)))
     torch.compiler.reset()
     try:
         compiled = torch.compile(attend, fullgraph=True, backend=compiler)

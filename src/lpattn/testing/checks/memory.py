@@ -25,14 +25,16 @@ def _same(subject: Subject, label: str, expected: torch.Tensor, found: torch.Ten
 
 
 def _kinds(subject: Subject) -> list[Problem]:
-    return subject.accepted(subject.problem(length=100, causal=causal) for causal in subject.causal_kinds)
+    return subject.accepted(
+        subject.problem(length=subject.fitting(100), causal=causal) for causal in subject.causal_kinds
+    )
 
 
 @check
 def outputs(subject: Subject) -> None:
     """Shape, dtype and memory of the output and of lse are those of the contract; the output shares no memory."""
     for dtype in subject.dtypes:
-        (problem,) = subject.accepted([subject.problem(dtype=dtype, length=50)])
+        (problem,) = subject.accepted([subject.problem(dtype=dtype, length=subject.fitting(50))])
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             out = subject.run(problem)
@@ -55,8 +57,8 @@ def outputs(subject: Subject) -> None:
 def inputs_are_not_written_to(subject: Subject) -> None:
     """q, k, v and the mask hold after the call what they held before."""
     problems = _kinds(subject)
-    for _, mask in subject.masks(subject.sizes(length=100)):
-        masked = subject.problem("biased", length=100, attn_mask=mask)
+    for _, mask in subject.masks(subject.sizes(length=subject.fitting(100))):
+        masked = subject.problem("biased", length=subject.fitting(100), attn_mask=mask)
         problems += [masked] if not subject.refusal(masked) else []
     for problem in problems:
         named = {"query": problem.query, "key": problem.key, "value": problem.value, "attn_mask": problem.attn_mask}
@@ -178,7 +180,9 @@ def _poisoned_scratch(device: torch.device) -> Iterator[None]:
 @check
 def scratch_memory(subject: Subject) -> None:
     """Nothing depends on what torch.empty returns: with NaN in it the output is the same."""
-    problems = _kinds(subject) + subject.accepted([subject.problem(length=33), subject.problem(q_len=130, kv_len=7)])
+    problems = _kinds(subject) + subject.accepted(
+        [subject.problem(length=subject.fitting(33)), subject.problem(q_len=130, kv_len=7)]
+    )
     for problem in problems:
         expected = subject.run(problem)
         with _poisoned_scratch(problem.query.device):
@@ -194,9 +198,9 @@ def repeated_calls(subject: Subject) -> None:
         again = subject.run(problem)
         require(torch.equal(first, again), f"{problem}: two runs differ, by up to {_largest(first, again):.3g}")
         # What is cached per shape must not be what belongs to the values.
-        other = subject.problem("outlier_channels", length=100, causal=problem.is_causal, seed=5)
+        other = subject.problem("outlier_channels", length=subject.fitting(100), causal=problem.is_causal, seed=5)
         subject.run(other)
-        subject.run(subject.problem(length=37, causal=problem.is_causal, seed=6))
+        subject.run(subject.problem(length=subject.fitting(37), causal=problem.is_causal, seed=6))
         after = subject.run(problem)
         require(torch.equal(first, after), f"{problem}: another call in between changed the result")
         fresh = subject.run(other.changed(query=other.query.clone()))
@@ -210,7 +214,7 @@ def _largest(one: torch.Tensor, other: torch.Tensor) -> float:
 @check
 def threads(subject: Subject) -> None:
     """Calls from several threads at once give what they give one after the other."""
-    problems = subject.accepted(subject.problem(length=90, seed=seed) for seed in range(4))
+    problems = subject.accepted(subject.problem(length=subject.fitting(90), seed=seed) for seed in range(4))
     expected = [subject.run(problem) for problem in problems]
     failures: list[str] = []
     barrier = threading.Barrier(len(problems))

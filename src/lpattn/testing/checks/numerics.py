@@ -35,7 +35,7 @@ def accuracy(subject: Subject) -> str:
 def scales_are_exact(subject: Subject) -> str:
     """Outputs are neither too large nor too small, and softmax neither too sharp nor too soft, to half a per cent."""
     # Many elements: the more there are, the less of the rounding is left.
-    problems = [subject.problem(kind, length=256) for kind in ("normal", "biased")]
+    problems = [subject.problem(kind, length=subject.fitting(256)) for kind in ("normal", "biased")]
     found = [require_unbiased(problem, subject.run(problem)) for problem in subject.accepted(problems)]
     return "; ".join(found)
 
@@ -62,7 +62,7 @@ def weights_sum_to_one(subject: Subject) -> str:
     worst = 0.0
     for kind in ("normal", "sharp", "soft", "peak_and_tails"):
         for causal in subject.causal_kinds:
-            problem = subject.problem(kind, length=200, causal=causal)
+            problem = subject.problem(kind, length=subject.fitting(200), causal=causal)
             ones = problem.changed(value=torch.ones_like(problem.value), label=f"{kind}, v of ones")
             for one in subject.accepted([ones]):
                 off = float((subject.run(one).double() - 1).abs().max())
@@ -77,15 +77,15 @@ def weights_sum_to_one(subject: Subject) -> str:
 @check
 def keys_are_read_in_order(subject: Subject) -> None:
     """Rows that attend to one key return that key's value: each key, the first and the last among them."""
-    for length in (33, 129):
-        for problem in subject.accepted([subject.problem("last_key", length=length)]):
-            # Row i attends to key i + 7, modulo the length.
-            keys = problem.key.repeat_interleave(problem.query.shape[1] // problem.key.shape[1], 1)
-            strength = 10.0 / problem.query.shape[-1] ** 0.5
-            turned = problem.changed(query=keys.roll(-7, 2) * strength, label="each row attends to one key of its own")
-            exact, _ = turned.exact()
-            row = worst_row_sqnr(exact, subject.run(turned))
-            require(row >= 10.0, f"{turned}: some row has {row:.1f} dB, as if it had read another key; needs 10 dB")
+    lengths = dict.fromkeys((33, 129, subject.fitting(33), subject.fitting(129)))
+    for problem in subject.accepted(subject.problem("last_key", length=length) for length in lengths):
+        # Row i attends to key i + 7, modulo the length.
+        keys = problem.key.repeat_interleave(problem.query.shape[1] // problem.key.shape[1], 1)
+        strength = 10.0 / problem.query.shape[-1] ** 0.5
+        turned = problem.changed(query=keys.roll(-7, 2) * strength, label="each row attends to one key of its own")
+        exact, _ = turned.exact()
+        row = worst_row_sqnr(exact, subject.run(turned))
+        require(row >= 10.0, f"{turned}: some row has {row:.1f} dB, as if it had read another key; needs 10 dB")
 
 
 @check
@@ -94,7 +94,7 @@ def kv_heads_are_grouped(subject: Subject) -> None:
     groups = [g for g in (2, 4, 8) if subject.capabilities.gqa]
     if not groups:
         raise NotApplicable("declares no GQA")
-    problems = [subject.problem(groups=1, num_heads=8, num_kv_heads=8 // g, length=48) for g in groups]
+    problems = [subject.problem(groups=1, num_heads=8, num_kv_heads=8 // g, length=subject.fitting(48)) for g in groups]
     for problem in subject.accepted(problems):
         kv_heads = problem.key.shape[1]
         numbers = torch.arange(1.0, kv_heads + 1, device=problem.value.device)[None, :, None, None]
@@ -263,7 +263,7 @@ def empty_calls(subject: Subject) -> None:
 @check
 def unusual_values_stay_finite(subject: Subject) -> None:
     """Zeros, constants and huge logits give finite outputs where exact attention does."""
-    plain = subject.problem(length=70)
+    plain = subject.problem(length=subject.fitting(70))
     zeros = torch.zeros_like
     problems = [
         plain.changed(query=zeros(plain.query), label="q of zeros"),
@@ -319,7 +319,7 @@ def batch_entries_are_apart(subject: Subject) -> str:
 @check
 def nan_stays_where_it_is(subject: Subject) -> None:
     """A NaN spoils the rows, heads and batch entries that exact attention spoils: all of them, and no other."""
-    plain = subject.problem(length=70)
+    plain = subject.problem(length=subject.fitting(70))
     for name in ("query", "key", "value"):
         tensor = getattr(plain, name).clone()
         tensor[0, 0, 3, 2] = torch.nan
