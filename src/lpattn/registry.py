@@ -30,7 +30,11 @@ from lpattn.types import AttentionBackend, Reason
 
 BUILTIN_MODULES = ("lpattn.backends.reference", "lpattn.backends.fa3")
 DISABLE_VARIABLE = "LPATTN_DISABLE_PLUGINS"
-_PLUGIN_PACKAGES = {"fp8_emulated": "lpattn-emulated"}
+_PLUGIN_PACKAGES = {
+    "fp8_emulated": "lpattn-emulated",
+    "sageattention": "lpattn-sageattention",
+    "cudnn_fp8": "lpattn-cudnn",
+}
 """Backends of the plugins that lpattn's own repository holds, for the error that names what to install."""
 _RESERVED_NAMES = {"auto", "exact", *(backend.value for backend in AttentionBackend)}
 """Words of layer rules, and the names that lpattn keeps for itself."""

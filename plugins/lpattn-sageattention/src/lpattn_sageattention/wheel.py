@@ -75,8 +75,8 @@ class Wheel:
 
     @property
     def masks_partial_tiles(self) -> bool:
-        """Whether the missing keys of the last tile are left out of the row sum."""
-        return self.major > 1
+        """Whether the missing keys of the last tile are left out of the row sum; without a wheel it does not matter."""
+        return self.major > 1 or not self.version
 
     def reasons_against(self, capability: tuple[int, int] | None) -> tuple[Reason, ...]:
         """Why it cannot run; empty if it can.
