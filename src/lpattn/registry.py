@@ -28,7 +28,7 @@ from lpattn.errors import InvalidArgumentError, RegistrationError, UnknownBacken
 from lpattn.hookspecs import ENTRY_POINT_GROUP, Hooks
 from lpattn.types import AttentionBackend, Reason
 
-BUILTIN_MODULES = ("lpattn.backends.reference", "lpattn.backends.fa3")
+BUILTIN_MODULES = ("lpattn.backends.reference", "lpattn.backends.fa3", "lpattn.backends.triton")
 DISABLE_VARIABLE = "LPATTN_DISABLE_PLUGINS"
 _PLUGIN_PACKAGES = {
     "fp8_emulated": "lpattn-emulated",
@@ -154,11 +154,9 @@ class Registry:
         for failure in self._failures:
             if failure.source.kind == "built-in" and failure.source.entry_point.endswith(name.rpartition("_")[2]):
                 return (Reason("load_failed", f"its module failed to load: {failure.message}", "see `lpattn info`"),)
-        if name not in {backend.value for backend in AttentionBackend}:
-            package = _PLUGIN_PACKAGES.get(name)
-            remedy = f"pip install {package}" if package else "install or register it again; see `lpattn info`"
-            return (Reason("not_registered", "no backend of this name is registered", remedy),)
-        return (Reason("not_shipped", "this version of lpattn has no kernels for it"),)
+        package = _PLUGIN_PACKAGES.get(name)
+        remedy = f"pip install {package}" if package else "install or register it again; see `lpattn info`"
+        return (Reason("not_registered", "no backend of this name is registered", remedy),)
 
     def probe(self, name: str, device: torch.device) -> tuple[Reason, ...]:
         """Why the backend cannot run on the device; empty if it can. Evaluated once per device."""

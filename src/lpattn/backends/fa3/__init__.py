@@ -136,18 +136,12 @@ class FA3Backend(Backend):
         cos_k: torch.Tensor | None = None,
         sin_k: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        from lpattn.quantize.fused import Rotation
+        from lpattn.quantize.fused import rotation_of
 
         assert call.rope is not None
-        of_q, of_k = (*query.shape[:3], cos.shape[-1]), (*key.shape[:3], cos.shape[-1])
-        rotation = Rotation(
-            cos.expand(of_q),
-            sin.expand(of_q),
-            (cos if cos_k is None else cos_k).expand(of_k),
-            (sin if sin_k is None else sin_k).expand(of_k),
-            call.rope.interleaved,
-        )
+        tables = (cos, sin, cos if cos_k is None else cos_k, sin if sin_k is None else sin_k)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        rotation = rotation_of(query, key, tables, call.rope.interleaved)
         return self._attend(query, key, value, call, attn_mask, rotation)
 
     def _attend(

@@ -24,36 +24,39 @@ def kinds_of(tensors: Sequence[torch.Tensor | None]) -> tuple[object, ...]:
 def launch(
     kernel: Any,
     programs: int,
-    tensors: tuple[torch.Tensor | None, ...],
+    tensors: tuple[Any, ...],
     numbers: tuple[float, ...],
     constants: tuple[Hashable, ...],
     kinds: Hashable,
     num_warps: int,
     launch_pdl: bool = False,
+    maxnreg: int | None = None,
 ) -> None:
     """Launch a kernel, whose arguments are tensors, numbers and constants in this order, on its first tensor's device.
 
     Args:
         kernel: a ``triton.jit`` function that specializes on no number.
         programs: size of the grid.
-        tensors: None is compiled in.
+        tensors: None is compiled in. Descriptors of tensors may be among them, but not first.
         numbers: what varies from call to call.
         constants: what is compiled in.
         kinds: :func:`kinds_of` all tensors that may differ in that between calls with equal constants.
         num_warps: per program.
         launch_pdl: it may start before the kernel in front of it ends.
+        maxnreg: registers per thread at most.
     """
     if programs == 0:
         return
     if INTERPRETED:
         kernel[(programs,)](*tensors, *numbers, *constants, num_warps=num_warps)
         return
-    device = tensors[0].device.index  # type: ignore[union-attr]
+    device = tensors[0].device.index
     with contextlib.nullcontext() if device == torch.cuda.current_device() else torch.cuda.device(device):
         key = (kernel, device, constants, kinds, num_warps)
         compiled = _compiled.get(key)
         if compiled is None or max(numbers) >= _INT32_END:  # then each number may have either width
-            compiled = kernel[(programs,)](*tensors, *numbers, *constants, num_warps=num_warps, launch_pdl=launch_pdl)
+            options = {"num_warps": num_warps, "launch_pdl": launch_pdl, "maxnreg": maxnreg}
+            compiled = kernel[(programs,)](*tensors, *numbers, *constants, **options)
             if max(numbers) < _INT32_END:
                 _compiled[key] = compiled
         else:

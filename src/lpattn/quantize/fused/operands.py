@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -12,9 +13,8 @@ from lpattn.quantize.fused import layout
 from lpattn.quantize.fused.keys import list_used
 from lpattn.quantize.fused.launcher import INTERPRETED, kinds_of, launch
 from lpattn.quantize.fused.output import restore
-from lpattn.quantize.fused.per_block import quantize_blocks
 from lpattn.quantize.fused.per_head import quantize_heads, sample_heads
-from lpattn.quantize.fused.tile import E4M3_MAX, HALF_SPLIT, HALF_SPLIT_PARTIAL, INTERLEAVED, NO_ROPE
+from lpattn.quantize.fused.tile import HALF_SPLIT, HALF_SPLIT_PARTIAL, INTERLEAVED, NO_ROPE
 from lpattn.types import HadamardMode
 
 # Tile shapes and programs per multiprocessor that were the fastest on an H200.
@@ -22,17 +22,14 @@ _TILE = 4096
 """Elements of a head in a tile of the quantization."""
 _WARPS = 2
 _PROGRAMS = 4
-_SAMPLE_WARPS = 4
+SAMPLE_WARPS = 4
 _RESTORED_TOKENS = 64
 _RESTORE_WARPS = 4
 _RESTORE_PROGRAMS = 3
 _MANY_TILES = 16
 """Tiles per program where there are more heads than programs."""
 
-_BLOCK = 128
-_BLOCK_WARPS = 8
-
-_Turns = tuple[bool, int, tuple[int, ...], tuple[int, ...]]
+Turns = tuple[bool, int, tuple[int, ...], tuple[int, ...]]
 """Whether pairs are interleaved, how many lanes turn, and the strides of q's and of k's tables, [B, S, H, lanes]."""
 
 
@@ -53,6 +50,21 @@ class Rotation:
     interleaved: bool
 
 
+def rotation_of(query: torch.Tensor, key: torch.Tensor, tables: Sequence[torch.Tensor], interleaved: bool) -> Rotation:
+    """Tables as a backend gets them, made to broadcast.
+
+    Args:
+        query, key: [B, H, q_len, D] and [B, Hkv, kv_len, D], of which only sizes matter.
+        tables: cos and sin of q, then of k, broadcastable to [B, S, H, rotary_dim].
+        interleaved: which lanes form a pair.
+    """
+    (batch, heads, q_len, _), (_, kv_heads, kv_len, _) = query.shape, key.shape
+    rotary_dim = tables[0].shape[-1]
+    cos, sin = (table.expand(batch, q_len, heads, rotary_dim) for table in tables[:2])
+    cos_k, sin_k = (table.expand(batch, kv_len, kv_heads, rotary_dim) for table in tables[2:])
+    return Rotation(cos, sin, cos_k, sin_k, interleaved)
+
+
 @dataclass(frozen=True)
 class Keys:
     """Tokens of k and v that are used.
@@ -64,6 +76,22 @@ class Keys:
 
     indices: torch.Tensor
     counts: torch.Tensor
+
+
+class Quantized(Protocol):
+    """What :func:`restore_output` has to know of quantized tensors."""
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Hkv."""
+
+    @property
+    def hadamard(self) -> HadamardMode:
+        """The mode that was applied."""
+
+    @property
+    def buffer(self) -> torch.Tensor:
+        """Where V's constant is: see :func:`lpattn.quantize.fused.layout.constants`."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +118,17 @@ class PerHead:
     buffer: torch.Tensor
 
     @property
+    def num_kv_heads(self) -> int:
+        """Hkv."""
+        return self.key.shape[2]
+
+    @property
     def constants(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What was subtracted from k and from v after rotation and transform.
 
         float32 [B, Hkv, lanes], lanes being D padded to a power of two. V's is zero where its mean is not significant.
         """
-        return _constants(self.buffer, self.k_descale, _lanes(self.key.shape[3]))
+        return _constants(self.buffer, self.k_descale, lanes_of(self.key.shape[3]))
 
 
 def used_keys(mask: torch.Tensor, batch: int, kv_len: int) -> Keys:
@@ -150,7 +183,7 @@ def quantize_per_head(
         loses precision only below 2^-6. An inf or NaN becomes NaN, alone (with a Hadamard transform: its whole token),
         and enters neither scale nor constant. Magnitudes above about 1e36 may overflow in the transform.
     """
-    cos_q, sin_q, cos_k, sin_k, turns = _tables(rope)
+    cos_q, sin_q, cos_k, sin_k, turns = tables_of(rope)
     indices, counts = (None, None) if keys is None else (keys.indices, keys.counts)
     device = query.device
     plan = _plan(query.shape, key.shape, query.stride(), key.stride(), value.stride(), turns, hadamard, device)
@@ -174,7 +207,7 @@ def quantize_per_head(
         plan.numbers,
         (*plan.constants, plan.overlaps),
         kinds,
-        _SAMPLE_WARPS,
+        SAMPLE_WARPS,
         plan.overlaps,
     )
     launch(
@@ -214,22 +247,22 @@ def _plan(
     q_strides: tuple[int, ...],
     k_strides: tuple[int, ...],
     v_strides: tuple[int, ...],
-    turns: _Turns | None,
+    turns: Turns | None,
     hadamard: HadamardMode,
     device: torch.device,
 ) -> _Plan:
     batch, heads, q_len, dim = q_shape
     kv_heads, kv_len = k_shape[1:3]
-    groups, lanes = batch * kv_heads, _lanes(dim)
+    groups, lanes = batch * kv_heads, lanes_of(dim)
     # 16-byte boundaries: what Triton compiles a kernel for includes the alignment of its tensors.
     k_start = -(-batch * heads * q_len * dim // 16) * 16
     v_start = k_start + -(-groups * kv_len * dim // 16) * 16
 
     q_parts, k_parts = layout.parts(q_len, layout.FEW.value), layout.parts(kv_len, layout.FEW.value)
-    v_parts = layout.parts(kv_len, layout.ALL.value)
+    v_parts = layout.parts(kv_len, layout.ALL.value) if kv_len >= layout.EXACT_FROM else k_parts
     parts = batch * heads * q_parts + groups * (k_parts + v_parts)
 
-    strides, constants = _read(dim, q_strides, k_strides, v_strides, turns, hadamard)
+    strides, constants = how_to_read(dim, q_strides, k_strides, v_strides, turns, hadamard)
     tokens = _TILE // lanes
     q_tiles, kv_tiles = -(-q_len // tokens), -(-kv_len // tokens)
     each = _tiles_per_program(max(q_tiles, kv_tiles), batch * heads + 2 * groups, _PROGRAMS, device)
@@ -243,22 +276,22 @@ def _plan(
         tiles_per_program=each,
         tokens=tokens,
         q_rows=_power_of_two(heads // kv_heads * q_parts),
-        overlaps=_overlaps(device),
+        overlaps=overlaps_on(device),
         numbers=(batch, heads, kv_heads, q_len, kv_len, q_parts, k_parts, v_parts, *strides),
         constants=constants,
     )
 
 
-def _read(
+def how_to_read(
     dim: int,
     q_strides: tuple[int, ...],
     k_strides: tuple[int, ...],
     v_strides: tuple[int, ...],
-    turns: _Turns | None,
+    turns: Turns | None,
     hadamard: HadamardMode,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """How inputs are read: the strides, and what is compiled in."""
-    lanes = _lanes(dim)
+    lanes = lanes_of(dim)
     strides, unit, dense = _in_units((*q_strides, *k_strides, *v_strides))
     kind, rotary, turn_unit, turn_dense = NO_ROPE.value, 0, 1, True
     turn_strides: tuple[int, ...] = (0,) * 8
@@ -272,108 +305,7 @@ def _read(
     return (*strides, *turn_strides), (unit, dense, turn_unit, turn_dense, dim, lanes, kind, rotary, *transforms)
 
 
-@dataclass(frozen=True)
-class PerBlock:
-    """q in e4m3 with a scale per token, k and v with one per block of 128 keys: value = data * scale (+ constant).
-
-    Attributes:
-        query: torch.float8_e4m3fn [B, H, q_len, D], contiguous; of q times ``factor``.
-        q_scale: float32 [B, H, q_len], powers of two as all scales.
-        key: torch.float8_e4m3fn [B, Hkv, blocks * 128, D], contiguous; zeros past kv_len.
-        k_scale: float32 [B, Hkv, blocks].
-        value: torch.float8_e4m3fn [B, Hkv, blocks, D, 128], contiguous: each block transposed, with the keys of every
-            group of 16 permuted (see :mod:`.per_block`); zeros past kv_len.
-        v_scale: float32 [B, Hkv, blocks].
-        lse_shift, hadamard, buffer: as in :class:`PerHead`.
-    """
-
-    query: torch.Tensor
-    q_scale: torch.Tensor
-    key: torch.Tensor
-    k_scale: torch.Tensor
-    value: torch.Tensor
-    v_scale: torch.Tensor
-    lse_shift: torch.Tensor | None
-    hadamard: HadamardMode
-    buffer: torch.Tensor
-
-    @property
-    def constants(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """As in :class:`PerHead`; V's is never left out."""
-        return _constants(self.buffer, self.k_scale, _lanes(self.query.shape[3]))
-
-
-def quantize_per_block(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    factor: float = 1.0,
-    qk_max: float = E4M3_MAX.value,
-    hadamard: HadamardMode = HadamardMode.NONE,
-    rope: Rotation | None = None,
-    with_lse_shift: bool = False,
-) -> PerBlock:
-    """Quantize for lpattn's own kernels in two launches, without waiting for the device.
-
-    Args:
-        query: [B, H, q_len, D], float16, bfloat16 or float32, any strides.
-        key, value: [B, Hkv, kv_len, D] in the same dtype.
-        factor: what q is multiplied by, such as the softmax scale times log2(e).
-        qk_max: what the largest magnitude of a scale's values in q and k becomes at most, in (0, 448].
-        hadamard, rope, with_lse_shift: as in :func:`quantize_per_head`.
-
-    Precision:
-        As in :func:`quantize_per_head`, but that each scale follows from all of its values and has no headroom. The
-        oracle is :func:`lpattn.quantize.quantize_e4m3` with ``power_of_two=True``, given the constants.
-    """
-    batch, heads, q_len, dim = query.shape
-    kv_heads, kv_len = key.shape[1:3]
-    groups, lanes, device = batch * kv_heads, _lanes(dim), query.device
-    q_blocks, blocks = -(-q_len // _BLOCK), -(-kv_len // _BLOCK)
-    cos_q, sin_q, cos_k, sin_k, turns = _tables(rope)
-    strides, constants = _read(dim, query.stride(), key.stride(), value.stride(), turns, hadamard)
-    k_parts, v_parts = layout.parts(kv_len, layout.FEW.value), layout.parts(kv_len, layout.ALL.value)
-    parts, overlaps = groups * (k_parts + v_parts), _overlaps(device)
-    found = PerBlock(
-        query=torch.empty((batch, heads, q_len, dim), dtype=torch.float8_e4m3fn, device=device),
-        q_scale=torch.empty((batch, heads, q_len), dtype=torch.float32, device=device),
-        key=torch.empty((batch, kv_heads, blocks * _BLOCK, dim), dtype=torch.float8_e4m3fn, device=device),
-        k_scale=torch.empty((batch, kv_heads, blocks), dtype=torch.float32, device=device),
-        value=torch.empty((batch, kv_heads, blocks, dim, _BLOCK), dtype=torch.float8_e4m3fn, device=device),
-        v_scale=torch.empty((batch, kv_heads, blocks), dtype=torch.float32, device=device),
-        lse_shift=torch.empty((batch, heads, q_len), dtype=torch.float32, device=device) if with_lse_shift else None,
-        hadamard=hadamard,
-        buffer=torch.empty(layout.size(groups, lanes, parts), dtype=torch.float32, device=device),
-    )
-    inputs, tables = (query, key, value), (cos_q, sin_q, cos_k, sin_k)
-    kinds = kinds_of((*inputs, *tables))
-    numbers = (batch, heads, kv_heads, q_len, kv_len, 0, k_parts, v_parts, *strides)
-    launch(
-        sample_heads,
-        parts,
-        (*inputs, None, None, *tables, found.buffer),
-        numbers,
-        (*constants, overlaps),
-        kinds,
-        _SAMPLE_WARPS,
-        overlaps,
-    )
-    written = (found.query, found.key, found.value, found.q_scale, found.k_scale, found.v_scale, found.lse_shift)
-    launch(
-        quantize_blocks,
-        batch * heads * q_blocks + 2 * groups * blocks,
-        (*inputs, *tables, found.buffer, *written),
-        (*numbers, float(factor), float(qk_max)),
-        (*constants, _BLOCK, overlaps, INTERPRETED),
-        (kinds, with_lse_shift),
-        _BLOCK_WARPS,
-        overlaps,
-    )
-    return found
-
-
-def restore_output(out: torch.Tensor, quantized: PerHead, dtype: torch.dtype) -> torch.Tensor:
+def restore_output(out: torch.Tensor, quantized: Quantized, dtype: torch.dtype) -> torch.Tensor:
     """Add V's constant to an attention output, undo V's Hadamard transform, and cast: one launch.
 
     Args:
@@ -393,13 +325,13 @@ def restore_output(out: torch.Tensor, quantized: PerHead, dtype: torch.dtype) ->
     limit = torch.finfo(dtype).max if dtype == torch.float16 else 0.0
     tiles = -(-q_len // _RESTORED_TOKENS)
     each = _tiles_per_program(tiles, batch * heads, _RESTORE_PROGRAMS, out.device)
-    overlaps = _overlaps(out.device)
+    overlaps = overlaps_on(out.device)
     launch(
         restore,
         batch * heads * -(-tiles // each),
         (out, to, quantized.buffer),
-        (batch, heads, quantized.k_descale.shape[1], q_len, each, limit),
-        (dim, _lanes(dim), quantized.hadamard is not HadamardMode.NONE, _RESTORED_TOKENS, overlaps),
+        (batch, heads, quantized.num_kv_heads, q_len, each, limit),
+        (dim, lanes_of(dim), quantized.hadamard is not HadamardMode.NONE, _RESTORED_TOKENS, overlaps),
         kinds_of((out, to)),
         _RESTORE_WARPS,
         overlaps,
@@ -415,9 +347,9 @@ def _constants(buffer: torch.Tensor, of_head: torch.Tensor, lanes: int) -> tuple
     return rows[1], rows[2]
 
 
-def _tables(
+def tables_of(
     rope: Rotation | None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, _Turns | None]:
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, Turns | None]:
     """Cos and sin of q and of k, and what is to be known of them."""
     if rope is None:
         return None, None, None, None, None
@@ -446,7 +378,8 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _lanes(dim: int) -> int:
+def lanes_of(dim: int) -> int:
+    """What a pass takes a head_dim for: the next power of two, at least 32."""
     return max(_power_of_two(dim), 32)  # a matrix product of half of them needs 16
 
 
@@ -462,6 +395,6 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
-def _overlaps(device: torch.device) -> bool:
+def overlaps_on(device: torch.device) -> bool:
     """Whether a kernel can start before the one in front of it ends: from Hopper on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
