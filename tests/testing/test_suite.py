@@ -11,6 +11,7 @@ import torch
 
 import lpattn
 from lpattn import InvalidArgumentError, Reason
+from lpattn.registry import Source, registry
 from lpattn.testing import CHECKS, BackendTests, Status, run_check, run_checks, suite_for
 from lpattn.testing.exact import exact_attention, fitted_scales, sqnr, worst_row_sqnr
 from lpattn.testing.inputs import KINDS, Sizes, make_problem
@@ -117,11 +118,12 @@ def test_without_a_device_the_protocol_is_checked_and_the_rest_is_skipped_with_t
     assert not any(o.status.is_failure for o in outcomes.values())
 
 
-def test_a_name_without_a_backend_is_skipped_with_the_reason() -> None:
-    for outcome in run_checks(suite_for("fp8_triton"), only=["registration", "accuracy"]):
-        if lpattn.registry.registry.get("fp8_triton") is None:
-            assert outcome.status is Status.SKIPPED
-            assert "a name without a backend" in outcome.detail
+def test_a_name_without_a_backend_is_skipped_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = [Source("plugin", "lpattn-a", "1.0"), Source("plugin", "lpattn-b", "1.0")]
+    monkeypatch.setitem(registry._conflicts, "shared", sources)
+    for outcome in run_checks(suite_for("shared"), only=["registration", "accuracy"]):
+        assert outcome.status is Status.SKIPPED
+        assert "a name without a backend: lpattn-a 1.0 and lpattn-b 1.0 both provide it" in outcome.detail
 
 
 def test_the_recipe_is_a_second_budget() -> None:

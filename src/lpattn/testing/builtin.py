@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 import torch
 
-from lpattn.quantize import FA3_PER_HEAD, emulated_attention
+from lpattn.quantize import FA3_PER_HEAD, PER_BLOCK_F16, Recipe, emulated_attention
 from lpattn.testing.inputs import Problem
 from lpattn.testing.suite import BackendTests
 from lpattn.types import AttentionBackend
@@ -26,17 +26,31 @@ class FA3Tests(BackendTests):
 
     def emulate(self, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
         """The recipe of the backend, on all tokens."""
-        return emulated_attention(
-            problem.query.float(),
-            problem.key.float(),
-            problem.value.float(),
-            recipe=dataclasses.replace(FA3_PER_HEAD, hadamard=problem.hadamard),
-            attn_mask=problem.attn_mask,
-            is_causal=problem.is_causal,
-            softmax_scale=problem.scale,
-            return_lse=True,
-        )
+        return _emulated(problem, FA3_PER_HEAD)
 
 
-SUITES = MappingProxyType({suite.backend: suite for suite in (ReferenceTests, FA3Tests)})
+class TritonTests(BackendTests):
+    """lpattn's own kernels: a scale per query token and per 128 keys, k and v smoothed as in :class:`FA3Tests`."""
+
+    backend = AttentionBackend.FP8_TRITON.value
+
+    def emulate(self, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+        """The recipe of the backend, on all tokens."""
+        return _emulated(problem, PER_BLOCK_F16)
+
+
+def _emulated(problem: Problem, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
+    return emulated_attention(
+        problem.query.float(),
+        problem.key.float(),
+        problem.value.float(),
+        recipe=dataclasses.replace(recipe, hadamard=problem.hadamard),
+        attn_mask=problem.attn_mask,
+        is_causal=problem.is_causal,
+        softmax_scale=problem.scale,
+        return_lse=True,
+    )
+
+
+SUITES = MappingProxyType({suite.backend: suite for suite in (ReferenceTests, FA3Tests, TritonTests)})
 """Suites by the name of the backend; every other backend is held to :class:`BackendTests` as it is."""

@@ -23,6 +23,8 @@ Emulation = Callable[[Problem], tuple[torch.Tensor, torch.Tensor]]
 """(output, lse) of a problem by the backend's own quantization recipe in plain PyTorch, in float32 or wider."""
 
 _DTYPE_ORDER = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_TELLING_HEAD_DIMS = frozenset({40, 64, 72, 96, 128, 192})
+"""Powers of two, their sums, and ones that fill no tile."""
 _USUAL_HEAD_DIMS = (64, 16, 40, 128)
 """Tried where a backend restricts none; the first is used where one is enough."""
 
@@ -105,9 +107,13 @@ class Subject:
 
     @property
     def head_dims(self) -> list[int]:
-        """Declared head_dims, or some usual ones."""
+        """Declared head_dims, or some usual ones; of many, those that kernels treat differently."""
         declared = self.capabilities.head_dims
-        return list(_USUAL_HEAD_DIMS) if declared is None else sorted(declared)
+        if declared is None:
+            return list(_USUAL_HEAD_DIMS)
+        return sorted(
+            declared if len(declared) <= 8 else declared & _TELLING_HEAD_DIMS | {min(declared), max(declared)}
+        )
 
     @functools.cached_property
     def head_dim(self) -> int:
