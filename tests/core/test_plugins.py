@@ -95,7 +95,7 @@ BROKEN = {
     "capabilities": (with_attribute("capabilities", {"gqa": True}), "broken.capabilities must be an lpattn.Capab"),
     "bad_name": (
         lambda p, b: p(b("My-FP8")),
-        "FakeBackend.name must be a lower-case identifier such as 'my_fp8'; got 'My-FP8'",
+        "FakeBackend: a backend's name must be a lower-case identifier such as 'my_fp8'; got 'My-FP8'",
     ),
     "class": (lambda p, b: p(type(b())), "pass an instance, not the class"),
     "no_backend": (lambda p, b: p("broken"), "a backend must be an instance of lpattn.Backend; got 'broken'"),
