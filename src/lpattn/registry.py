@@ -28,9 +28,13 @@ from lpattn.errors import InvalidArgumentError, RegistrationError, UnknownBacken
 from lpattn.hookspecs import ENTRY_POINT_GROUP, Hooks
 from lpattn.types import AttentionBackend, Reason
 
-BUILTIN_MODULES = ("lpattn.backends.reference", "lpattn.backends.fa3")
+BUILTIN_MODULES = ("lpattn.backends.reference", "lpattn.backends.fa3", "lpattn.backends.triton")
 DISABLE_VARIABLE = "LPATTN_DISABLE_PLUGINS"
-_PLUGIN_PACKAGES = {"fp8_emulated": "lpattn-emulated"}
+_PLUGIN_PACKAGES = {
+    "fp8_emulated": "lpattn-emulated",
+    "sageattention": "lpattn-sageattention",
+    "cudnn_fp8": "lpattn-cudnn",
+}
 """Backends of the plugins that lpattn's own repository holds, for the error that names what to install."""
 _RESERVED_NAMES = {"auto", "exact", *(backend.value for backend in AttentionBackend)}
 """Words of layer rules, and the names that lpattn keeps for itself."""
@@ -150,11 +154,9 @@ class Registry:
         for failure in self._failures:
             if failure.source.kind == "built-in" and failure.source.entry_point.endswith(name.rpartition("_")[2]):
                 return (Reason("load_failed", f"its module failed to load: {failure.message}", "see `lpattn info`"),)
-        if name not in {backend.value for backend in AttentionBackend}:
-            package = _PLUGIN_PACKAGES.get(name)
-            remedy = f"pip install {package}" if package else "install or register it again; see `lpattn info`"
-            return (Reason("not_registered", "no backend of this name is registered", remedy),)
-        return (Reason("not_shipped", "this version of lpattn has no kernels for it"),)
+        package = _PLUGIN_PACKAGES.get(name)
+        remedy = f"pip install {package}" if package else "install or register it again; see `lpattn info`"
+        return (Reason("not_registered", "no backend of this name is registered", remedy),)
 
     def probe(self, name: str, device: torch.device) -> tuple[Reason, ...]:
         """Why the backend cannot run on the device; empty if it can. Evaluated once per device."""
@@ -312,12 +314,9 @@ def validate_backend(backend: Any, source: Source) -> None:
         hint = "; pass an instance, not the class" if isinstance(backend, type) else ""
         raise RegistrationError(f"a backend must be an instance of lpattn.Backend; got {backend!r}{hint}")
     name = getattr(backend, "name", None)
-    if not isinstance(name, str) or not _NAME.match(name):
-        raise RegistrationError(
-            f"{type(backend).__name__}.name must be a lower-case identifier such as 'my_fp8'; got {name!r}"
-        )
-    if name in _RESERVED_NAMES and source.kind != "built-in":
-        raise RegistrationError(f"backend name {name!r} is reserved by lpattn; choose another name")
+    problem = backend_name_problem(name)
+    if problem and not (source.kind == "built-in" and name in _RESERVED_NAMES):
+        raise RegistrationError(f"{type(backend).__name__}: {problem}")
     if backend.protocol_version != PROTOCOL_VERSION:
         raise RegistrationError(
             f"{name} was written for protocol version {backend.protocol_version!r}; this lpattn speaks version "
@@ -325,6 +324,13 @@ def validate_backend(backend: Any, source: Source) -> None:
         )
     if not isinstance(getattr(backend, "capabilities", None), Capabilities):
         raise RegistrationError(f"{name}.capabilities must be an lpattn.Capabilities")
+
+
+def backend_name_problem(name: object) -> str:
+    """Why a plugin's backend cannot have this name; empty if it can."""
+    if not isinstance(name, str) or not _NAME.match(name):
+        return f"a backend's name must be a lower-case identifier such as 'my_fp8'; got {name!r}"
+    return f"backend name {name!r} is reserved by lpattn; choose another name" if name in _RESERVED_NAMES else ""
 
 
 def checked_reasons(reasons: object) -> tuple[Reason, ...]:

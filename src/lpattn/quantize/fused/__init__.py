@@ -13,6 +13,7 @@ from lpattn.quantize.fused.operands import (
     Rotation,
     quantize_per_head,
     restore_output,
+    rotation_of,
     used_keys,
 )
 
@@ -26,5 +27,6 @@ __all__ = [
     "quantize_per_block",
     "quantize_per_head",
     "restore_output",
+    "rotation_of",
     "used_keys",
 ]

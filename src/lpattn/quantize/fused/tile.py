@@ -128,13 +128,15 @@ def to_e4m3(x, INTERPRETED: tl.constexpr):
     """Round to e4m3, saturating at 448; what is inf or NaN becomes NaN."""
     x += x * 0.0
     if INTERPRETED:
-        # The interpreter's cast loses carries into the next power of two and does not saturate: round first.
+        # The interpreter's cast loses carries into the next power of two and does not saturate: round first. It takes a
+        # NaN for a number: 0x7FC00000, the usual one, becomes 384. e4m3's has all three bits of its mantissa set.
         x = tl.where(tl.abs(x) > E4M3_MAX, tl.where(x > 0, E4M3_MAX, -E4M3_MAX), x)
         bits = x.to(tl.int32, bitcast=True)
         normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
         # Adding 1.5 * 2^14 leaves multiples of 2^-9, the spacing below 2^-6.
         small = (x + 24576.0) - 24576.0
-        x = tl.where(tl.abs(x) < 0.015625, small, tl.where(x != x, x, normal))
+        nan = tl.where(x != x, 0x7FF00000, 0).to(tl.float32, bitcast=True)
+        x = tl.where(tl.abs(x) < 0.015625, small, tl.where(x != x, nan, normal))
     return x.to(tl.float8e4nv)
 
 
