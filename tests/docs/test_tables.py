@@ -91,4 +91,4 @@ def test_every_check_is_documented() -> None:
 
 def test_every_page_is_in_the_navigation() -> None:
     navigation = (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
-    assert {page.name for page in PAGES} == set(re.findall(r"(\w+\.md)", navigation))
+    assert {"CONTRIBUTING.md", *(page.name for page in PAGES)} == set(re.findall(r"(\w+\.md)", navigation))
