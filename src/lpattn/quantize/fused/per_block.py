@@ -77,11 +77,12 @@ def sample_blocks(
     size = sample_size(length, FEW)
     # Dividing first keeps the sum of large values finite.
     weight = 1.0 / tl.maximum(size, 1).to(tl.float32)
+    # Tiles that are loaded ahead would not all fit into shared memory beside those of a Hadamard transform.
     if program < groups:
         HALF: tl.constexpr = LANES // 2
         x = k + (b * k_b + h * k_h) * UNIT
         low_sum, high_sum = tl.zeros((HALF,), tl.float32), tl.zeros((HALF,), tl.float32)
-        for first in range(0, size, PART):
+        for first in tl.range(0, size, PART, num_stages=1):
             tokens, used = _sampled(keys, b, kv_len, first, size, length)
             low, high = _qk_tile(
                 x, tokens, used, k_s, k_d, cos_k, sin_k, b, h, turn_k_b, turn_k_h, turn_k_s, turn_k_d,
@@ -97,7 +98,7 @@ def sample_blocks(
         x = v + (b * v_b + h * v_h) * UNIT
         v_low_sum, v_high_sum = tl.zeros((HALF_V,), tl.float32), tl.zeros((HALF_V,), tl.float32)
         largest = 0.0
-        for first in range(0, size, PART):
+        for first in tl.range(0, size, PART, num_stages=1):
             tokens, used = _sampled(keys, b, kv_len, first, size, length)
             v_low, v_high = _v_tile(x, tokens, used, v_s, v_d, UNIT, DENSE, D_V, HALF_V, HADAMARD_V)
             v_low, v_high = _finite(v_low), _finite(v_high)
