@@ -7,7 +7,7 @@ e4m3 is :mod:`lpattn.quantize.fused`'s.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -41,6 +41,8 @@ class TritonBackend(Backend):
     """
 
     name = AttentionBackend.FP8_TRITON.value
+    exponential: ClassVar[str | None] = None
+    """How P is made; None: as accurate as its rounding allows."""
     capabilities = Capabilities(
         dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
         device_types=frozenset({"cuda"}),
@@ -140,14 +142,30 @@ class TritonBackend(Backend):
         # The transform's inverse runs on bfloat16, whatever the inputs are.
         transformed = call.hadamard is not HadamardMode.NONE
         dtype = torch.bfloat16 if transformed else query.dtype
-        out, lse = attend(quantized, dtype, causal=causal, return_lse=call.return_lse)
+        # The log-sum-exp wants sums without a bias, whatever the exponential.
+        exponential = None if call.return_lse else self.exponential
+        out, lse = attend(quantized, dtype, causal=causal, return_lse=call.return_lse, exponential=exponential)
         if transformed:
             out = restore_output(out, quantized, query.dtype)
         out = out.transpose(1, 2)
         return out if lse is None else (out, lse)
 
 
+class FastTritonBackend(TritonBackend):
+    """``fp8_triton`` with a coarser exponential; runs only where it is named.
+
+    Precision:
+        As :class:`TritonBackend`, but that between powers of two P is interpolated linearly: a relative error of 2.95 %
+        instead of 2.57 % (standard deviation, rounding to e4m3 included), which costs about 0.4 dB SQNR on normal data.
+        With ``return_lse`` it is the same as :class:`TritonBackend`.
+    """
+
+    name = "fp8_triton_fast"
+    automatic = False
+    exponential = "linear"
+
+
 @hookimpl
 def lpattn_backends() -> list[Backend]:
     """FP8 attention in Triton."""
-    return [TritonBackend()]
+    return [TritonBackend(), FastTritonBackend()]
