@@ -8,8 +8,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import itertools
+import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -147,11 +149,33 @@ def bugs_table() -> str:
     return rows(["planted bug", "found by"], [*named, *at_import, *on_gpu])
 
 
+def hardware_table() -> str:
+    """What the suite found on hardware, a row per backend, from the committed result files."""
+    body = []
+    for path in sorted((REPOSITORY / "benchmarks" / "results").glob("*-conformance.json")):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        provenance = document["provenance"]
+        where = provenance.get("gpu") or provenance.get("cpu", "")
+        for found in document["conformance"]:
+            name = f"`{found['backend']}`" + (f", {found['version']}" if found.get("version") else "")
+            if "error" in found:
+                body.append([f"`{path.name}`", name, where, found["error"].splitlines()[-1], "", ""])
+                continue
+            counts = Counter(check["status"] for check in found["checks"])
+            failed = ", ".join(f"`{check}`" for check in found["failed"]) or "none"
+            ran = where if found["device"] else f"not on {where}"
+            body.append([f"`{path.name}`", name, ran, str(counts["passed"]), str(counts["skipped"]), failed])
+    if not body:
+        return "No results are committed.\n"
+    return rows(["file", "backend", "ran on", "passed", "skipped", "failed"], body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "capabilities": capabilities_table,
     "capability fields": capability_fields_table,
     "checks": checks_table,
     "bugs": bugs_table,
+    "hardware": hardware_table,
 }
 
 
