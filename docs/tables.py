@@ -155,7 +155,7 @@ def hardware_table() -> str:
     for path in sorted((REPOSITORY / "benchmarks" / "results").glob("*-conformance.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
         provenance = document["provenance"]
-        where = provenance.get("gpu") or provenance.get("cpu", "")
+        where = provenance.get("device") or provenance.get("cpu", "")
         for found in document["conformance"]:
             name = f"`{found['backend']}`" + (f", {found['version']}" if found.get("version") else "")
             if "error" in found:

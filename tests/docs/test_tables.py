@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lpattn import testing
 from lpattn.hookspecs import Hooks
 from lpattn.testing import CHECKS, BackendTests
 
@@ -82,6 +83,11 @@ def test_every_attribute_of_the_suite_is_documented() -> None:
     text = (REPOSITORY / "docs" / "conformance.md").read_text(encoding="utf-8")
     names = [*BackendTests.__annotations__, "emulate"]
     assert [name for name in names if not re.search(rf"`{name}[`(]", text)] == []
+
+
+def test_every_name_of_the_suite_is_documented() -> None:
+    text = (REPOSITORY / "docs" / "api.md").read_text(encoding="utf-8")
+    assert [name for name in testing.__all__ if not re.search(rf"`{name}[`(]", text)] == []
 
 
 def test_every_check_is_documented() -> None:
