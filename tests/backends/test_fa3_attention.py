@@ -336,16 +336,13 @@ def layouts(x: torch.Tensor) -> list[torch.Tensor]:
 def test_strides_make_no_difference_and_no_copies(backend, monkeypatch) -> None:
     q, k, v = inputs()
     read = []
-    import lpattn.quantize.fused.operands as operands
+    from lpattn.quantize.fused.launcher import Launch
 
-    launch = operands.launch
+    run = Launch.__call__
     monkeypatch.setattr(
-        operands,
-        "launch",
-        lambda kernel, programs, tensors, *rest, **options: (
-            read.append([t.data_ptr() for t in tensors[:3]]),
-            launch(kernel, programs, tensors, *rest, **options),
-        ),
+        Launch,
+        "__call__",
+        lambda self, tensors: (read.append([t.data_ptr() for t in tensors[:3]]), run(self, tensors)),
     )
     results = []
     for views in zip(layouts(q), layouts(k), layouts(v), strict=True):

@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": {"dispatch", "registry", "settings", "calls", *WORDS},
     "execute": {"plan", "dispatch", "registry", "settings", "active", "calls", "ledger", "rope", *WORDS},
     "quantize": {*WORDS},
-    "kernels": {"quantize", "types"},
+    "kernels": {"quantize", *WORDS},
     "backends": {"backend", "hookspecs", "quantize", "kernels", "policy", "rope", *WORDS},
     "ops": {"execute", "dispatch", "settings", "ledger", *WORDS},
     "functional": {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -136,12 +137,10 @@ class FA3Backend(Backend):
         cos_k: torch.Tensor | None = None,
         sin_k: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        from lpattn.quantize.fused import rotation_of
-
         assert call.rope is not None
         tables = (cos, sin, cos if cos_k is None else cos_k, sin if sin_k is None else sin_k)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        rotation = rotation_of(query, key, tables, call.rope.interleaved)
+        rotation = self._fused.rotation_of(query, key, tables, call.rope.interleaved)
         return self._attend(query, key, value, call, attn_mask, rotation)
 
     def _attend(
@@ -153,12 +152,10 @@ class FA3Backend(Backend):
         attn_mask: torch.Tensor | None,
         rotation: Rotation | None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        # Triton is imported at the first call: `import lpattn` must not wait for it.
-        from lpattn.quantize.fused import quantize_per_head, restore_output, used_keys
-
+        fused = self._fused
         sign, scale = _split_scale(call.softmax_scale)
-        keys = None if attn_mask is None else used_keys(attn_mask, call.batch, call.kv_len)
-        quantized = quantize_per_head(
+        keys = None if attn_mask is None else fused.used_keys(attn_mask, call.batch, call.kv_len)
+        quantized = fused.quantize_per_head(
             query,
             key,
             value,
@@ -168,7 +165,7 @@ class FA3Backend(Backend):
             keys=keys,
             with_lse_shift=call.return_lse,
         )
-        out, lse, *_ = self._forward(
+        result = self._forward(
             quantized.query,
             quantized.key,
             quantized.value,
@@ -182,12 +179,20 @@ class FA3Backend(Backend):
             num_splits=1,
             seqused_k=None if keys is None else keys.counts,
         )
-        out = restore_output(out, quantized, query.dtype).transpose(1, 2)
+        out = fused.restore_output(result[0], quantized, query.dtype).transpose(1, 2)
         if quantized.lse_shift is None:
             return out
         # -inf is what the kernel makes of a NaN in the row, unless there is no key.
+        lse = result[1]
         lse = lse.masked_fill(lse == -torch.inf, torch.nan).add_(quantized.lse_shift, alpha=scale)
         return out, lse if keys is None else lse.masked_fill(keys.counts[:, None, None] == 0, -torch.inf)
+
+    @functools.cached_property
+    def _fused(self) -> ModuleType:
+        # Triton is imported at the first call: `import lpattn` must not wait for it.
+        from lpattn.quantize import fused
+
+        return fused
 
     @functools.cached_property
     def _forward(self) -> torch._ops.OpOverload:
@@ -197,6 +202,7 @@ class FA3Backend(Backend):
         return wheel.forward()
 
 
+@functools.lru_cache(maxsize=64)
 def _split_scale(softmax_scale: float) -> tuple[float, float]:
     """A factor for q, and a positive scale for the kernel.
 

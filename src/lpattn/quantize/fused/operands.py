@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 
+from lpattn.errors import InvalidArgumentError
 from lpattn.quantize.fused import layout
 from lpattn.quantize.fused.keys import list_used
-from lpattn.quantize.fused.launcher import INTERPRETED, kinds_of, launch
+from lpattn.quantize.fused.launcher import INTERPRETED, Launch, kinds_of, launch
 from lpattn.quantize.fused.output import restore
 from lpattn.quantize.fused.per_head import quantize_heads, sample_heads
 from lpattn.quantize.fused.tile import HALF_SPLIT, HALF_SPLIT_PARTIAL, INTERLEAVED, NO_ROPE
@@ -23,11 +24,16 @@ _TILE = 4096
 _WARPS = 2
 _PROGRAMS = 4
 SAMPLE_WARPS = 4
+TRANSFORMED_SAMPLE_WARPS = 8
+"""A rotated or transformed tile needs more registers than 4 warps have."""
 _RESTORED_TOKENS = 64
 _RESTORE_WARPS = 4
 _RESTORE_PROGRAMS = 3
 _MANY_TILES = 16
 """Tiles per program where there are more heads than programs."""
+
+E4M3_FROM = (8, 9)
+"""Compute capability from which on Triton casts to e4m3."""
 
 Turns = tuple[bool, int, tuple[int, ...], tuple[int, ...]]
 """Whether pairs are interleaved, how many lanes turn, and the strides of q's and of k's tables, [B, S, H, lanes]."""
@@ -94,8 +100,7 @@ class Quantized(Protocol):
         """Where V's constant is: see :func:`lpattn.quantize.fused.layout.constants`."""
 
 
-@dataclass(frozen=True)
-class PerHead:
+class PerHead(NamedTuple):
     """q, k and v in e4m3 with a descale per (batch, KV head): value = data * descale (+ constant, for k and v).
 
     Attributes:
@@ -185,59 +190,49 @@ def quantize_per_head(
     """
     cos_q, sin_q, cos_k, sin_k, turns = tables_of(rope)
     indices, counts = (None, None) if keys is None else (keys.indices, keys.counts)
-    device = query.device
-    plan = _plan(query.shape, key.shape, query.stride(), key.stride(), value.stride(), turns, hadamard, device)
-    batch, heads, q_len, dim = query.shape
-    kv_heads, kv_len = key.shape[1:3]
-
-    data = torch.empty(plan.bytes, dtype=torch.float8_e4m3fn, device=device)
-    q_out = data.as_strided((batch, q_len, heads, dim), (heads * q_len * dim, dim, q_len * dim, 1))
-    shape, strides = (batch, kv_len, kv_heads, dim), (kv_heads * kv_len * dim, dim, kv_len * dim, 1)
-    k_out, v_out = data.as_strided(shape, strides, plan.k_start), data.as_strided(shape, strides, plan.v_start)
-    buffer = torch.empty(plan.floats, dtype=torch.float32, device=device)
-    q_descale, k_descale, v_descale = buffer.as_strided((3, batch, kv_heads), (batch * kv_heads, kv_heads, 1)).unbind()
-    shift = torch.empty((batch, heads, q_len), dtype=torch.float32, device=device) if with_lse_shift else None
-
-    inputs = (query, key, value, indices, counts, cos_q, sin_q, cos_k, sin_k)
-    kinds = kinds_of(inputs)
-    launch(
-        sample_heads,
-        plan.parts,
-        (*inputs, buffer),
-        plan.numbers,
-        (*plan.constants, plan.overlaps),
-        kinds,
-        SAMPLE_WARPS,
-        plan.overlaps,
+    more = (indices, counts, cos_q, sin_q, cos_k, sin_k)
+    plan = _plan(
+        query.shape,
+        key.shape,
+        query.stride(),
+        key.stride(),
+        value.stride(),
+        turns,
+        hadamard,
+        factor,
+        with_lse_shift,
+        # What kinds_of says, in a quarter of its time: q, k and v have one dtype, and plain calls bring nothing else.
+        (query.dtype, query.data_ptr() % 16, key.data_ptr() % 16, value.data_ptr() % 16),
+        None if rope is None and keys is None else kinds_of(more),
+        query.device,
     )
-    launch(
-        quantize_heads,
-        plan.programs,
-        (*inputs, buffer, q_out, k_out, v_out, shift),
-        (*plan.numbers, plan.tiles_per_program, float(factor)),
-        (*plan.constants, plan.tokens, plan.q_rows, plan.overlaps, INTERPRETED),
-        (kinds, with_lse_shift),
-        _WARPS,
-        plan.overlaps,
-    )
-    return PerHead(q_out, k_out, v_out, q_descale, k_descale, v_descale, shift, hadamard, buffer)
+    data = torch.empty(plan.bytes, dtype=torch.float8_e4m3fn, device=plan.device)
+    q_out = data.as_strided(plan.q_shape, plan.q_strides)
+    k_out = data.as_strided(plan.kv_shape, plan.kv_strides, plan.k_start)
+    v_out = data.as_strided(plan.kv_shape, plan.kv_strides, plan.v_start)
+    buffer = torch.empty(plan.floats, dtype=torch.float32, device=plan.device)
+    shift = torch.empty(plan.shift_shape, dtype=torch.float32, device=plan.device) if with_lse_shift else None
+    read = (query, key, value, *more, buffer)
+    plan.sample(read)
+    plan.quantize((*read, q_out, k_out, v_out, shift))
+    return PerHead(q_out, k_out, v_out, buffer[0], buffer[1], buffer[2], shift, hadamard, buffer)
 
 
 class _Plan(NamedTuple):
-    """What two launches for some shapes and strides need: sizes of what they write, grids, numbers and constants."""
+    """What the two launches for some shapes and strides need: the sizes of what they write, and themselves."""
 
+    device: torch.device
     bytes: int
+    q_shape: tuple[int, ...]
+    q_strides: tuple[int, ...]
+    kv_shape: tuple[int, ...]
+    kv_strides: tuple[int, ...]
     k_start: int
     v_start: int
-    floats: int
-    parts: int
-    programs: int
-    tiles_per_program: int
-    tokens: int
-    q_rows: int
-    overlaps: bool
-    numbers: tuple[int, ...]
-    constants: tuple[int, ...]
+    floats: tuple[int, ...]
+    shift_shape: tuple[int, ...]
+    sample: Launch
+    quantize: Launch
 
 
 @functools.lru_cache(maxsize=1024)
@@ -249,8 +244,13 @@ def _plan(
     v_strides: tuple[int, ...],
     turns: Turns | None,
     hadamard: HadamardMode,
+    factor: float,
+    with_lse_shift: bool,
+    kinds: Hashable,
+    more_kinds: Hashable,
     device: torch.device,
 ) -> _Plan:
+    check_device(device)
     batch, heads, q_len, dim = q_shape
     kv_heads, kv_len = k_shape[1:3]
     groups, lanes = batch * kv_heads, lanes_of(dim)
@@ -263,22 +263,47 @@ def _plan(
     parts = batch * heads * q_parts + groups * (k_parts + v_parts)
 
     strides, constants = how_to_read(dim, q_strides, k_strides, v_strides, turns, hadamard)
+    numbers = (batch, heads, kv_heads, q_len, kv_len, q_parts, k_parts, v_parts, *strides)
+    overlaps = overlaps_on(device)
+    plain = turns is None and hadamard is not HadamardMode.QKV
+    sample = Launch(
+        sample_heads,
+        parts,
+        numbers,
+        (*constants, overlaps),
+        (kinds, more_kinds),
+        SAMPLE_WARPS if plain else TRANSFORMED_SAMPLE_WARPS,
+        overlaps,
+        device,
+    )
     tokens = _TILE // lanes
     q_tiles, kv_tiles = -(-q_len // tokens), -(-kv_len // tokens)
     each = _tiles_per_program(max(q_tiles, kv_tiles), batch * heads + 2 * groups, _PROGRAMS, device)
+    q_rows = _power_of_two(heads // kv_heads * q_parts)
+    quantize = Launch(
+        quantize_heads,
+        batch * heads * -(-q_tiles // each) + 2 * groups * -(-kv_tiles // each),
+        (*numbers, each, float(factor)),
+        (*constants, tokens, q_rows, overlaps, INTERPRETED),
+        (kinds, more_kinds, with_lse_shift),
+        _WARPS,
+        overlaps,
+        device,
+    )
     return _Plan(
+        device=device,
         bytes=v_start + groups * kv_len * dim,
+        q_shape=(batch, q_len, heads, dim),
+        q_strides=(heads * q_len * dim, dim, q_len * dim, 1),
+        kv_shape=(batch, kv_len, kv_heads, dim),
+        kv_strides=(kv_heads * kv_len * dim, dim, kv_len * dim, 1),
         k_start=k_start,
         v_start=v_start,
-        floats=layout.size(groups, lanes, parts),
-        parts=parts,
-        programs=batch * heads * -(-q_tiles // each) + 2 * groups * -(-kv_tiles // each),
-        tiles_per_program=each,
-        tokens=tokens,
-        q_rows=_power_of_two(heads // kv_heads * q_parts),
-        overlaps=overlaps_on(device),
-        numbers=(batch, heads, kv_heads, q_len, kv_len, q_parts, k_parts, v_parts, *strides),
-        constants=constants,
+        # The first three rows are the descales: see layout.py.
+        floats=(-(-layout.size(groups, lanes, parts) // max(groups, 1)), batch, kv_heads),
+        shift_shape=(batch, heads, q_len),
+        sample=sample,
+        quantize=quantize,
     )
 
 
@@ -320,30 +345,44 @@ def restore_output(out: torch.Tensor, quantized: Quantized, dtype: torch.dtype) 
         The sum is float32; the transform takes it rounded to out's dtype. Values beyond float16's range become its
         largest where that is the dtype.
     """
-    batch, q_len, heads, dim = out.shape
     to = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
+    kinds = (out.dtype, dtype, out.data_ptr() % 16, to.data_ptr() % 16)
+    hadamard = quantized.hadamard is not HadamardMode.NONE
+    _restore(out.shape, quantized.num_kv_heads, hadamard, kinds, out.device)((out, to, quantized.buffer))
+    return to
+
+
+@functools.lru_cache(maxsize=1024)
+def _restore(
+    shape: tuple[int, ...],
+    kv_heads: int,
+    hadamard: bool,
+    kinds: tuple[torch.dtype, torch.dtype, int, int],
+    device: torch.device,
+) -> Launch:
+    batch, q_len, heads, dim = shape
+    dtype = kinds[1]
     limit = torch.finfo(dtype).max if dtype == torch.float16 else 0.0
     tiles = -(-q_len // _RESTORED_TOKENS)
-    each = _tiles_per_program(tiles, batch * heads, _RESTORE_PROGRAMS, out.device)
-    overlaps = overlaps_on(out.device)
-    launch(
+    each = _tiles_per_program(tiles, batch * heads, _RESTORE_PROGRAMS, device)
+    overlaps = overlaps_on(device)
+    return Launch(
         restore,
         batch * heads * -(-tiles // each),
-        (out, to, quantized.buffer),
-        (batch, heads, quantized.num_kv_heads, q_len, each, limit),
-        (dim, lanes_of(dim), quantized.hadamard is not HadamardMode.NONE, _RESTORED_TOKENS, overlaps),
-        kinds_of((out, to)),
+        (batch, heads, kv_heads, q_len, each, limit),
+        (dim, lanes_of(dim), hadamard, _RESTORED_TOKENS, overlaps),
+        kinds,
         _RESTORE_WARPS,
         overlaps,
+        device,
     )
-    return to
 
 
 def _constants(buffer: torch.Tensor, of_head: torch.Tensor, lanes: int) -> tuple[torch.Tensor, torch.Tensor]:
     """[B, Hkv, lanes] of k and v, B and Hkv being the leading sizes of ``of_head``."""
     batch, kv_heads = of_head.shape[:2]
     groups = batch * kv_heads
-    rows = buffer[3 * groups : 3 * groups * (1 + lanes)].view(3, batch, kv_heads, lanes)
+    rows = buffer.view(-1)[3 * groups : 3 * groups * (1 + lanes)].view(3, batch, kv_heads, lanes)
     return rows[1], rows[2]
 
 
@@ -387,6 +426,19 @@ def _tiles_per_program(tiles: int, heads: int, per_multiprocessor: int, device: 
     """So many that all programs run at once and take equally long; fewer where there are more heads than that."""
     programs = per_multiprocessor * _multiprocessors(device) // heads
     return -(-tiles // programs) if programs else _MANY_TILES
+
+
+def check_device(device: torch.device) -> None:
+    """Refuse a GPU for which Triton has no cast to e4m3.
+
+    Raises:
+        InvalidArgumentError: its compute capability is below 8.9.
+    """
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < E4M3_FROM:
+        raise InvalidArgumentError(
+            f"q, k, v are on {device} (sm_{capability[0]}{capability[1]}): quantization to e4m3 needs "
+            f"sm_{E4M3_FROM[0]}{E4M3_FROM[1]} or newer"
+        )
 
 
 @functools.cache
