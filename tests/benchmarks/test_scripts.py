@@ -9,7 +9,7 @@ import plot
 import pytest
 import torch
 
-SCRIPTS = ("attention", "calibrate", "dispatch", "eager_overhead", "plot", "quantization")
+SCRIPTS = ("attention", "calibrate", "conformance", "dispatch", "eager_overhead", "plot", "quantization")
 ON_GPU = ("attention", "calibrate", "quantization")
 
 
