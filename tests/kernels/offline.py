@@ -62,6 +62,7 @@ def operands(dim: int, asked: set[str]) -> PerBlock:
         hadamard=hadamard,
         kv_len=length,
         dim_v=dim,
+        buffer=torch.empty(0),
     )
 
 

@@ -31,6 +31,11 @@ _ONES = tl.constexpr(8)
 """Columns of ones that P is multiplied by: where that takes P from registers, it is cheaper than additions. Hopper's
 instructions would have the compiler store the ones, and wait, in every tile."""
 
+_UNITS_APART = tl.constexpr(2.0**-60)
+"""How much smaller the scale of a block of V may be than the largest one in front of it: what acc is multiplied by from
+block to block, and acc itself, stay finite. Blocks of still smaller values count for no more than 2^-50 of the largest.
+"""
+
 _LN2 = tl.constexpr(0.6931471805599453)
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -100,7 +105,7 @@ def attend_tiles(
     maximum = tl.full((BM,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BM, _ONES) if SUM_BY_PRODUCT else (BM,), tl.float32)
     acc = tl.zeros((BM, LANES_V), tl.float32)
-    unit = 1.0
+    unit, largest_unit = 1.0, 0.0
     # Key tiles: seen in full from whole_first to whole_end, the others of first to end with a look at each key.
     first, whole_first, end = 0, 0, tl.cdiv(keys, BN)
     whole_end = keys // BN
@@ -121,15 +126,15 @@ def attend_tiles(
         whole_list = tile_lists + of_tile * 2 * list_room
         part_list = whole_list + list_room
         whole_tiles, part_tiles = tl.load(tile_counts + of_tile * 2), tl.load(tile_counts + of_tile * 2 + 1)
-    acc, row_sum, maximum, unit = _sweep(
-        acc, row_sum, maximum, unit, q_tile, of_row, k, v, k_scale, v_scale, whole_list, mask, mask_q, mask_k,
-        rows, queries, keys, whole_tiles, whole_tiles, whole_first, whole_first, before, after,
+    acc, row_sum, maximum, unit, largest_unit = _sweep(
+        acc, row_sum, maximum, unit, largest_unit, q_tile, of_row, k, v, k_scale, v_scale, whole_list, mask,
+        mask_q, mask_k, rows, queries, keys, whole_tiles, whole_tiles, whole_first, whole_first, before, after,
         D, D_V, LANES, LANES_V, BLOCK, BM, BN, STAGES, NO_BAND, MASK != NO_MASK, NO_MASK, 1, True, False,
         MASK == ADDITIVE_MASK, SUM_BY_PRODUCT, INTERPRETED,
     )  # fmt: skip
-    acc, row_sum, maximum, unit = _sweep(
-        acc, row_sum, maximum, unit, q_tile, of_row, k, v, k_scale, v_scale, part_list, mask, mask_q, mask_k,
-        rows, queries, keys, part_tiles, left_tiles, first, whole_end, before, after,
+    acc, row_sum, maximum, unit, largest_unit = _sweep(
+        acc, row_sum, maximum, unit, largest_unit, q_tile, of_row, k, v, k_scale, v_scale, part_list, mask,
+        mask_q, mask_k, rows, queries, keys, part_tiles, left_tiles, first, whole_end, before, after,
         D, D_V, LANES, LANES_V, BLOCK, BM, BN, STAGES, BAND, MASK != NO_MASK, MASK, MASK_UNIT, MASK_DENSE, True,
         MASK == ADDITIVE_MASK, SUM_BY_PRODUCT, INTERPRETED,
     )  # fmt: skip
@@ -159,7 +164,7 @@ def attend_tiles(
 
 @triton.jit
 def _sweep(
-    acc, row_sum, maximum, unit, q, of_row, k, v, k_scale, v_scale, tile_list, mask, mask_q, mask_k,
+    acc, row_sum, maximum, unit, largest_unit, q, of_row, k, v, k_scale, v_scale, tile_list, mask, mask_q, mask_k,
     rows, queries, keys, tiles, left_tiles, first, second, before, after,
     D: tl.constexpr, D_V: tl.constexpr, LANES: tl.constexpr, LANES_V: tl.constexpr, BLOCK: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, BAND: tl.constexpr, LISTED: tl.constexpr,
@@ -170,13 +175,13 @@ def _sweep(
 
     Args:
         acc, row_sum, maximum: output and sum of exp2(logit - maximum) * 2^8, maximum of the logits.
-        unit: scale of v that acc is in.
+        unit, largest_unit: scale of v that acc is in, and the largest one so far.
         LOOKS: the tiles' keys may be masked by BAND, MASK or their number.
         NATURAL: maximum is in natural units, not in those of exp2.
         SUM_BY_PRODUCT: row_sum is [BM, _ONES], equal columns; else [BM].
 
     Returns:
-        (acc, row_sum, maximum, unit)
+        (acc, row_sum, maximum, unit, largest_unit)
     """
     lanes, lanes_v, columns = tl.arange(0, LANES), tl.arange(0, LANES_V), tl.arange(0, BN)
     for i in tl.range(0, tiles, num_stages=STAGES):
@@ -239,7 +244,9 @@ def _sweep(
             at = v + (start + columns).to(tl.int64)[:, None] * D_V + lanes_v[None, :]
         v_tile = tl.load(at) if D_V == LANES_V else tl.load(at, mask=(lanes_v < D_V)[None, :], other=0.0)
         # A fresh accumulator for every tile: that of the tensor cores is narrower than float32.
-        acc = acc * (alpha * (unit / of_v))[:, None] + tl.dot(weights, v_tile)
+        largest_unit = tl.maximum(largest_unit, of_v)
+        next_unit = tl.maximum(of_v, largest_unit * _UNITS_APART)
+        acc = acc * (alpha * (unit / next_unit))[:, None] + tl.dot(weights, v_tile)
         if SUM_BY_PRODUCT:
             if v.dtype.element_ty == tl.float8e4nv:
                 # The bits of 1.0, since ptxas 12.8 gets a cast of a constant to e4m3 wrong.
@@ -249,8 +256,8 @@ def _sweep(
             row_sum = row_sum * alpha[:, None] + tl.dot(weights, ones)
         else:
             row_sum = row_sum * alpha + tl.sum(weights.to(tl.float32), 1)
-        unit = of_v
-    return acc, row_sum, maximum, unit
+        unit = next_unit
+    return acc, row_sum, maximum, unit, largest_unit
 
 
 @triton.jit
