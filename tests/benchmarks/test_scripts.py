@@ -9,8 +9,8 @@ import plot
 import pytest
 import torch
 
-SCRIPTS = ("attention", "calibrate", "dispatch", "eager_overhead", "plot", "quantization")
-ON_GPU = ("attention", "calibrate", "quantization")
+SCRIPTS = ("attention", "calibrate", "dispatch", "eager_overhead", "plot", "quantization", "targets")
+ON_GPU = ("attention", "calibrate", "quantization", "targets")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
