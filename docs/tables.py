@@ -19,7 +19,7 @@ from typing import Any
 from lpattn import Backend, Capabilities, MaskKind
 from lpattn.backends.fa3 import FA3Backend
 from lpattn.backends.reference import ReferenceBackend
-from lpattn.backends.triton import TritonBackend
+from lpattn.backends.triton import Int8TritonBackend, TritonBackend
 from lpattn.testing import CHECKS
 
 REPOSITORY = Path(__file__).parents[1]
@@ -44,6 +44,7 @@ def backends() -> dict[str, Backend]:
         "bf16_reference": ReferenceBackend(),
         "fp8_fa3": FA3Backend(),
         "fp8_triton": TritonBackend(),
+        "int8_triton": Int8TritonBackend(),
         "fp8_emulated": emulated.EmulatedBackend(),
         "sageattention 1.0.6": sage.SageAttentionBackend(sage.Wheel("1.0.6")),
         "sageattention 2.x": sage.SageAttentionBackend(sage.Wheel("2.2.0")),

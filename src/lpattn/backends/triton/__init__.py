@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lpattn.quantize.fused import Rotation
 
 
-class FP8TritonBackend(Backend):
+class TritonBackend(Backend):
     """FP8 attention with a scale per query token and per block of 128 keys; on sm_80 and sm_86 as ``int8_triton``.
 
     A key-padding mask becomes a list of the keys that are used: the others are left out of k and v when these are
@@ -48,6 +48,7 @@ class FP8TritonBackend(Backend):
         dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
         device_types=frozenset({"cuda"}),
         architectures=((8, 0), (12, 1)),
+        head_dims=frozenset(range(1, LARGEST_HEAD_DIM + 1)),
         head_dim_v_differs=True,
         masks=frozenset(MaskKind),
         causal_rectangular=True,
@@ -71,7 +72,7 @@ class FP8TritonBackend(Backend):
         return reasons
 
     def supports(self, call: AttentionCall) -> list[Reason]:
-        reasons = super().supports(call)
+        reasons = [r for r in super().supports(call) if r.code != "head_dim"]
         for name in ("head_dim", "head_dim_v"):
             if getattr(call, name) > LARGEST_HEAD_DIM:
                 text = f"{name} {getattr(call, name)}: has kernels for {LARGEST_HEAD_DIM} at most"
@@ -137,7 +138,7 @@ class FP8TritonBackend(Backend):
         return out if lse is None else (out, lse)
 
 
-class Int8TritonBackend(FP8TritonBackend):
+class Int8TritonBackend(TritonBackend):
     """Attention with q and k in int8, and v and P in float16: slower than FP8 where there is FP8, and more accurate.
 
     Masks are treated as in ``fp8_triton``.
@@ -156,7 +157,7 @@ class Int8TritonBackend(FP8TritonBackend):
     int8 = True
 
 
-class FastFP8TritonBackend(FP8TritonBackend):
+class FastTritonBackend(TritonBackend):
     """``fp8_triton`` with a coarser exponential in the Hopper kernel; runs only where it is named.
 
     Precision:
@@ -173,4 +174,4 @@ class FastFP8TritonBackend(FP8TritonBackend):
 @hookimpl
 def lpattn_backends() -> list[Backend]:
     """Attention in FP8 and in INT8, in Triton."""
-    return [FP8TritonBackend(), FastFP8TritonBackend(), Int8TritonBackend()]
+    return [TritonBackend(), FastTritonBackend(), Int8TritonBackend()]

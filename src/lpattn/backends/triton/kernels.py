@@ -159,8 +159,9 @@ def kernel_for(call: AttentionCall, int8: bool, exponential: str | None = None) 
     """
     if call.capability is not None and call.capability < FIRST_WITH_E4M3:
         int8 = True
-    # The pass that undoes the transform behind the Hopper kernel takes powers of two only.
-    transforms = call.hadamard is HadamardMode.NONE or not call.head_dim & (call.head_dim - 1)
-    if not int8 and transforms and not hopper.reasons_against(call) and not hopper.reasons_against_triton():
-        return HopperKernel(exponential)
+    if call.capability == hopper.ARCHITECTURE and not int8:
+        # The pass that undoes the transform behind the Hopper kernel takes powers of two only.
+        transforms = call.hadamard is HadamardMode.NONE or not call.head_dim & (call.head_dim - 1)
+        if transforms and not hopper.reasons_against(call) and not hopper.reasons_against_triton():
+            return HopperKernel(exponential)
     return PortableKernel(int8)
