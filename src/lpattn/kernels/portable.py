@@ -183,7 +183,11 @@ def _sweep(
     Returns:
         (acc, row_sum, maximum, unit, largest_unit)
     """
-    lanes, lanes_v, columns = tl.arange(0, LANES), tl.arange(0, LANES_V), tl.arange(0, BN)
+    lanes, lanes_v, slots = tl.arange(0, LANES), tl.arange(0, LANES_V), tl.arange(0, BN)
+    # Keys are taken in the order in which V is stored, so that P has it too.
+    columns = slots
+    if v.dtype.element_ty == tl.float8e4nv:
+        columns = slots // 16 * 16 + slots // 2 % 2 * 8 + slots // 4 % 4 * 2 + slots % 2
     for i in tl.range(0, tiles, num_stages=STAGES):
         if LISTED:
             start = tl.load(tile_list + i) * BN
@@ -234,14 +238,11 @@ def _sweep(
         of_v = tl.load(v_scale + block)
         if v.dtype.element_ty == tl.float8e4nv:
             weights = to_e4m3(p, True) if INTERPRETED else p.to(tl.float8e4nv)
-            # Keys in the order in which V is stored: the registers of the accumulator are those of the operand.
-            weights = tl.reshape(weights, (BM, BN // 16, 2, 4, 2))
-            weights = tl.reshape(tl.permute(weights, (0, 1, 3, 2, 4)), (BM, BN))
             # [BN, LANES_V], stored as [D_V, BLOCK] per block
-            at = v + block.to(tl.int64) * (D_V * BLOCK) + lanes_v[None, :] * BLOCK + (start % BLOCK + columns)[:, None]
+            at = v + block.to(tl.int64) * (D_V * BLOCK) + lanes_v[None, :] * BLOCK + (start % BLOCK + slots)[:, None]
         else:
             weights = p.to(tl.float16)
-            at = v + (start + columns).to(tl.int64)[:, None] * D_V + lanes_v[None, :]
+            at = v + (start + slots).to(tl.int64)[:, None] * D_V + lanes_v[None, :]
         v_tile = tl.load(at) if D_V == LANES_V else tl.load(at, mask=(lanes_v < D_V)[None, :], other=0.0)
         # A fresh accumulator for every tile: that of the tensor cores is narrower than float32.
         largest_unit = tl.maximum(largest_unit, of_v)
