@@ -136,7 +136,7 @@ def test_v_of_ones_gives_one(backend, tools) -> None:
         ("bias", "qkv", (45.0, 45.0, 45.0)),
     ],
 )
-@pytest.mark.parametrize(("index", "dim"), enumerate((64, 128, 256)))
+@pytest.mark.parametrize(("index", "dim"), list(enumerate((64, 128, 256))))
 def test_kinds_of_data_at_16k(backend, tools, kind, hadamard, floors, index, dim, record_property) -> None:
     q, k, v = tools.data(kind, 8, 16384, dim)
     out = attend(backend, q, k, v, hadamard=hadamard)

@@ -76,10 +76,11 @@ class FA3Backend(Backend):
         has_cuda = torch.cuda.is_available()
         capability = None
         reasons = []
-        if device.type == "cuda" and has_cuda:
+        if device.type == "cuda" and has_cuda and (device.index or 0) < torch.cuda.device_count():
             capability = torch.cuda.get_device_capability(device)
         elif device.type == "cuda":
-            reasons.append(Reason("device", f"{device}: PyTorch {torch.__version__} sees no CUDA device"))
+            which = "such" if has_cuda else "CUDA"
+            reasons.append(Reason("device", f"{device}: PyTorch {torch.__version__} sees no {which} device"))
         # What the data says about the device alone: any call that nothing else speaks against will do.
         any_call = AttentionCall(1, 1, 1, 1, 1, 128, 128, torch.bfloat16, device.type, capability=capability)
         reasons += self.capabilities.reasons_against(any_call)

@@ -57,7 +57,8 @@ def emulate(quantized: PerBlock, *, kind: int, causal: bool = False) -> tuple[to
         largest = torch.where(s.isnan(), -torch.inf, s).amax(-1)
         c = quantized.q_scale.double() * k_scale[:, :, block, None]
         c = torch.where((largest * c).abs() > 8000.0, 1.0, c.clamp(2.0**-24, 32768.0))
-        after = torch.minimum(offset, _float16_below(top - (largest * c).clamp(min=-8192.0)))
+        raised = (top - largest * c).clamp(max=8192.0)
+        after = torch.minimum(offset, _half(raised - (raised.abs() - 1024.0).clamp(min=0.0) * 2.0**-10))
         change = torch.where(offset == torch.inf, 0.0, torch.exp2(after - offset))
         t = (s * _half(c)[..., None] + after[..., None]).half().double()
         p = _values(_codes(t, kind))
@@ -100,13 +101,6 @@ def _values(codes: torch.Tensor) -> torch.Tensor:
 
 def _half(x: torch.Tensor) -> torch.Tensor:
     return x.half().double()
-
-
-def _float16_below(x: torch.Tensor) -> torch.Tensor:
-    """The largest float16 that is not above x."""
-    near = x.half()
-    below = torch.nextafter(near, torch.full_like(near, -torch.inf))
-    return torch.where(near.double() > x, below, near).double()
 
 
 def _unpermuted(value: torch.Tensor) -> torch.Tensor:

@@ -76,8 +76,9 @@ def refer(largest, c, before, KIND: gl.constexpr, MASKED: gl.constexpr):
     offset = gl.where(beyond, start - largest, offset)
     if MASKED:
         offset = gl.minimum(offset, _HIDDEN)
-    # Half of a float16's last place less, and so never above what it was before it is rounded.
-    offset = offset - gl.abs(offset) * 2.0**-11
+    # Rounded to the nearest float16 it may be too large by half a last place: less than an octave up to 2048, where
+    # P's largest values are below 448. Beyond, as much is taken off.
+    offset = offset - gl.maximum(gl.abs(offset) - 1024.0, 0.0) * 2.0**-10
     after, value = gl.inline_asm_elementwise(
         """{ .reg .b32 new; .reg .b16 low, high;
         cvt.rn.f16x2.f32 new, $2, $2;

@@ -121,7 +121,9 @@ def _sample_part(
     largest, square = 0.0, 0.0
     low_sum = tl.zeros((HALF,), tl.float32)
     high_sum = tl.zeros((HALF,), tl.float32)
-    for first in range(part * each, tl.minimum(part * each + each, size), PART):
+    # Tiles that are loaded ahead do not fit into shared memory beside those of a wide Hadamard transform.
+    STAGES: tl.constexpr = 1 if HADAMARD_V else 3
+    for first in tl.range(part * each, tl.minimum(part * each + each, size), PART, num_stages=STAGES):
         tokens, used = sampled_tokens(first, size, length)
         if keys is not None:
             if which > 0:
