@@ -78,9 +78,17 @@ DATA = {
 """Kinds of data, in words. The outliers are those of FlashAttention-3 (arXiv:2407.08608, section 4.3)."""
 
 
-def inputs(shape: Shape, data: str = "randn", device: str = "cuda") -> Tensors:
-    """q, k and v of one kind of data, always the same."""
-    torch.manual_seed(0)
+def inputs(shape: Shape, data: str = "randn", device: str = "cuda", layout: str = "bhsd", seed: int = 0) -> Tensors:
+    """q, k and v of one kind of data, for a seed always the same.
+
+    Args:
+        shape: the call.
+        data: a key of :data:`DATA`.
+        device: of the tensors.
+        layout: of the memory, as the dimensions from the slowest to the fastest: "bhsd", or "bshd" as models have it.
+        seed: of the random numbers.
+    """
+    torch.manual_seed(seed)
 
     def one(heads: int, bias: float) -> torch.Tensor:
         size = (shape.batch, heads, shape.length, shape.head_dim)
@@ -89,13 +97,23 @@ def inputs(shape: Shape, data: str = "randn", device: str = "cuda") -> Tensors:
             x += (torch.rand(size, device=device) < 0.001) * 10 * torch.randn(size, device=device)
         elif data == "bias" and bias:
             x += bias * torch.randn(shape.batch, heads, 1, shape.head_dim, device=device)
-        return x.bfloat16()
+        x = x.bfloat16()
+        return x if layout == "bhsd" else x.transpose(1, 2).contiguous().transpose(1, 2)
 
     return one(shape.num_heads, 0.0), one(shape.num_kv_heads, 4.0), one(shape.num_kv_heads, 1.0)
 
 
 def sqnr(out: torch.Tensor, qkv: Tensors, shape: Shape, rows: int = 24, all_heads: bool = False) -> float:
-    """SQNR in dB against exact attention in float64, on sampled rows of the first and last sequence and head.
+    """SQNR in dB against exact attention in float64: see :func:`energies`."""
+    return decibels(*energies(out, qkv, shape, rows, all_heads))
+
+
+def energies(
+    out: torch.Tensor, qkv: Tensors, shape: Shape, rows: int = 24, all_heads: bool = False
+) -> tuple[float, float]:
+    """Sums of squares of exact attention in float64, and of the difference, on sampled rows.
+
+    They are rows of the first and last sequence and head.
 
     Args:
         out: [B, H, S, D], what is judged.
@@ -119,7 +137,7 @@ def sqnr(out: torch.Tensor, qkv: Tensors, shape: Shape, rows: int = 24, all_head
             expected = logits.softmax(-1) @ v[batch, kv].double()
             signal += float(expected.square().sum())
             noise += float((expected - out[batch, head, at].double()).square().sum())
-    return decibels(signal, noise)
+    return signal, noise
 
 
 def decibels(signal: float, noise: float) -> float:

@@ -1,4 +1,4 @@
-"""What mkdocs cannot know: pages and pictures that lie outside of docs/, under the names by which pages link to them."""
+"""What mkdocs cannot know: pages and pictures outside of docs/, under the names by which pages link to them."""
 
 from __future__ import annotations
 

@@ -6,10 +6,12 @@ A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. The tests 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib
 import itertools
+import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -24,27 +26,20 @@ REPOSITORY = Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- table: (?P<name>[a-z ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def load(path: str, name: str) -> Any:
-    """A module of the repository that is not installed, or not everywhere."""
-    file = REPOSITORY / path
-    sys.path.insert(0, str(file.parents[1] if file.name == "__init__.py" else file.parent))
+def load(folder: str, name: str) -> Any:
+    """A module of the repository that is not installed everywhere."""
+    sys.path.insert(0, str(REPOSITORY / folder))
     try:
-        spec = importlib.util.spec_from_file_location(name, file)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
+        return importlib.import_module(name)
     finally:
         sys.path.pop(0)
-    return module
 
 
 def backends() -> dict[str, Backend]:
     """Every backend of this repository by its heading; sageattention for both of its versions."""
-    emulated = load("plugins/lpattn-emulated/src/lpattn_emulated/__init__.py", "lpattn_emulated")
-    sage = load("plugins/lpattn-sageattention/src/lpattn_sageattention/__init__.py", "lpattn_sageattention")
-    cudnn = load("plugins/lpattn-cudnn/src/lpattn_cudnn/__init__.py", "lpattn_cudnn")
+    emulated = load("plugins/lpattn-emulated/src", "lpattn_emulated")
+    sage = load("plugins/lpattn-sageattention/src", "lpattn_sageattention")
+    cudnn = load("plugins/lpattn-cudnn/src", "lpattn_cudnn")
     return {
         "bf16_reference": ReferenceBackend(),
         "fp8_fa3": FA3Backend(),
@@ -144,8 +139,8 @@ def checks_table() -> str:
 
 def bugs_table() -> str:
     """Every planted bug with the check that finds it."""
-    honest = load("tests/testing/honest.py", "lpattn_planted_bugs_table")
-    named = ([name.replace("_", " "), f"`{bug.check}`"] for name, bug in honest.BUGS.items())
+    planted = load("tests/testing", "planted_bugs")
+    named = ([name.replace("_", " "), f"`{bug.check}`"] for name, bug in planted.BUGS.items())
     at_import = ([text, "`import_is_pure`"] for text in ("CUDA is called at import", "something is printed at import"))
     on_gpu = (
         ["work goes to the default stream", "`other_streams`"],
@@ -155,11 +150,33 @@ def bugs_table() -> str:
     return rows(["planted bug", "found by"], [*named, *at_import, *on_gpu])
 
 
+def hardware_table() -> str:
+    """What the suite found on hardware, a row per backend, from the committed result files."""
+    body = []
+    for path in sorted((REPOSITORY / "benchmarks" / "results").glob("*-conformance.json")):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        provenance = document["provenance"]
+        where = provenance.get("device") or provenance.get("cpu", "")
+        for found in document["conformance"]:
+            name = f"`{found['backend']}`" + (f", {found['version']}" if found.get("version") else "")
+            if "error" in found:
+                body.append([f"`{path.name}`", name, where, found["error"].splitlines()[-1], "", ""])
+                continue
+            counts = Counter(check["status"] for check in found["checks"])
+            failed = ", ".join(f"`{check}`" for check in found["failed"]) or "none"
+            ran = where if found["device"] else f"not on {where}"
+            body.append([f"`{path.name}`", name, ran, str(counts["passed"]), str(counts["skipped"]), failed])
+    if not body:
+        return "No results are committed.\n"
+    return rows(["file", "backend", "ran on", "passed", "skipped", "failed"], body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "capabilities": capabilities_table,
     "capability fields": capability_fields_table,
     "checks": checks_table,
     "bugs": bugs_table,
+    "hardware": hardware_table,
 }
 
 

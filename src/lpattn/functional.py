@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from lpattn import ops
 from lpattn.active import active, current_settings
-from lpattn.calls import build_call, cast_like_autocast, check_inputs, needs_grad, outside
+from lpattn.calls import build_call, cast_like_autocast, check_inputs, needs_grad, outside, usual_types
 from lpattn.dispatch import Explanation, explain_call
 from lpattn.errors import InvalidArgumentError, UnsupportedCallError
 from lpattn.execute import attend, attend_rope
@@ -71,10 +71,21 @@ def low_precision_sdpa(
     Precision:
         Whatever the chosen backend states. Inputs that require grad run exactly: there is no backward pass.
     """
-    check_inputs(query, key, value, attn_mask, dropout_p, is_causal, scale)
     settings = _resolve(backend, hadamard, on_unsupported)
+    if is_traced() or not usual_types(query, key, value, attn_mask, dropout_p, is_causal, scale):
+        check_inputs(query, key, value, attn_mask, dropout_p, is_causal, scale)
     return redirect(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, settings=settings, return_lse=return_lse
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        settings=settings,
+        return_lse=return_lse,
+        check=True,
     )
 
 
@@ -167,8 +178,12 @@ def redirect(
     *,
     settings: Settings,
     return_lse: bool = False,
+    check: bool = False,
 ) -> Any:
-    """One SDPA call under settings: run at once in eager mode, put into the graph as an operator while tracing."""
+    """One SDPA call under settings: run at once in eager mode, put into the graph as an operator while tracing.
+
+    With ``check``, inputs are checked in eager mode as :func:`lpattn.calls.check_inputs` does.
+    """
     layer = active.layer
     if not is_traced():
         ledger: Ledger | None = None if layer is None else layer.ledger
@@ -184,6 +199,7 @@ def redirect(
             settings=settings,
             ledger=ledger,
             return_lse=return_lse,
+            check=check,
         )
     if reason := _unfit_for_graph(query, key, value, attn_mask, dropout_p, is_causal):
         if refusal := _refusal_while_tracing(settings.text, *reason):

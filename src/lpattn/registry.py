@@ -6,6 +6,7 @@ recorded with its traceback and harms nothing else.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import importlib
@@ -77,6 +78,19 @@ class Failure:
     traceback: str = ""
 
 
+@dataclass(frozen=True)
+class Load:
+    """One attempt to load a plugin or a built-in module.
+
+    Attributes:
+        source: where from; its ``load_seconds`` is what the attempt took, also where it failed.
+        protocol_versions: those that its backends were written for, also of backends that were refused.
+    """
+
+    source: Source
+    protocol_versions: tuple[int, ...] = ()
+
+
 class Registry:
     """The backends of one process. Thread-safe; loads itself at the first question."""
 
@@ -88,6 +102,7 @@ class Registry:
         self._sources: dict[str, Source] = {}
         self._conflicts: dict[str, list[Source]] = {}
         self._failures: list[Failure] = []
+        self._loads: list[Load] = []
         self._probes: dict[tuple[str, torch.device], tuple[Reason, ...]] = {}
         self.generation = 0
         """Raised at every change, so that remembered decisions can be dropped."""
@@ -114,6 +129,14 @@ class Registry:
     def failures(self) -> list[Failure]:
         """What could not be loaded or registered."""
         return list(self._load()._failures)
+
+    def loads(self) -> list[Load]:
+        """Every attempt to load something, in order."""
+        return list(self._load()._loads)
+
+    def conflicts(self) -> dict[str, list[Source]]:
+        """Names that several plugins claim, and which therefore none of them has."""
+        return {name: list(sources) for name, sources in self._load()._conflicts.items()}
 
     def resolve(self, name: str | AttentionBackend) -> str:
         """The canonical form of a backend name, whatever its case.
@@ -245,7 +268,7 @@ class Registry:
 
     def _load_all(self) -> None:
         # An earlier load may have been interrupted from the keyboard: start from nothing.
-        for known in (self._backends, self._sources, self._conflicts, self._failures):
+        for known in (self._backends, self._sources, self._conflicts, self._failures, self._loads):
             known.clear()
         manager = pluggy.PluginManager("lpattn")
         manager.add_hookspecs(Hooks)
@@ -288,10 +311,12 @@ class Registry:
         except (Exception, SystemExit) as error:  # a module may call sys.exit() when it does not like the machine
             if manager.has_plugin(name):
                 manager.unregister(name=name)
+            source = dataclasses.replace(source, load_seconds=time.perf_counter() - start)
+            self._loads.append(Load(source))
             self._fail(source, error)
             return
-        seconds = time.perf_counter() - start
-        source = Source(source.kind, source.distribution, source.version, source.entry_point, seconds)
+        source = dataclasses.replace(source, load_seconds=time.perf_counter() - start)
+        self._loads.append(Load(source, _protocol_versions(backends)))
         for backend in backends:
             try:
                 validate_backend(backend, source)
@@ -302,6 +327,17 @@ class Registry:
     def _fail(self, source: Source, error: BaseException) -> None:
         text = "".join(traceback.format_exception(error))
         self._failures.append(Failure(source, f"{type(error).__name__}: {error}", text))
+
+
+def _protocol_versions(backends: list[Any]) -> tuple[int, ...]:
+    """What the objects say, which may be no backends at all."""
+    found = set()
+    for backend in backends:
+        try:
+            found.add(int(backend.protocol_version))
+        except Exception:  # validate_backend() says what is wrong with it
+            continue
+    return tuple(sorted(found))
 
 
 def validate_backend(backend: Any, source: Source) -> None:

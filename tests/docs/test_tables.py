@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from lpattn import testing
 from lpattn.hookspecs import Hooks
 from lpattn.testing import CHECKS, BackendTests
 
@@ -84,11 +88,27 @@ def test_every_attribute_of_the_suite_is_documented() -> None:
     assert [name for name in names if not re.search(rf"`{name}[`(]", text)] == []
 
 
+def test_every_name_of_the_suite_is_documented() -> None:
+    text = (REPOSITORY / "docs" / "api.md").read_text(encoding="utf-8")
+    assert [name for name in testing.__all__ if not re.search(rf"`{name}[`(]", text)] == []
+
+
 def test_every_check_is_documented() -> None:
     text = (REPOSITORY / "docs" / "conformance.md").read_text(encoding="utf-8")
     assert [name for name in CHECKS if f"| `{name}` |" not in text] == []
 
 
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="building the site needs mkdocs (extra docs, a part of dev)")
+    command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path / "site")]
+    variables = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "site" / "reference" / "index.html").read_text(encoding="utf-8")
+    assert "Softmax scale" in page or "softmax scale" in page
+    assert (tmp_path / "site" / "CONTRIBUTING" / "index.html").is_file()
+
+
 def test_every_page_is_in_the_navigation() -> None:
     navigation = (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
-    assert {page.name for page in PAGES} == set(re.findall(r"(\w+\.md)", navigation))
+    assert {"CONTRIBUTING.md", *(page.name for page in PAGES)} == set(re.findall(r"(\w+\.md)", navigation))

@@ -1,4 +1,4 @@
-"""``fp8_triton`` and ``int8_triton``: lpattn's own attention kernels, in Triton.
+"""``fp8_triton``, ``fp8_triton_fast`` and ``int8_triton``: lpattn's own attention kernels, in Triton.
 
 Owns what they can run and the reasons why not. Which kernel runs a call is :mod:`.kernels`' business, how q, k and v
 are rounded :mod:`lpattn.quantize.fused`'s.
@@ -43,6 +43,7 @@ class TritonBackend(Backend):
 
     name = AttentionBackend.FP8_TRITON.value
     int8: ClassVar[bool] = False
+    exponential: ClassVar[str | None] = None
     capabilities = Capabilities(
         dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
         device_types=frozenset({"cuda"}),
@@ -132,7 +133,7 @@ class TritonBackend(Backend):
         if call.causal is CausalKind.TOP_LEFT and call.kv_len > call.q_len:
             # No query sees the keys behind, so they must not count in a scale either.
             key, value = key[:, :, : call.q_len], value[:, :, : call.q_len]
-        out, lse = kernel_for(call, self.int8).attend(query, key, value, call, attn_mask, rotation)
+        out, lse = kernel_for(call, self.int8, self.exponential).attend(query, key, value, call, attn_mask, rotation)
         out = out.transpose(1, 2)
         return out if lse is None else (out, lse)
 
@@ -156,7 +157,21 @@ class Int8TritonBackend(TritonBackend):
     int8 = True
 
 
+class FastTritonBackend(TritonBackend):
+    """``fp8_triton`` with a coarser exponential in the Hopper kernel; runs only where it is named.
+
+    Precision:
+        As ``fp8_triton``, but that the Hopper kernel interpolates P linearly between powers of two: a relative error of
+        2.95 % instead of 2.57 % (standard deviation, the rounding to e4m3 included), about 0.4 dB SQNR on normal data.
+        With ``return_lse``, and where the portable kernel runs, it is ``fp8_triton``.
+    """
+
+    name = "fp8_triton_fast"
+    automatic = False
+    exponential = "linear"
+
+
 @hookimpl
 def lpattn_backends() -> list[Backend]:
     """Attention in FP8 and in INT8, in Triton."""
-    return [TritonBackend(), Int8TritonBackend()]
+    return [TritonBackend(), FastTritonBackend(), Int8TritonBackend()]

@@ -5,6 +5,7 @@ All of them read what :func:`lpattn.quantize.fused.quantize_per_block` writes. T
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
@@ -74,7 +75,14 @@ class Kernel(ABC):
 
 
 class HopperKernel(Kernel):
-    """The Gluon kernel: the fastest on sm_90, without masks but key padding."""
+    """The Gluon kernel: the fastest on sm_90, without masks but key padding.
+
+    Args:
+        exponential: how P is made (see :func:`lpattn.kernels.hopper.launch.attend`); None: the kernel's own choice.
+    """
+
+    def __init__(self, exponential: str | None) -> None:
+        self._exponential = exponential
 
     def attend(
         self,
@@ -94,7 +102,9 @@ class HopperKernel(Kernel):
         transformed = call.hadamard is not HadamardMode.NONE
         dtype = torch.bfloat16 if transformed else call.dtype
         causal = call.causal is CausalKind.TOP_LEFT
-        out, lse = attend(quantized, dtype, causal=causal, return_lse=call.return_lse)
+        # The log-sum-exp wants sums without a bias, whatever the exponential.
+        exponential = None if call.return_lse else self._exponential
+        out, lse = attend(quantized, dtype, causal=causal, return_lse=call.return_lse, exponential=exponential)
         return (restore_output(out, quantized, call.dtype) if transformed else out), lse
 
 
@@ -138,12 +148,14 @@ class PortableKernel(Kernel):
         return attend(quantized, shape, call.dtype, band=band, mask=tiles, return_lse=call.return_lse)
 
 
-def kernel_for(call: AttentionCall, int8: bool) -> Kernel:
+@functools.lru_cache(maxsize=1024)
+def kernel_for(call: AttentionCall, int8: bool, exponential: str | None = None) -> Kernel:
     """The kernel that runs a call of at most :data:`LARGEST_HEAD_DIM` lanes.
 
     Args:
         call: the call.
         int8: whether q and k are to become int8 although the architecture has e4m3.
+        exponential: of the Hopper kernel, where that runs.
     """
     if call.capability is not None and call.capability < FIRST_WITH_E4M3:
         int8 = True
@@ -151,5 +163,5 @@ def kernel_for(call: AttentionCall, int8: bool) -> Kernel:
         # The pass that undoes the transform behind the Hopper kernel takes powers of two only.
         transforms = call.hadamard is HadamardMode.NONE or not call.head_dim & (call.head_dim - 1)
         if transforms and not hopper.reasons_against(call) and not hopper.reasons_against_triton():
-            return HopperKernel()
+            return HopperKernel(exponential)
     return PortableKernel(int8)

@@ -97,7 +97,8 @@ class Launch:
             self._launch_slowly(tensors)
             return
         run, function, metadata, stream_of, _ = handles
-        pointers = [t.data_ptr() if isinstance(t, torch.Tensor) else t for t in tensors]
+        # None first: for what is no tensor, isinstance goes through a metaclass.
+        pointers = [t if t is None or not isinstance(t, torch.Tensor) else t.data_ptr() for t in tensors]
         run(self._programs, 1, 1, stream_of(device), function, metadata, None, None, None, *pointers, *self._rest)
 
     def _launch_slowly(self, tensors: tuple[Any, ...]) -> None:

@@ -23,9 +23,9 @@ _TILE = 4096
 """Elements of a head in a tile of the quantization."""
 _WARPS = 2
 _PROGRAMS = 4
-SAMPLE_WARPS = 4
-TRANSFORMED_SAMPLE_WARPS = 8
-"""A rotated or transformed tile needs more registers than 4 warps have."""
+_SAMPLE_WARPS = 4
+_HEAVY_SAMPLE_WARPS = 8
+"""A sample that is rotated, transformed or wide needs more registers than 4 warps have."""
 _RESTORED_TOKENS = 64
 _RESTORE_WARPS = 4
 _RESTORE_PROGRAMS = 3
@@ -106,7 +106,7 @@ class PerHead(NamedTuple):
     Attributes:
         query: torch.float8_e4m3fn [B, q_len, H, D] in [B, H, S, D] memory; of q times ``factor``.
         key, value: torch.float8_e4m3fn [B, kv_len, Hkv, D] in [B, H, S, D] memory.
-        q_descale, k_descale, v_descale: float32 [B, Hkv], powers of two.
+        q_descale, k_descale, v_descale: float32 [B, Hkv], powers of two; v_descale times sqrt(2).
         lse_shift: float32 [B, H, q_len], q.constant of k; None unless it was asked for.
         hadamard: the mode that was applied.
         buffer: what the passes told each other: see :mod:`.layout`.
@@ -265,14 +265,14 @@ def _plan(
     strides, constants = how_to_read(dim, q_strides, k_strides, v_strides, turns, hadamard)
     numbers = (batch, heads, kv_heads, q_len, kv_len, q_parts, k_parts, v_parts, *strides)
     overlaps = overlaps_on(device)
-    plain = turns is None and hadamard is not HadamardMode.QKV
+    light = turns is None and hadamard is HadamardMode.NONE and lanes <= 128
     sample = Launch(
         sample_heads,
         parts,
         numbers,
         (*constants, overlaps),
         (kinds, more_kinds),
-        SAMPLE_WARPS if plain else TRANSFORMED_SAMPLE_WARPS,
+        _SAMPLE_WARPS if light else _HEAVY_SAMPLE_WARPS,
         overlaps,
         device,
     )
@@ -437,7 +437,7 @@ def check_device(device: torch.device) -> None:
     if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < E4M3_FROM:
         raise InvalidArgumentError(
             f"q, k, v are on {device} (sm_{capability[0]}{capability[1]}): quantization to e4m3 needs "
-            f"sm_{E4M3_FROM[0]}{E4M3_FROM[1]} or newer"
+            f"sm_{E4M3_FROM[0]}{E4M3_FROM[1]} or newer, for whose e4m3 Triton has a cast"
         )
 
 

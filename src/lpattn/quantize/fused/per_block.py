@@ -21,6 +21,7 @@ from lpattn.quantize.fused.sample import sampled_tokens
 from lpattn.quantize.fused.tile import (
     E4M3_MAX,
     NO_ROPE,
+    V_UNIT,
     inverse_power_of_two,
     load_tile,
     scale_for,
@@ -36,10 +37,6 @@ accumulator in the units of the block at hand: the ratio of two scales overflows
 holds values some 10^13 times as large as all that were."""
 
 _V_FLOOR = tl.constexpr(2.0**-126)
-_SQRT2 = tl.constexpr(2.0**0.5)
-"""Scales of v are powers of two times this. Values of bfloat16 lie on e4m3's midpoints now and then; less a small
-constant, with a power of two for a scale, all of these would be rounded the same way, and a sum over many keys would
-show it."""
 _INT8_MAX = tl.constexpr(127.0)
 
 # Numbers of which every call has others: to compile anew for a length would stall it.
@@ -77,11 +74,12 @@ def sample_blocks(
     size = sample_size(length, FEW)
     # Dividing first keeps the sum of large values finite.
     weight = 1.0 / tl.maximum(size, 1).to(tl.float32)
+    # Tiles that are loaded ahead would not all fit into shared memory beside those of a Hadamard transform.
     if program < groups:
         HALF: tl.constexpr = LANES // 2
         x = k + (b * k_b + h * k_h) * UNIT
         low_sum, high_sum = tl.zeros((HALF,), tl.float32), tl.zeros((HALF,), tl.float32)
-        for first in range(0, size, PART):
+        for first in tl.range(0, size, PART, num_stages=1):
             tokens, used = _sampled(keys, b, kv_len, first, size, length)
             low, high = _qk_tile(
                 x, tokens, used, k_s, k_d, cos_k, sin_k, b, h, turn_k_b, turn_k_h, turn_k_s, turn_k_d,
@@ -97,7 +95,7 @@ def sample_blocks(
         x = v + (b * v_b + h * v_h) * UNIT
         v_low_sum, v_high_sum = tl.zeros((HALF_V,), tl.float32), tl.zeros((HALF_V,), tl.float32)
         largest = 0.0
-        for first in range(0, size, PART):
+        for first in tl.range(0, size, PART, num_stages=1):
             tokens, used = _sampled(keys, b, kv_len, first, size, length)
             v_low, v_high = _v_tile(x, tokens, used, v_s, v_d, UNIT, DENSE, D_V, HALF_V, HADAMARD_V)
             v_low, v_high = _finite(v_low), _finite(v_high)
@@ -206,10 +204,10 @@ def quantize_blocks(
         v_low = tl.where(used[:, None], v_low - v_low_c[None, :], 0.0)
         v_high = tl.where(used[:, None], v_high - v_high_c[None, :], 0.0)
         floor = tl.load(v_constant + groups * LANES_V + row)
-        v_unit = scale_for(tl.max(_largest(v_low, v_high)) / (E4M3_MAX * _SQRT2), floor)
-        v_inverse = inverse_power_of_two(v_unit) * (1.0 / _SQRT2)
+        v_unit = scale_for(tl.max(_largest(v_low, v_high)) / (E4M3_MAX * V_UNIT), floor)
+        v_inverse = inverse_power_of_two(v_unit) * (1.0 / V_UNIT)
         v_low, v_high = v_low * v_inverse, v_high * v_inverse
-        tl.store(v_scale + row * blocks + block, v_unit * _SQRT2)
+        tl.store(v_scale + row * blocks + block, v_unit * V_UNIT)
         if E4M3:
             v_at = v_out + (row * blocks + block) * D_V_OUT * BLOCK + v_lanes[:, None] * BLOCK + slots[None, :]
             tl.store(v_at, tl.trans(to_e4m3(v_low, INTERPRETED)), mask=v_lanes[:, None] < D_V_OUT)

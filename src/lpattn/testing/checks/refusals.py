@@ -106,7 +106,7 @@ def refusals_reach_the_user(subject: Subject) -> str:
         if not call.dropout:
             out = result[0] if call.return_lse else result
             quality = sqnr(problem.exact()[0], out)
-            floor = 100.0 if problem.query.dtype in (torch.float32, torch.float64) else 35.0
+            floor = 60.0 if problem.query.dtype in (torch.float32, torch.float64) else 35.0
             require(quality > floor, f"{problem}: the fallback is not exact: {quality:.1f} dB")
     if not seen:
         raise NotApplicable("declares everything that can be asked for on this machine")
