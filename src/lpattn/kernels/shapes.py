@@ -33,7 +33,7 @@ _LARGE = {
 _LARGE_BIASED = {lanes: shape._replace(stages=2) for lanes, shape in _LARGE.items()}
 _MEDIUM = {**{lanes: TileShape(128, 64, 8, 2, sum_by_product=False) for lanes in (32, 64, 128)}, 256: _D256}
 _SMALL = {32: TileShape(128, 64, 8, 3), 64: TileShape(128, 64, 8, 3), 128: TileShape(128, 64, 8, 2), 256: _D256}
-INTERPRETED_SHAPE = TileShape(16, 64, 4, 1)
+INTERPRETED_SHAPE = TileShape(32, 64, 4, 1)
 """Small tiles, so that short inputs have several of them."""
 
 

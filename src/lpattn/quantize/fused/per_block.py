@@ -215,7 +215,8 @@ def quantize_blocks(
             tl.store(v_at + HALF_V * BLOCK, tl.trans(to_e4m3(v_high, INTERPRETED)), mask=above)
         else:
             v_start = v_out + row * blocks * BLOCK * D_V_OUT
-            v_low, v_high = v_low.to(tl.float16), v_high.to(tl.float16)
+            # inf becomes NaN, as in e4m3.
+            v_low, v_high = (v_low + v_low * 0.0).to(tl.float16), (v_high + v_high * 0.0).to(tl.float16)
             store_tile(v_start, rows, rows >= 0, D_V_OUT, v_low, v_high, D_V_OUT, HALF_V)
 
 
