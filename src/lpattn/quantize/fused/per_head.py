@@ -122,7 +122,7 @@ def _sample_part(
     low_sum = tl.zeros((HALF,), tl.float32)
     high_sum = tl.zeros((HALF,), tl.float32)
     # Tiles that are loaded ahead do not fit into shared memory beside those of a wide Hadamard transform.
-    STAGES: tl.constexpr = 1 if HADAMARD_V else 3
+    STAGES: tl.constexpr = 1 if HADAMARD else 3
     for first in tl.range(part * each, tl.minimum(part * each + each, size), PART, num_stages=STAGES):
         tokens, used = sampled_tokens(first, size, length)
         if keys is not None:
