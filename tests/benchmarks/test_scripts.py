@@ -9,8 +9,18 @@ import plot
 import pytest
 import torch
 
-SCRIPTS = ("attention", "calibrate", "dispatch", "eager_overhead", "plot", "quantization", "targets")
-ON_GPU = ("attention", "calibrate", "quantization", "targets")
+SCRIPTS = (
+    "attention",
+    "calibrate",
+    "conformance",
+    "dispatch",
+    "eager_overhead",
+    "hopper",
+    "plot",
+    "quantization",
+    "targets",
+)
+ON_GPU = ("attention", "calibrate", "hopper", "quantization", "targets")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -59,12 +59,16 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("exponential", ["linear", "step", "quadratic"])
-@pytest.mark.parametrize(("batch", "heads", "kv_heads", "q_len", "kv_len", "dim", "causal"), SHAPES)
-def test_the_kernel_is_its_emulation(tools, exponential, batch, heads, kv_heads, q_len, kv_len, dim, causal) -> None:
+CASES = [("step", shape) for shape in SHAPES]
+CASES += [(exponential, SHAPES[i]) for exponential in ("linear", "quadratic") for i in (1, 6, 8)]
+
+
+@pytest.mark.parametrize(("exponential", "shape"), CASES)
+def test_the_kernel_is_its_emulation(tools, exponential, shape) -> None:
     from lpattn.kernels.hopper import emulation
     from lpattn.kernels.hopper.launch import EXPONENTIALS, attend
 
+    batch, heads, kv_heads, q_len, kv_len, dim, causal = shape
     q, k, v = tools.make(batch, heads, kv_heads, q_len, kv_len, dim)
     found = quantized(q, k + 1, v + 1, with_lse_shift=True)
     expected, expected_lse = emulation.emulate(found, kind=EXPONENTIALS[exponential], causal=causal)
@@ -119,27 +123,28 @@ def test_v_of_ones_gives_one(backend, tools) -> None:
 # Whole calls beside exact attention
 
 
-# torchao's FP8 has 25.4, 18.6 and 13.3 dB plain, 25.4, 27.2 and 13.3 with Hadamard.
+# At head_dim 128 torchao's FP8 has 25.4, 18.6 and 13.3 dB, with Hadamard 25.4, 27.2 and 13.3; on normal data FP8 has
+# 24.9 to 26.5, by chance. A transform of 64 lanes spreads an outlier over half as many.
 @pytest.mark.parametrize(
-    ("kind", "hadamard", "floor"),
+    ("kind", "hadamard", "floors"),
     [
-        ("randn", "none", 25.0),
-        ("outliers", "none", 18.5),
-        ("bias", "none", 45.0),
-        ("randn", "qkv", 25.0),
-        ("outliers", "qkv", 26.0),
-        ("bias", "qkv", 45.0),
+        ("randn", "none", (24.5, 24.5, 24.5)),
+        ("outliers", "none", (17.0, 18.5, 18.5)),
+        ("bias", "none", (45.0, 45.0, 45.0)),
+        ("randn", "qkv", (24.5, 24.5, 24.5)),
+        ("outliers", "qkv", (23.0, 26.0, 26.0)),
+        ("bias", "qkv", (45.0, 45.0, 45.0)),
     ],
 )
-@pytest.mark.parametrize("dim", [64, 128, 256])
-def test_kinds_of_data_at_16k(backend, tools, kind, hadamard, floor, dim, record_property) -> None:
-    q, k, v = tools.data(kind, 4, 16384, dim)
+@pytest.mark.parametrize(("index", "dim"), enumerate((64, 128, 256)))
+def test_kinds_of_data_at_16k(backend, tools, kind, hadamard, floors, index, dim, record_property) -> None:
+    q, k, v = tools.data(kind, 8, 16384, dim)
     out = attend(backend, q, k, v, hadamard=hadamard)
     rows = tools.some_rows(16384)
     found = tools.sqnr(tools.exact_rows(q, k, v, rows, False, dim**-0.5)[0], out[:, :, rows])
     record_property("sqnr_db", found)
     print(f"{kind}, hadamard {hadamard}, head_dim {dim}: {found:.2f} dB")
-    assert found >= floor - (0.5 if dim == 64 else 0.0)
+    assert found >= floors[index]
 
 
 def test_a_bias_at_128k(backend, tools) -> None:

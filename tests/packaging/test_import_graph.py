@@ -59,7 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "eager": {"active", "tracing", "functional", "ops", "execute", "dispatch", "settings", "policy", "ledger", *WORDS},
     "compile": {"ops", "types"},
     ROOT: PUBLIC,
-    "testing": {ROOT, *PUBLIC},
+    "testing": {ROOT, *PUBLIC, "quantize", "ops", "settings", "rope"},
     "cli": {ROOT, *PUBLIC, "settings", "calls", "testing"},
     "__main__": {"cli"},
 }

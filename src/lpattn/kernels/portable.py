@@ -27,9 +27,17 @@ BOTH = tl.constexpr(2)
 _P_BITS = tl.constexpr(8.0)
 """P, at most 1, is multiplied by 2^8: weights down to 2^-17 of the largest one survive the cast to e4m3."""
 
+_ONES = tl.constexpr(8)
+"""Columns of ones that P is multiplied by: where that takes P from registers, it is cheaper than additions. Hopper's
+instructions would have the compiler store the ones, and wait, in every tile."""
+
+_UNITS_APART = tl.constexpr(2.0**-60)
+"""How much smaller the scale of a block of V may be than the largest one in front of it: what acc is multiplied by from
+block to block, and acc itself, stay finite. Blocks of still smaller values count for no more than 2^-50 of the largest.
+"""
+
 _LN2 = tl.constexpr(0.6931471805599453)
 _LOG2E = tl.constexpr(1.4426950408889634)
-_LARGEST = tl.constexpr(3.4028234663852886e38)
 
 # Numbers of which every call has others: to compile anew for a length would stall it.
 _VARYING = [
@@ -47,7 +55,7 @@ def attend_tiles(
     D: tl.constexpr, D_V: tl.constexpr, D_V_OUT: tl.constexpr, LANES: tl.constexpr, LANES_V: tl.constexpr,
     BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, BAND: tl.constexpr,
     FROM_END: tl.constexpr, MASK: tl.constexpr, MASK_UNIT: tl.constexpr, MASK_DENSE: tl.constexpr,
-    HADAMARD: tl.constexpr, INTERPRETED: tl.constexpr,
+    HADAMARD: tl.constexpr, SUM_BY_PRODUCT: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Attention of BM queries of a head.
 
@@ -95,9 +103,9 @@ def attend_tiles(
     v_scale += group * kv_blocks
 
     maximum = tl.full((BM,), float("-inf"), tl.float32)
-    row_sum = tl.zeros((BM,), tl.float32)
+    row_sum = tl.zeros((BM, _ONES) if SUM_BY_PRODUCT else (BM,), tl.float32)
     acc = tl.zeros((BM, LANES_V), tl.float32)
-    unit = 1.0
+    unit, largest_unit = 1.0, 0.0
     # Key tiles: seen in full from whole_first to whole_end, the others of first to end with a look at each key.
     first, whole_first, end = 0, 0, tl.cdiv(keys, BN)
     whole_end = keys // BN
@@ -118,25 +126,29 @@ def attend_tiles(
         whole_list = tile_lists + of_tile * 2 * list_room
         part_list = whole_list + list_room
         whole_tiles, part_tiles = tl.load(tile_counts + of_tile * 2), tl.load(tile_counts + of_tile * 2 + 1)
-    acc, row_sum, maximum, unit = _sweep(
-        acc, row_sum, maximum, unit, q_tile, of_row, k, v, k_scale, v_scale, whole_list, mask, mask_q, mask_k,
-        rows, queries, keys, whole_tiles, whole_tiles, whole_first, whole_first, before, after,
-        D, D_V, LANES, LANES_V, BLOCK, BM, BN, STAGES, NO_BAND, MASK != NO_MASK, NO_MASK, 1, True, False, INTERPRETED,
+    acc, row_sum, maximum, unit, largest_unit = _sweep(
+        acc, row_sum, maximum, unit, largest_unit, q_tile, of_row, k, v, k_scale, v_scale, whole_list, mask,
+        mask_q, mask_k, rows, queries, keys, whole_tiles, whole_tiles, whole_first, whole_first, before, after,
+        D, D_V, LANES, LANES_V, BLOCK, BM, BN, STAGES, NO_BAND, MASK != NO_MASK, NO_MASK, 1, True, False,
+        MASK == ADDITIVE_MASK, SUM_BY_PRODUCT, INTERPRETED,
     )  # fmt: skip
-    acc, row_sum, maximum, unit = _sweep(
-        acc, row_sum, maximum, unit, q_tile, of_row, k, v, k_scale, v_scale, part_list, mask, mask_q, mask_k,
-        rows, queries, keys, part_tiles, left_tiles, first, whole_end, before, after,
+    acc, row_sum, maximum, unit, largest_unit = _sweep(
+        acc, row_sum, maximum, unit, largest_unit, q_tile, of_row, k, v, k_scale, v_scale, part_list, mask,
+        mask_q, mask_k, rows, queries, keys, part_tiles, left_tiles, first, whole_end, before, after,
         D, D_V, LANES, LANES_V, BLOCK, BM, BN, STAGES, BAND, MASK != NO_MASK, MASK, MASK_UNIT, MASK_DENSE, True,
-        INTERPRETED,
+        MASK == ADDITIVE_MASK, SUM_BY_PRODUCT, INTERPRETED,
     )  # fmt: skip
 
+    if SUM_BY_PRODUCT:
+        row_sum = tl.max(row_sum, 1)  # all columns are equal
     # The row's largest weight alone adds 2^8, so only rows that see no key sum to 0.
     nothing = row_sum == 0.0
     if lse is not None:
-        found = maximum + tl.log2(tl.where(nothing, 1.0, row_sum)) - _P_BITS
+        found = tl.log2(tl.where(nothing, 1.0, row_sum)) - _P_BITS
         if lse_shift is not None:
             found += tl.load(lse_shift + head.to(tl.int64) * q_len + rows, mask=there, other=0.0)
-        found = tl.where(nothing, float("-inf"), found * _LN2)
+        found = maximum + found * _LN2 if MASK == ADDITIVE_MASK else (maximum + found) * _LN2
+        found = tl.where(nothing, float("-inf"), found)
         tl.store(lse + head.to(tl.int64) * q_len + rows, found, mask=there)
     lanes_v = tl.arange(0, LANES_V)
     constant = tl.load(v_constant + group.to(tl.int64) * LANES_V + lanes_v)
@@ -152,22 +164,24 @@ def attend_tiles(
 
 @triton.jit
 def _sweep(
-    acc, row_sum, maximum, unit, q, of_row, k, v, k_scale, v_scale, tile_list, mask, mask_q, mask_k,
+    acc, row_sum, maximum, unit, largest_unit, q, of_row, k, v, k_scale, v_scale, tile_list, mask, mask_q, mask_k,
     rows, queries, keys, tiles, left_tiles, first, second, before, after,
     D: tl.constexpr, D_V: tl.constexpr, LANES: tl.constexpr, LANES_V: tl.constexpr, BLOCK: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, BAND: tl.constexpr, LISTED: tl.constexpr,
     MASK: tl.constexpr, MASK_UNIT: tl.constexpr, MASK_DENSE: tl.constexpr, LOOKS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    NATURAL: tl.constexpr, SUM_BY_PRODUCT: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over ``tiles`` key tiles: of a list, or ``left_tiles`` from ``first`` on, then from ``second`` on.
 
     Args:
         acc, row_sum, maximum: output and sum of exp2(logit - maximum) * 2^8, maximum of the logits.
-        unit: scale of v that acc is in.
+        unit, largest_unit: scale of v that acc is in, and the largest one so far.
         LOOKS: the tiles' keys may be masked by BAND, MASK or their number.
+        NATURAL: maximum is in natural units, not in those of exp2.
+        SUM_BY_PRODUCT: row_sum is [BM, _ONES], equal columns; else [BM].
 
     Returns:
-        (acc, row_sum, maximum, unit)
+        (acc, row_sum, maximum, unit, largest_unit)
     """
     lanes, lanes_v, columns = tl.arange(0, LANES), tl.arange(0, LANES_V), tl.arange(0, BN)
     for i in tl.range(0, tiles, num_stages=STAGES):
@@ -179,7 +193,10 @@ def _sweep(
         # [LANES, BN]
         at = k + (start + columns).to(tl.int64)[None, :] * D + lanes[:, None]
         k_tile = tl.load(at) if D == LANES else tl.load(at, mask=(lanes < D)[:, None], other=0.0)
+        # Logits are in the units of exp2, or natural where there is a bias: the lowest one of a dtype has no multiple.
         factor = of_row * tl.load(k_scale + block)
+        if NATURAL:
+            factor *= _LN2
         s = tl.dot(q, k_tile).to(tl.float32)
         if LOOKS:
             s = s * factor[:, None]
@@ -198,23 +215,25 @@ def _sweep(
                 else:
                     bias = tl.load(of_mask, mask=exists, other=float("-inf")).to(tl.float32)
                     seen = bias != float("-inf")
-                    # A finite bias stays finite: the lowest one of a dtype is a common mask.
-                    s += tl.where(bias == bias, tl.clamp(bias * _LOG2E, -_LARGEST, _LARGEST), bias)
+                    s += bias
             s = tl.where(seen, s, float("-inf"))
             highest = tl.maximum(maximum, tl.max(s, 1))
             # Where no key was seen yet, exp2(-inf - 0) is 0; exp2(-inf + inf) would be NaN.
             shift = tl.where(highest == float("-inf"), 0.0, highest)
-            p = tl.exp2(s - (shift - _P_BITS)[:, None])
         else:
             highest = tl.maximum(maximum, tl.max(s, 1) * factor)
             shift = highest
-            p = tl.exp2(s * factor[:, None] - (shift - _P_BITS)[:, None])
-        alpha = tl.exp2(maximum - shift)
+            s = s * factor[:, None]
+        if NATURAL:
+            p = tl.exp2((s - shift[:, None]) * _LOG2E + _P_BITS)
+            alpha = tl.exp2((maximum - shift) * _LOG2E)
+        else:
+            p = tl.exp2(s - (shift - _P_BITS)[:, None])
+            alpha = tl.exp2(maximum - shift)
         maximum = highest
         of_v = tl.load(v_scale + block)
         if v.dtype.element_ty == tl.float8e4nv:
             weights = to_e4m3(p, True) if INTERPRETED else p.to(tl.float8e4nv)
-            row_sum = row_sum * alpha + tl.sum(weights.to(tl.float32), 1)
             # Keys in the order in which V is stored: the registers of the accumulator are those of the operand.
             weights = tl.reshape(weights, (BM, BN // 16, 2, 4, 2))
             weights = tl.reshape(tl.permute(weights, (0, 1, 3, 2, 4)), (BM, BN))
@@ -222,13 +241,23 @@ def _sweep(
             at = v + block.to(tl.int64) * (D_V * BLOCK) + lanes_v[None, :] * BLOCK + (start % BLOCK + columns)[:, None]
         else:
             weights = p.to(tl.float16)
-            row_sum = row_sum * alpha + tl.sum(weights.to(tl.float32), 1)
             at = v + (start + columns).to(tl.int64)[:, None] * D_V + lanes_v[None, :]
         v_tile = tl.load(at) if D_V == LANES_V else tl.load(at, mask=(lanes_v < D_V)[None, :], other=0.0)
         # A fresh accumulator for every tile: that of the tensor cores is narrower than float32.
-        acc = acc * (alpha * (unit / of_v))[:, None] + tl.dot(weights, v_tile)
-        unit = of_v
-    return acc, row_sum, maximum, unit
+        largest_unit = tl.maximum(largest_unit, of_v)
+        next_unit = tl.maximum(of_v, largest_unit * _UNITS_APART)
+        acc = acc * (alpha * (unit / next_unit))[:, None] + tl.dot(weights, v_tile)
+        if SUM_BY_PRODUCT:
+            if v.dtype.element_ty == tl.float8e4nv:
+                # The bits of 1.0, since ptxas 12.8 gets a cast of a constant to e4m3 wrong.
+                ones = tl.full((BN, _ONES), 0x38, tl.int8).to(tl.float8e4nv, bitcast=True)
+            else:
+                ones = tl.full((BN, _ONES), 1.0, tl.float16)
+            row_sum = row_sum * alpha[:, None] + tl.dot(weights, ones)
+        else:
+            row_sum = row_sum * alpha + tl.sum(weights.to(tl.float32), 1)
+        unit = next_unit
+    return acc, row_sum, maximum, unit, largest_unit
 
 
 @triton.jit
@@ -244,14 +273,18 @@ def _store_transformed(x, to, there, D_V_OUT: tl.constexpr, LANES_V: tl.constexp
     """Store the orthonormal Hadamard transform of the rows of x, which undoes that of V, some lanes at a time."""
     WIDTH: tl.constexpr = 32
     i = tl.arange(0, LANES_V)
-    norm: tl.constexpr = LANES_V**-0.5
+    # Rows with a largest value of 1 lose nothing but 2^-12 of that in float16, whatever their range.
+    largest = tl.max(tl.abs(x), 1)
+    largest = tl.where(largest > 0.0, largest, 1.0)
+    x = (x / largest[:, None]).to(tl.float16)
+    norm = largest * LANES_V**-0.5
     for first in range(0, D_V_OUT, WIDTH):
         lanes = first + tl.arange(0, WIDTH)
         parity = i[:, None] & lanes[None, :]
         parity ^= parity >> 4
         parity ^= parity >> 2
         parity ^= parity >> 1
-        signs = (1 - 2 * (parity & 1)).to(tl.float32)
-        part = tl.dot(x, signs, input_precision="tf32x3") * norm
+        signs = (1 - 2 * (parity & 1)).to(tl.float16)
+        part = tl.dot(x, signs) * norm[:, None]
         written = there[:, None] & (lanes < D_V_OUT)[None, :]
         tl.store(to + lanes[None, :], _cast(part, to.dtype.element_ty), mask=written)

@@ -19,7 +19,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from lpattn.kernels.hopper.attention import ROWS, attention
-from lpattn.kernels.hopper.launch import EXPONENTIALS, _layout, tile_of
+from lpattn.kernels.hopper.launch import EXPONENTIALS, layout_of, tile_of
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -29,7 +29,7 @@ def compile_kernel(dim: int, asked: set[str]) -> Any:
     lanes, tile = tile_of(dim)
 
     def descriptor(rows: int, columns: int) -> str:
-        return f"tensordesc<fp8e4nv[{rows}, {columns}],{_layout(columns)!r}>"
+        return f"tensordesc<fp8e4nv[{rows}, {columns}],{layout_of(columns)!r}>"
 
     types = dict.fromkeys(("q_scale", "k_scale", "v_scale", "v_constant"), "*fp32")
     types |= dict.fromkeys(("heads", "kv_heads", "q_len", "kv_len", "q_tiles", "tiles"), "i32")

@@ -121,6 +121,16 @@ def test_a_mean_of_v_costs_nothing() -> None:
     assert sqnr(exact(q, k, v)[0], attend(q, k, v)[0]) > 45.0
 
 
+def test_rounding_v_has_no_direction() -> None:
+    """With scales that are powers of two, bfloat16 less a constant would be rounded the same way at every midpoint."""
+    v = normal(1, 1, 4608, 64).bfloat16()
+    found = quantized(v[:, :, :1], v, v)
+    scale = found.v_scale.repeat_interleave(128, -1)[..., None]
+    error = emulation._unpermuted(found.value) * scale + found.v_constant[:, :, None] - v.float()
+    by_chance = float(error.std()) / 4608**0.5
+    assert float(error.mean(2).square().mean().sqrt()) < 1.4 * by_chance
+
+
 @pytest.mark.parametrize("size", [1, 4, 16, 64, 256, 4096])
 def test_large_logits_are_as_exact_as_their_quantization_allows(size) -> None:
     """Against the same q, k and v in e4m3 with float64 in between: the float16 scores and codes add little."""

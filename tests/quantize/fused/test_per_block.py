@@ -75,8 +75,8 @@ def check(
         got, scale = got.cpu(), scale.cpu()
         smoothed = x - constant[:, :, None] if which else x
         smoothed = torch.where(seen[..., None], smoothed, 0.0) if which else smoothed
-        limit = 448.0 if which == 2 else options.get("qk_max", 448.0)
-        oracle = quantize_e4m3(smoothed, kind, qmax=limit, power_of_two=True)
+        limit, part = (448.0, 2**0.5) if which == 2 else (options.get("qk_max", 448.0), 1.0)
+        oracle = quantize_e4m3(smoothed / part, kind, qmax=limit, power_of_two=True)
         exact = hadamard is HadamardMode.NONE and (rope is None or fused.interpreted)
         tokens = x.shape[2] if which == 0 else blocks * BLOCK
         spread = scale[..., None] if which == 0 else scale.repeat_interleave(BLOCK, 2)[..., None]
@@ -95,9 +95,9 @@ def check(
             # 2^-60 of what the largest value of the head could get.
             bound = torch.where(seen[..., None] & x.isfinite(), x.abs(), 0.0).amax((2, 3), keepdim=True)[..., 0]
             bound = torch.where(bound > 0, bound / 448, 1.0) * 2.0**-60
-            expected = torch.maximum(expected, torch.exp2(bound.clamp_min(2.0**-126).log2().ceil()))
+            expected = torch.maximum(expected, torch.exp2(bound.clamp_min(2.0**-126).log2().ceil())) * 2**0.5
         # Where the largest value is next to a power of two, sums in another order may say either.
-        ratio = scale / expected
+        ratio = (scale / expected * 2**20).round() / 2**20
         assert (ratio == 1).all() if exact and which == 0 else ((ratio == 1) | (ratio == 2) | (ratio == 0.5)).all()
         want = smoothed / spread
         if precision is Precision.E4M3:

@@ -1,39 +1,40 @@
-"""``fp8_triton``: lpattn's own FP8 attention kernels, in Triton.
+"""``fp8_triton``, ``fp8_triton_fast`` and ``int8_triton``: lpattn's own attention kernels, in Triton.
 
-Owns the translation of a call into the kernels' terms. The kernels are :mod:`lpattn.kernels`; how q, k and v become
-e4m3 is :mod:`lpattn.quantize.fused`'s.
+Owns what they can run and the reasons why not. Which kernel runs a call is :mod:`.kernels`' business, how q, k and v
+are rounded :mod:`lpattn.quantize.fused`'s.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from lpattn.backend import Backend, Capabilities
+from lpattn.backends.triton.kernels import LARGEST_HEAD_DIM, HopperKernel, kernel_for
 from lpattn.hookspecs import hookimpl
-from lpattn.kernels import hopper
 from lpattn.policy import measured_speedup
-from lpattn.types import AttentionBackend, AttentionCall, CausalKind, HadamardMode, Reason
+from lpattn.types import AttentionBackend, AttentionCall, CausalKind, HadamardMode, MaskKind, Reason
 
 if TYPE_CHECKING:
     from lpattn.quantize.fused import Rotation
 
 
 class TritonBackend(Backend):
-    """FP8 attention with a scale per query token and per block of 128 keys.
+    """FP8 attention with a scale per query token and per block of 128 keys; on sm_80 and sm_86 as ``int8_triton``.
 
     A key-padding mask becomes a list of the keys that are used: the others are left out of k and v when these are
-    quantized, and the kernel is told how many there are.
+    quantized. Of any other mask, a pass on the device lists the tiles of which something is seen: the kernel runs over
+    these alone, and looks at the mask in those that are not seen in full. Keys that no query sees enter no scale.
 
     Precision:
         Inputs are float16, bfloat16 or float32. A constant per channel is subtracted from k and v (and added back to
-        the output; the log-sum-exp is corrected), the rest is rounded to e4m3 (relative error up to 2^-4) with scales
-        that are powers of two; about 25 dB SQNR on normal data. Scores are float16. P is rounded to e4m3 after a factor
-        2^8, with an exponential whose error is below that of the rounding; the PV of each tile of keys is accumulated
-        in the tensor cores' own precision, and tiles in float32, so that accuracy does not fall with length. An inf in
-        an input becomes a NaN.
+        the output; the log-sum-exp is corrected), the rest is rounded to e4m3 (relative error up to 2^-4); about 25 dB
+        SQNR on normal data. Scores are float32 (float16 in the Hopper kernel). P is rounded to e4m3 after a factor
+        2^8; the PV of each tile of keys is accumulated in the tensor cores' own precision, and tiles in float32, so
+        that accuracy does not fall with length. An inf in an input becomes a NaN.
 
     Source:
         Smoothing k, scales per block: SageAttention (arXiv:2410.02367). Two-level accumulation: SageAttention2
@@ -41,13 +42,16 @@ class TritonBackend(Backend):
     """
 
     name = AttentionBackend.FP8_TRITON.value
+    int8: ClassVar[bool] = False
+    exponential: ClassVar[str | None] = None
     capabilities = Capabilities(
         dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
         device_types=frozenset({"cuda"}),
-        architectures=(hopper.ARCHITECTURE, hopper.ARCHITECTURE),
-        head_dims=hopper.HEAD_DIMS,
+        architectures=((8, 0), (12, 1)),
+        head_dims=frozenset(range(1, LARGEST_HEAD_DIM + 1)),
+        head_dim_v_differs=True,
+        masks=frozenset(MaskKind),
         causal_rectangular=True,
-        key_padding=True,
         lse=True,
         hadamard=frozenset(HadamardMode),
         rope=True,
@@ -62,23 +66,28 @@ class TritonBackend(Backend):
             reasons.append(Reason("device", f"{device}: PyTorch {torch.__version__} sees no CUDA device"))
         # What the data says about the device alone: any call that nothing else speaks against will do.
         any_call = AttentionCall(1, 1, 1, 1, 1, 128, 128, torch.bfloat16, device.type, capability=capability)
-        return [*reasons, *self.capabilities.reasons_against(any_call), *hopper.reasons_against_triton()]
+        reasons += self.capabilities.reasons_against(any_call)
+        if importlib.util.find_spec("triton") is None:
+            reasons.append(Reason("not_installed", "triton is not installed", "pip install triton"))
+        return reasons
 
     def supports(self, call: AttentionCall) -> list[Reason]:
-        reasons = super().supports(call)
-        known = {reason.code for reason in reasons}
-        reasons += [reason for reason in hopper.reasons_against(call) if reason.code not in known]
-        if call.hadamard is not HadamardMode.NONE and call.head_dim & (call.head_dim - 1):
-            text = f"hadamard {call.hadamard} with head_dim {call.head_dim}: transforms powers of two only"
-            reasons.append(Reason("hadamard", text, 'pass hadamard="none"'))
-        if 0 in (call.batch, call.num_heads, call.q_len, call.kv_len):
+        reasons = [r for r in super().supports(call) if r.code != "head_dim"]
+        for name in ("head_dim", "head_dim_v"):
+            if getattr(call, name) > LARGEST_HEAD_DIM:
+                text = f"{name} {getattr(call, name)}: has kernels for {LARGEST_HEAD_DIM} at most"
+                reasons.append(Reason(name, text))
+        if 0 in (call.batch, call.num_heads, call.q_len, call.kv_len, call.head_dim, call.head_dim_v):
             reasons.append(Reason("empty", "an empty dimension: nothing to compute"))
-        if not abs(call.softmax_scale) <= torch.finfo(torch.float32).max:
-            reasons.append(Reason("scale", f"scale {call.softmax_scale}: must be a finite float32"))
+        if not abs(call.softmax_scale) * math.log2(math.e) <= torch.finfo(torch.float32).max:
+            reasons.append(Reason("scale", f"scale {call.softmax_scale}: times log2(e), must be a finite float32"))
         return reasons
 
     def rank(self, call: AttentionCall) -> float:
-        return measured_speedup(self.name, call)
+        # What was measured on sm_90 is the Hopper kernel, and no call with a mask that the portable one must look at.
+        dense = call.mask is not MaskKind.NONE and not call.key_padding
+        other = call.capability == (9, 0) and not isinstance(kernel_for(call, self.int8), HopperKernel)
+        return 0.0 if dense or (other and not self.int8) else measured_speedup(self.name, call)
 
     def attention(
         self,
@@ -121,33 +130,48 @@ class TritonBackend(Backend):
         attn_mask: torch.Tensor | None,
         rotation: Rotation | None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        # Triton is imported at the first call: `import lpattn` must not wait for it.
-        from lpattn.kernels.hopper.launch import QK_MAX, attend
-        from lpattn.quantize.fused import quantize_per_block, restore_output, used_keys
-
-        quantized = quantize_per_block(
-            query,
-            key,
-            value,
-            factor=call.softmax_scale * math.log2(math.e),
-            qk_max=QK_MAX,
-            hadamard=call.hadamard,
-            rope=rotation,
-            keys=None if attn_mask is None else used_keys(attn_mask, call.batch, call.kv_len),
-            with_lse_shift=call.return_lse,
-        )
-        causal = call.causal is CausalKind.TOP_LEFT
-        # The transform's inverse runs on bfloat16, whatever the inputs are.
-        transformed = call.hadamard is not HadamardMode.NONE
-        dtype = torch.bfloat16 if transformed else query.dtype
-        out, lse = attend(quantized, dtype, causal=causal, return_lse=call.return_lse)
-        if transformed:
-            out = restore_output(out, quantized, query.dtype)
+        if call.causal is CausalKind.TOP_LEFT and call.kv_len > call.q_len:
+            # No query sees the keys behind, so they must not count in a scale either.
+            key, value = key[:, :, : call.q_len], value[:, :, : call.q_len]
+        out, lse = kernel_for(call, self.int8, self.exponential).attend(query, key, value, call, attn_mask, rotation)
         out = out.transpose(1, 2)
         return out if lse is None else (out, lse)
 
 
+class Int8TritonBackend(TritonBackend):
+    """Attention with q and k in int8, and v and P in float16: slower than FP8 where there is FP8, and more accurate.
+
+    Masks are treated as in ``fp8_triton``.
+
+    Precision:
+        Inputs are float16, bfloat16 or float32. A constant per channel is subtracted from k and v (and added back to
+        the output; the log-sum-exp is corrected). q and k are rounded to 8-bit integers with a scale per query token
+        and per block of 128 keys, v to float16; about 37 dB SQNR on normal data. P is rounded to float16. Scores,
+        softmax and sums are float32. A NaN or inf in q makes its row NaN; in k, the rows that see a key of its block.
+
+    Source:
+        SageAttention (arXiv:2410.02367).
+    """
+
+    name = "int8_triton"
+    int8 = True
+
+
+class FastTritonBackend(TritonBackend):
+    """``fp8_triton`` with a coarser exponential in the Hopper kernel; runs only where it is named.
+
+    Precision:
+        As ``fp8_triton``, but that the Hopper kernel interpolates P linearly between powers of two: a relative error of
+        2.95 % instead of 2.57 % (standard deviation, the rounding to e4m3 included), about 0.4 dB SQNR on normal data.
+        With ``return_lse``, and where the portable kernel runs, it is ``fp8_triton``.
+    """
+
+    name = "fp8_triton_fast"
+    automatic = False
+    exponential = "linear"
+
+
 @hookimpl
 def lpattn_backends() -> list[Backend]:
-    """FP8 attention in Triton."""
-    return [TritonBackend()]
+    """Attention in FP8 and in INT8, in Triton."""
+    return [TritonBackend(), FastTritonBackend(), Int8TritonBackend()]

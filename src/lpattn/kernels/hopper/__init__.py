@@ -6,6 +6,7 @@ PyTorch (:mod:`.emulation`). Importing this package needs neither triton nor a G
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 
@@ -19,18 +20,19 @@ _NEEDED = ("fence_async_shared", "mbarrier", "tma", "warpgroup_mma", "warpgroup_
 _INT32_END = 2**31
 
 
-def reasons_against_triton() -> list[Reason]:
+@functools.cache
+def reasons_against_triton() -> tuple[Reason, ...]:
     """Why the kernel cannot be compiled here; empty if it can."""
     remedy = "install triton 3.6 or newer"
     if importlib.util.find_spec("triton") is None:
-        return [Reason("not_installed", "triton is not installed", "pip install triton")]
+        return (Reason("not_installed", "triton is not installed", "pip install triton"),)
     try:
         language = importlib.import_module(_LANGUAGE)
     except ImportError as error:
-        return [Reason("gluon", f"this triton has no Gluon for Hopper ({error})", remedy)]
+        return (Reason("gluon", f"this triton has no Gluon for Hopper ({error})", remedy),)
     if lacking := [name for name in _NEEDED if not hasattr(language, name)]:
-        return [Reason("gluon", f"this triton's Gluon has no {', '.join(lacking)}", remedy)]
-    return []
+        return (Reason("gluon", f"this triton's Gluon has no {', '.join(lacking)}", remedy),)
+    return ()
 
 
 def reasons_against(call: AttentionCall) -> list[Reason]:

@@ -12,7 +12,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from lpattn.kernels.hopper import softmax
 from lpattn.kernels.hopper.attention import KEYS, ROWS, attention
 from lpattn.quantize.fused import PerBlock
-from lpattn.quantize.fused.launcher import launch
+from lpattn.quantize.fused.launcher import Launch
+from lpattn.quantize.fused.operands import lanes_of
 from lpattn.types import HadamardMode
 
 QK_MAX: float = softmax.QK_MAX.value
@@ -79,30 +80,69 @@ def attend(
         The output [B, q_len, H, D], contiguous, still without V's constant and transformed where V was (Hadamard); and
         the natural log-sum-exp in float32 [B, H, q_len] or None.
     """
-    batch, heads, q_len, pitch = quantized.query.shape
-    dim, device = quantized.value.shape[3], quantized.query.device
-    lanes, tile = tile_of(dim)
-    kind = EXPONENTIALS[exponential or ("quadratic" if return_lse else "step")]
-    # V's constant has been transformed with V, and is added before the transform is undone.
-    constant = quantized.v_constant if quantized.hadamard is HadamardMode.NONE else None
-    out = torch.empty((batch, q_len, heads, dim), dtype=dtype, device=device)
-    lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=device) if return_lse else None
+    plan = _plan(
+        quantized.query.shape,
+        quantized.num_kv_heads,
+        quantized.kv_len,
+        quantized.dim_v,
+        dtype,
+        causal,
+        EXPONENTIALS[exponential or ("quadratic" if return_lse else "step")],
+        # V's constant has been transformed with V, and is added before the transform is undone.
+        quantized.hadamard is HadamardMode.NONE,
+        quantized.v_constant.data_ptr() % 16 == 0,
+        quantized.key_counts is None,
+        return_lse,
+        quantized.query.device,
+    )
+    device = plan.device
+    out = torch.empty(plan.out_shape, dtype=dtype, device=device)
+    lse = torch.empty(plan.lse_shape, dtype=torch.float32, device=device) if return_lse else None
+    scales = (quantized.q_scale, quantized.k_scale, quantized.v_scale)
+    constant = quantized.v_constant if plan.adds_constant else None
     shift = quantized.lse_shift if return_lse else None
+    operands = zip(plan.descriptors, (quantized.query, quantized.key, quantized.value), strict=True)
+    descriptors = [_descriptor(*how, of) for how, of in operands]
+    plan.launch((*scales, constant, out, lse, shift, quantized.key_counts, *descriptors))
+    return out, lse
+
+
+class _Plan(NamedTuple):
+    """What a launch for some shapes needs."""
+
+    device: torch.device
+    out_shape: tuple[int, ...]
+    lse_shape: tuple[int, ...]
+    adds_constant: bool
+    descriptors: tuple[tuple[list[int], list[int], list[int], gl.NVMMASharedLayout], ...]
+    launch: Launch
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    q_shape: tuple[int, ...],
+    kv_heads: int,
+    kv_len: int,
+    dim: int,
+    dtype: torch.dtype,
+    causal: bool,
+    kind: int,
+    adds_constant: bool,
+    aligned: bool,
+    all_keys: bool,
+    return_lse: bool,
+    device: torch.device,
+) -> _Plan:
+    batch, heads, q_len, pitch = q_shape
+    lanes, tile = tile_of(dim)
+    blocks = -(-kv_len // KEYS.value)
+    kv_rows = batch * kv_heads * blocks
     q_tiles = -(-q_len // (tile.consumers * ROWS.value))
     tiles = q_tiles * batch * heads
-    scales = (quantized.q_scale, quantized.k_scale, quantized.v_scale, constant)
-    descriptors = (
-        _descriptor(quantized.query, pitch, ROWS.value, lanes),
-        _descriptor(quantized.key, pitch, tile.keys, lanes),
-        _descriptor(quantized.value, KEYS.value, lanes, tile.keys),
-    )
-    # What the kernel is compiled for, of tensors: they are parts of larger ones, and may not be aligned.
-    kinds = (dtype, quantized.key_counts is None, *(x is not None and x.data_ptr() % 16 == 0 for x in scales))
-    launch(
+    launch = Launch(
         attention,
         min(tiles, _multiprocessors(device)),
-        (*scales, out, lse, shift, quantized.key_counts, *descriptors),
-        (heads, quantized.k_scale.shape[1], q_len, quantized.kv_len, q_tiles, tiles),
+        (heads, kv_heads, q_len, kv_len, q_tiles, tiles),
         (
             tile.keys,
             lanes,
@@ -113,22 +153,42 @@ def attend(
             tile.parts,
             tile.late,
             dim,
-            0 if constant is None else constant.shape[2],
+            lanes_of(dim),
             tile.registers,
         ),
-        (kinds, return_lse, shift is None),
+        (dtype, adds_constant, aligned, all_keys, return_lse),
         num_warps=4,
+        launch_pdl=False,
+        device=device,
         maxnreg=tile.mean_registers,
     )
-    return out, lse
+    return _Plan(
+        device=device,
+        out_shape=(batch, q_len, heads, dim),
+        lse_shape=(batch, heads, q_len),
+        adds_constant=adds_constant,
+        descriptors=(
+            ([batch * heads * q_len, pitch], [pitch, 1], [ROWS.value, lanes], layout_of(lanes)),
+            ([kv_rows * KEYS.value, pitch], [pitch, 1], [tile.keys, lanes], layout_of(lanes)),
+            ([kv_rows * dim, KEYS.value], [KEYS.value, 1], [lanes, tile.keys], layout_of(tile.keys)),
+        ),
+        launch=launch,
+    )
 
 
-def _descriptor(x: torch.Tensor, width: int, rows: int, columns: int) -> TensorDescriptor:
-    return TensorDescriptor(x, [x.numel() // width, width], [width, 1], [rows, columns], _layout(columns))
+def _descriptor(
+    shape: list[int], strides: list[int], block: list[int], layout: gl.NVMMASharedLayout, of: torch.Tensor
+) -> TensorDescriptor:
+    """A descriptor of memory whose plan is known to be right: its constructor would check it again at every call."""
+    made = object.__new__(TensorDescriptor)
+    made.base, made.shape, made.strides = of, shape, strides
+    made.block_shape, made.layout, made.padding = block, layout, "zero"
+    return made
 
 
 @functools.cache
-def _layout(columns: int) -> gl.NVMMASharedLayout:
+def layout_of(columns: int) -> gl.NVMMASharedLayout:
+    """The layout of a tile in shared memory."""
     return gl.NVMMASharedLayout(swizzle_byte_width=min(columns, 128), element_bitwidth=8, rank=2)
 
 

@@ -106,7 +106,7 @@ class PerHead(NamedTuple):
     Attributes:
         query: torch.float8_e4m3fn [B, q_len, H, D] in [B, H, S, D] memory; of q times ``factor``.
         key, value: torch.float8_e4m3fn [B, kv_len, Hkv, D] in [B, H, S, D] memory.
-        q_descale, k_descale, v_descale: float32 [B, Hkv], powers of two.
+        q_descale, k_descale, v_descale: float32 [B, Hkv], powers of two; v_descale times sqrt(2).
         lse_shift: float32 [B, H, q_len], q.constant of k; None unless it was asked for.
         hadamard: the mode that was applied.
         buffer: what the passes told each other: see :mod:`.layout`.

@@ -21,6 +21,7 @@ from lpattn.quantize.fused.sample import sampled_tokens
 from lpattn.quantize.fused.tile import (
     E4M3_MAX,
     NO_ROPE,
+    V_UNIT,
     inverse_power_of_two,
     load_tile,
     scale_for,
@@ -73,11 +74,12 @@ def sample_blocks(
     size = sample_size(length, FEW)
     # Dividing first keeps the sum of large values finite.
     weight = 1.0 / tl.maximum(size, 1).to(tl.float32)
+    # Tiles that are loaded ahead would not all fit into shared memory beside those of a Hadamard transform.
     if program < groups:
         HALF: tl.constexpr = LANES // 2
         x = k + (b * k_b + h * k_h) * UNIT
         low_sum, high_sum = tl.zeros((HALF,), tl.float32), tl.zeros((HALF,), tl.float32)
-        for first in range(0, size, PART):
+        for first in tl.range(0, size, PART, num_stages=1):
             tokens, used = _sampled(keys, b, kv_len, first, size, length)
             low, high = _qk_tile(
                 x, tokens, used, k_s, k_d, cos_k, sin_k, b, h, turn_k_b, turn_k_h, turn_k_s, turn_k_d,
@@ -93,7 +95,7 @@ def sample_blocks(
         x = v + (b * v_b + h * v_h) * UNIT
         v_low_sum, v_high_sum = tl.zeros((HALF_V,), tl.float32), tl.zeros((HALF_V,), tl.float32)
         largest = 0.0
-        for first in range(0, size, PART):
+        for first in tl.range(0, size, PART, num_stages=1):
             tokens, used = _sampled(keys, b, kv_len, first, size, length)
             v_low, v_high = _v_tile(x, tokens, used, v_s, v_d, UNIT, DENSE, D_V, HALF_V, HADAMARD_V)
             v_low, v_high = _finite(v_low), _finite(v_high)
@@ -202,9 +204,10 @@ def quantize_blocks(
         v_low = tl.where(used[:, None], v_low - v_low_c[None, :], 0.0)
         v_high = tl.where(used[:, None], v_high - v_high_c[None, :], 0.0)
         floor = tl.load(v_constant + groups * LANES_V + row)
-        v_unit = scale_for(tl.max(_largest(v_low, v_high)) / E4M3_MAX, floor)
-        v_low, v_high = v_low * inverse_power_of_two(v_unit), v_high * inverse_power_of_two(v_unit)
-        tl.store(v_scale + row * blocks + block, v_unit)
+        v_unit = scale_for(tl.max(_largest(v_low, v_high)) / (E4M3_MAX * V_UNIT), floor)
+        v_inverse = inverse_power_of_two(v_unit) * (1.0 / V_UNIT)
+        v_low, v_high = v_low * v_inverse, v_high * v_inverse
+        tl.store(v_scale + row * blocks + block, v_unit * V_UNIT)
         if E4M3:
             v_at = v_out + (row * blocks + block) * D_V_OUT * BLOCK + v_lanes[:, None] * BLOCK + slots[None, :]
             tl.store(v_at, tl.trans(to_e4m3(v_low, INTERPRETED)), mask=v_lanes[:, None] < D_V_OUT)

@@ -16,6 +16,7 @@ from lpattn.quantize.fused.sample import estimated_scale, sampled_tokens, smooth
 from lpattn.quantize.fused.tile import (
     E4M3_MAX,
     NO_ROPE,
+    V_UNIT,
     inverse_power_of_two,
     load_tile,
     scale_for,
@@ -261,7 +262,9 @@ def _quantize_tiles(
             constant = layout.constants(buffer, groups, which, LANES) + group * LANES + tl.arange(0, HALF)
             tl.store(constant, low_c)
             tl.store(constant + HALF, high_c)
-    scale = estimated_scale(largest, length, least, floor)
+    # The scale is this times a power of two.
+    unit = tl.where(which == 2, V_UNIT, 1.0)
+    scale = estimated_scale(largest / unit, length, least, floor)
 
     if lse_shift is not None:
         low_k, high_k = low_c, high_c
@@ -279,7 +282,7 @@ def _quantize_tiles(
     again = False
     while start < end:
         # Scales are powers of two, so that one multiplication and addition is as exact as a difference that is scaled.
-        inverse = inverse_power_of_two(scale)
+        inverse = inverse_power_of_two(scale) / unit
         low_shift, high_shift = -low_c * inverse, -high_c * inverse
         magnitudes = tl.zeros((TOKENS, HALF), tl.float32)
         for tile in range(start, end):
@@ -318,19 +321,19 @@ def _quantize_tiles(
             most = tl.max(magnitudes)
             if most > E4M3_MAX:
                 # The order of positive floats is that of their bits.
-                tl.atomic_max(done + groups, (most * scale).to(tl.int32, bitcast=True), sem="relaxed")
+                tl.atomic_max(done + groups, (most * scale * unit).to(tl.int32, bitcast=True), sem="relaxed")
             # All of the program's stores come before its signal.
             tl.debug_barrier()
             if tl.atomic_add(done, 1, sem="acq_rel") == programs * group_heads - 1:
                 most = tl.atomic_max(done + groups, 0, sem="relaxed").to(tl.float32, bitcast=True)
                 if most > 0.0:
-                    scale = scale_for(most / E4M3_MAX, floor)
+                    scale = scale_for(most / (E4M3_MAX * unit), floor)
                     start, end, again = tl.zeros_like(start), tiles * group_heads, True
                     low_next, high_next = _load(
                         x, keys, which, b, kv_len, first_head, start, end, tiles, length,
                         stride_h, stride_s, stride_d, TOKENS, D, HALF,
                     )  # fmt: skip
-                tl.store(layout.descales(buffer, groups, which) + group, scale)
+                tl.store(layout.descales(buffer, groups, which) + group, scale * unit)
 
 
 @triton.jit

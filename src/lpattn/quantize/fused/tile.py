@@ -18,6 +18,11 @@ HALF_SPLIT_PARTIAL = tl.constexpr(3)
 
 E4M3_MAX = tl.constexpr(448.0)
 
+V_UNIT = tl.constexpr(2.0**0.5)
+"""Scales of v are powers of two times this. Values of bfloat16 lie on e4m3's midpoints now and then; less a small
+constant, with a power of two for a scale, all of these would be rounded the same way, and a sum over many keys would
+show it."""
+
 
 @triton.jit
 def load_tile(x, rows, used, stride_s, stride_d, D: tl.constexpr, HALF: tl.constexpr):
