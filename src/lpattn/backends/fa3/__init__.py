@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from lpattn.policy import measured_speedup
 from lpattn.types import AttentionBackend, AttentionCall, CausalKind, HadamardMode, Reason
 
 if TYPE_CHECKING:
-    from lpattn.quantize.fused import Rotation
+    from lpattn.quantize.fused import PerHead, Rotation
 
 _NO_TRITON = Reason(
     "not_installed", "triton, in which q, k and v are quantized, is not installed", "pip install triton"
@@ -166,20 +167,7 @@ class FA3Backend(Backend):
             keys=keys,
             with_lse_shift=call.return_lse,
         )
-        result = self._forward(
-            quantized.query,
-            quantized.key,
-            quantized.value,
-            q_descale=quantized.q_descale,
-            k_descale=quantized.k_descale,
-            v_descale=quantized.v_descale,
-            softmax_scale=scale,
-            # The kernel's causal mask is aligned at the bottom right; supports() admits square ones only.
-            is_causal=call.causal is CausalKind.TOP_LEFT,
-            # More splits over the keys would be chosen by a heuristic, and add in another order.
-            num_splits=1,
-            seqused_k=None if keys is None else keys.counts,
-        )
+        result = self.forward(quantized, call, None if keys is None else keys.counts)
         out = fused.restore_output(result[0], quantized, query.dtype).transpose(1, 2)
         if quantized.lse_shift is None:
             return out
@@ -187,6 +175,35 @@ class FA3Backend(Backend):
         lse = result[1]
         lse = lse.masked_fill(lse == -torch.inf, torch.nan).add_(quantized.lse_shift, alpha=scale)
         return out, lse if keys is None else lse.masked_fill(keys.counts[:, None, None] == 0, -torch.inf)
+
+    def forward(
+        self, quantized: PerHead, call: AttentionCall, key_counts: torch.Tensor | None = None
+    ) -> Sequence[torch.Tensor]:
+        """The kernel alone, on operands that are quantized.
+
+        Args:
+            quantized: q, k and v.
+            call: the call that they are of.
+            key_counts: int32 [B], how many keys are used; None: all.
+
+        Returns:
+            The output [B, q_len, H, D] in bfloat16, before V's constant is added, the log-sum-exp, and what else
+            FlashAttention-3 returns.
+        """
+        return self._operator(
+            quantized.query,
+            quantized.key,
+            quantized.value,
+            q_descale=quantized.q_descale,
+            k_descale=quantized.k_descale,
+            v_descale=quantized.v_descale,
+            softmax_scale=_split_scale(call.softmax_scale)[1],
+            # The kernel's causal mask is aligned at the bottom right; supports() admits square ones only.
+            is_causal=call.causal is CausalKind.TOP_LEFT,
+            # More splits over the keys would be chosen by a heuristic, and add in another order.
+            num_splits=1,
+            seqused_k=key_counts,
+        )
 
     @functools.cached_property
     def _fused(self) -> ModuleType:
@@ -196,7 +213,7 @@ class FA3Backend(Backend):
         return fused
 
     @functools.cached_property
-    def _forward(self) -> torch._ops.OpOverload:
+    def _operator(self) -> torch._ops.OpOverload:
         wheel = self._wheel
         if wheel is None:
             raise RuntimeError(f"{self.name}: {NOT_INSTALLED}")
