@@ -106,7 +106,7 @@ def report(results: list[dict[str, Any]]) -> str:
 def main() -> int:
     given = parser(__doc__ or "", budget=120.0).parse_args()
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        print("hopper.py needs a Hopper GPU (sm_90)", file=sys.stderr)
+        print("hopper.py needs a CUDA device of compute capability 9.0", file=sys.stderr)
         return 1
     budget, rounds = Budget(given.budget, given.budget / len(SHAPES) * 0.6), 5 if given.quick else 40
     results, left_out = [], []

@@ -26,6 +26,12 @@ Times of low precision include quantization. The automatic choice takes `fp8_fa3
 row in the table of speeds by length is above 1, and runs everything else exactly.
 """
 
+TARGETS = """## What fp8_fa3 is meant to reach
+
+A whole operation against the best exact kernel of the machine, quantization included; quantization against a copy on
+the device that moves as many bytes. "graph" is a replayed CUDA graph, "events" calls launched one by one.
+"""
+
 HADAMARD = """## With a Hadamard rotation
 
 From the same run as the whole attention calls. "against none" is the time relative to the same backend without it.
@@ -228,6 +234,17 @@ def quantization(name: str) -> str:
     return f"{QUANTIZATION}\n{source(name, data)}\n\n{rows(head, body)}\n\n{hosts}\n"
 
 
+def targets(name: str) -> str:
+    data = load(name)
+    verdicts = {True: "met", False: "missed", None: "not measured"}
+    body = [
+        [line["what"], line["wanted"], "" if line["found"] is None else f"{line['found']:.3f}", verdicts[line["met"]]]
+        for line in data.get("targets", [])
+        if line["limited"]
+    ]
+    return f"{TARGETS}\n{source(name, data)}\n\n{rows(['what', 'wanted', 'found', ''], body)}\n" if body else ""
+
+
 def demo(name: str) -> str:
     data = load(name)
     if not data:
@@ -278,6 +295,7 @@ def page() -> str:
     whole = "h200-attention.json"
     parts = [
         HEAD,
+        targets("h200-targets.json"),
         attention(whole),
         hadamard(whole),
         automatic(whole),

@@ -43,20 +43,22 @@ class Line:
         what: what is measured, and how.
         wanted: the limit, with its direction and unit.
         found: the value; None where it was not measured.
-        met: whether it keeps the limit; None for what has no limit.
+        met: whether it keeps the limit; None where it was not measured, or has none.
+        limited: whether there is a limit; without one, it is told for comparison.
     """
 
     what: str
     wanted: str
     found: float | None
     met: bool | None
+    limited: bool = True
 
     @property
     def verdict(self) -> str:
         """A word for the table."""
         if self.found is None:
             return "not measured"
-        return "" if self.met is None else "met" if self.met else "MISSED"
+        return "" if not self.limited else "met" if self.met else "MISSED"
 
 
 def at_least(what: str, limit: float, found: float | None, unit: str = "x") -> Line:
@@ -68,7 +70,7 @@ def at_most(what: str, limit: float, found: float | None, unit: str = "x") -> Li
 
 
 def told(what: str, found: float | None, unit: str = "x") -> Line:
-    return Line(what, f"({unit.strip()})", found, None)
+    return Line(what, f"({unit.strip()})", found, None, limited=False)
 
 
 def lines(parts: Mapping[str, Any]) -> list[Line]:

@@ -72,7 +72,7 @@ def test_beyond_its_limit_each_target_is_missed(step) -> None:
             at[path[-1]] *= step
             missed |= {what for what, verdict in verdicts(parts).items() if verdict == "MISSED"}
     every = {line.what: line for line in targets.lines(good())}
-    assert missed == {w for w, x in every.items() if x.met is not None and (x.wanted[0] == "<") is (step > 1)}
+    assert missed == {w for w, x in every.items() if x.limited and (x.wanted[0] == "<") is (step > 1)}
 
 
 def test_what_was_not_measured_is_not_met() -> None:

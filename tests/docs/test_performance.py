@@ -136,6 +136,16 @@ def test_the_picture_is_shown_where_there_is_one(page, tmp_path):
     assert "![Speed by length](../benchmarks/results/h200-sweep.png)" in page(sweep=sweep)
 
 
+def test_targets_have_their_section(page):
+    line = {"what": "speed", "wanted": ">= 1.2x", "found": 1.19, "met": False, "limited": True}
+    unmeasured = {**line, "what": "accuracy", "found": None, "met": None}
+    told = {**line, "what": "kernel alone", "met": None, "limited": False}
+    text = page(targets={"targets": [line, unmeasured, told]})
+    assert "| speed | >= 1.2x | 1.190 | missed |" in text
+    assert "| accuracy | >= 1.2x |  | not measured |" in text
+    assert "kernel alone" not in text
+
+
 def test_quantization_has_its_section(page):
     both = {"graph": 0.1, "events": 0.2}
     variant = {
