@@ -2,7 +2,7 @@
 
 Every variant's output is checked against exact attention on sampled rows before it is timed; variants are timed in
 turn. Times are medians of GPU events around several calls in a row, launched as in a model; for short lengths, where
-the host's launches may be the limit, also of replayed CUDA graphs. Also measured: biased data, key padding, windows, and
+the host's launches may be the limit, also of replayed CUDA graphs. Also measured: biased data, key padding, windows and
 the accuracy on several kinds of data. Needs a CUDA device.
 """
 
