@@ -50,7 +50,7 @@ def exact_variants(qkv: Tensors, shape: Shape, device: str) -> dict[str, Run]:
         with sdpa_kernel(kernel):
             return F.scaled_dot_product_attention(*qkv, **given)
 
-    masked = shape.kv_lengths is not None
+    masked = given["attn_mask"] is not None
     names = ("cudnn", "efficient") if masked else ("cudnn", "flash")
     found: dict[str, Run] = {f"{EXACT}{name}": functools.partial(sdpa, KERNELS[name]) for name in names}
     found[f"{EXACT}sdpa"] = functools.partial(F.scaled_dot_product_attention, *qkv, **given)

@@ -1,4 +1,4 @@
-"""The portable kernel on a GPU, at lengths that the interpreter cannot do: both recipes, wherever the call would run.
+"""The portable kernel on a GPU, at lengths that the interpreter cannot do: both recipes, whatever a backend would run.
 
 ``tests/kernels`` holds it to plain PyTorch value by value, and runs on the GPU too.
 """
