@@ -2,8 +2,8 @@
 
 Every variant's output is checked against exact attention on sampled rows before it is timed; variants are timed in
 turn. Times are medians of GPU events around several calls in a row, launched as in a model; for short lengths, where
-the host's launches may be the limit, also of replayed CUDA graphs. Also measured: biased data, key padding, and the
-accuracy on several kinds of data. Needs a CUDA device.
+the host's launches may be the limit, also of replayed CUDA graphs. Also measured: biased data, key padding, windows and
+the accuracy on several kinds of data. Needs a CUDA device.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import accuracy
 import torch
-from cases import DIMS, FLUX, LENGTHS, LONG, NAMED, PADDED, Shape, Tensors, inputs, sqnr, sweep
+from cases import DIMS, FLUX, LENGTHS, LONG, NAMED, PADDED, WINDOWED, Shape, Tensors, inputs, sqnr, sweep
 from common import Budget, DeviceTimer, captured, gpu_state, interleaved, median, parser, ratio, spread, table, write
 from labels import AUTO, EXACT
 from variants import KernelAlone, Run, exact_variants, low_variants, options
@@ -265,11 +265,13 @@ def main() -> int:
     results = bench([*NAMED[:1], *NAMED[-2:]] if given.quick else NAMED, modes=MODES, extras=True)
     biased = bench([FLUX] if given.quick else [FLUX, LONG], data="bias", modes=MODES)
     padding = bench([PADDED])
+    windows = bench(WINDOWED[:1] if given.quick else WINDOWED)
     quality, unknown = accuracy.measure(budget, accuracy.LENGTHS[:2] if given.quick else accuracy.LENGTHS)
-    for title, part in (("normal data", results), ("biased data", biased), ("key padding", padding)):
+    titles = ("normal data", "biased data", "key padding", "windows")
+    for title, part in zip(titles, (results, biased, padding, windows), strict=True):
         print(f"\n{title}\n{report(part)}")
     print(f"\nSQNR in dB against float64\n{accuracy.report(quality)}")
-    parts = {"results": results, "biased": biased, "padding": padding, "accuracy": quality}
+    parts = {"results": results, "biased": biased, "padding": padding, "windows": windows, "accuracy": quality}
     write(given.out, {**parts, "left_out": print_left_out(bench.left_out + unknown)})
     if given.sweep:
         run_sweep(Bench(budget, rounds), sweep(LENGTHS, DIMS), sweep_modes(given.hadamard), given.sweep_out)

@@ -15,7 +15,8 @@ class Shape:
     """One attention call; bfloat16, [B, H, S, D], q_len = kv_len.
 
     Attributes:
-        kv_lengths: how many keys the queries of each sequence see, by a bool mask; None where there is no mask.
+        kv_lengths: how many keys the queries of each sequence see, by a bool mask; None where they see all.
+        window: how many keys a query sees, its own the last of them, by a dense bool mask; None where there is none.
     """
 
     batch: int
@@ -25,14 +26,21 @@ class Shape:
     head_dim: int
     causal: bool
     kv_lengths: tuple[int, ...] | None = None
+    window: int | None = None
 
     @property
     def flop(self) -> float:
-        keys = self.batch * self.length if self.kv_lengths is None else sum(self.kv_lengths)
+        keys = float(self.batch * self.length if self.kv_lengths is None else sum(self.kv_lengths))
+        if self.window is not None:
+            # The first queries see fewer.
+            keys = self.batch * self.window * (1 - (self.window - 1) / (2 * self.length))
         return 4.0 * self.num_heads * self.length * keys * self.head_dim / (2 if self.causal else 1)
 
     def mask(self, device: str) -> torch.Tensor | None:
-        """[B, 1, 1, S], True where a key is seen."""
+        """[B, 1, 1, S] or [1, 1, S, S], True where a key is seen."""
+        if self.window is not None:
+            ones = torch.ones(1, 1, self.length, self.length, dtype=torch.bool, device=device)
+            return ones.tril().triu(1 - self.window)
         if self.kv_lengths is None:
             return None
         seen = torch.tensor(self.kv_lengths, device=device)
@@ -41,6 +49,7 @@ class Shape:
     def __str__(self) -> str:
         kind = "causal" if self.causal else "full"
         padded = "" if self.kv_lengths is None else f",keys {'+'.join(map(str, self.kv_lengths))}"
+        padded += "" if self.window is None else f",window {self.window}"
         return f"{self.batch},{self.num_heads}/{self.num_kv_heads},{self.length},{self.head_dim},{kind}{padded}"
 
 
@@ -54,6 +63,10 @@ NAMED = [
     Shape(2, 24, 24, 512, 128, False),
 ]
 PADDED = Shape(2, 24, 24, 4608, 128, False, kv_lengths=(4608, 3072))
+WINDOWED = [
+    Shape(1, 32, 8, 8192, 128, False, window=4096),  # Mistral-7B prefill
+    Shape(1, 32, 32, 16384, 128, False, window=4096),
+]
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 DIMS = (64, 128, 256)
 
@@ -132,6 +145,9 @@ def energies(
             logits = q[batch, head, at].double() @ k[batch, kv].double().T * shape.head_dim**-0.5
             if shape.causal:
                 logits = logits.masked_fill(keys > at[:, None], -math.inf)
+            if shape.window is not None:
+                distance = at[:, None] - keys
+                logits = logits.masked_fill((distance < 0) | (distance >= shape.window), -math.inf)
             if shape.kv_lengths is not None:
                 logits = logits.masked_fill(keys >= shape.kv_lengths[batch], -math.inf)
             expected = logits.softmax(-1) @ v[batch, kv].double()

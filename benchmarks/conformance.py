@@ -17,7 +17,16 @@ from common import Budget, parser, write  # first: it finds lpattn in a checkout
 
 import lpattn
 
-BACKENDS = ("bf16_reference", "fp8_fa3", "fp8_triton", "sageattention", "cudnn_fp8", "fp8_emulated")
+BACKENDS = (
+    "bf16_reference",
+    "fp8_fa3",
+    "fp8_triton",
+    "fp8_triton_fast",
+    "int8_triton",
+    "sageattention",
+    "cudnn_fp8",
+    "fp8_emulated",
+)
 PLUGINS = {"sageattention": "lpattn_sageattention", "cudnn_fp8": "lpattn_cudnn", "fp8_emulated": "lpattn_emulated"}
 
 

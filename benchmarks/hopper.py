@@ -1,4 +1,4 @@
-"""The Hopper kernel alone and as a whole call, beside FlashAttention-3 in FP8 and the best exact kernel.
+"""The Hopper and the portable kernel alone and as whole calls, beside FlashAttention-3 in FP8 and the best exact one.
 
 Each variant is checked against exact attention first, then captured in a CUDA graph, so that the host is out of the
 picture; graphs are replayed in turn. Needs a Hopper GPU and FlashAttention-3 (the wheel fa3-fwd).
@@ -39,7 +39,7 @@ Run = Callable[[], torch.Tensor]
 def kernels(qkv: Tensors, shape: Shape) -> tuple[dict[str, Run], dict[str, Run]]:
     """Kernels on operands that are quantized beforehand: what is timed, and what is held to exact attention."""
     from lpattn.kernels.hopper.launch import EXPONENTIALS, QK_MAX, attend
-    from lpattn.quantize.fused import quantize_per_block
+    from lpattn.quantize.fused import Precision, quantize_per_block
 
     factor = shape.head_dim**-0.5 * 1.4426950408889634
     quantized = quantize_per_block(*qkv, factor=factor, qk_max=QK_MAX)
@@ -52,13 +52,25 @@ def kernels(qkv: Tensors, shape: Shape) -> tuple[dict[str, Run], dict[str, Run]]
 
     for name in EXPONENTIALS:
         timed[KERNEL + name] = judged[KERNEL + name] = functools.partial(ours, name)
+    for name, precision in (("portable", Precision.E4M3), ("portable_int8", Precision.INT8_F16)):
+        operands = quantize_per_block(*qkv, factor=factor, precision=precision)
+        timed[KERNEL + name] = judged[KERNEL + name] = functools.partial(portable, operands, shape)
     return timed, judged
+
+
+def portable(operands: Any, shape: Shape) -> torch.Tensor:
+    """[B, H, S, D] by the kernel that runs where the Hopper kernel cannot."""
+    from lpattn.kernels import attention, shapes
+
+    tile = shapes.tile_shape(torch.cuda.get_device_capability(), shape.head_dim)
+    band = attention.Band(after=0 if shape.causal else None)
+    return attention.attend(operands, tile, torch.bfloat16, band=band)[0].transpose(1, 2)
 
 
 def whole_calls(qkv: Tensors, shape: Shape) -> dict[str, Run]:
     """Calls with quantization."""
     found = {}
-    for backend in ("fp8_triton", "fp8_triton_fast", "fp8_fa3"):
+    for backend in ("fp8_triton", "fp8_triton_fast", "int8_triton", "fp8_fa3"):
         found[WHOLE + backend] = functools.partial(
             lpattn.low_precision_sdpa, *qkv, **options(shape, "cuda"), backend=backend, on_unsupported="raise"
         )

@@ -55,6 +55,12 @@ PADDING = """## Key padding
 From the same run: a bool mask [B, 1, 1, S] hides the end of the shorter sequence, also from the exact kernels.
 """
 
+WINDOWS = """## Windows
+
+From the same run: a dense bool mask [1, 1, S, S] lets each query see itself and the keys just in front of it. The exact
+kernels get the same mask; the low-precision ones find out from its values which tiles they may skip.
+"""
+
 ACCURACY = """## Accuracy
 
 From the same run: SQNR in dB against float64 attention on sampled rows, head_dim 128. "outliers": 0.1 % of the elements
@@ -96,6 +102,7 @@ def shape_text(shape: Mapping[str, Any]) -> str:
     kind = "causal" if shape["causal"] else "full"
     heads = f"{shape['num_heads']}/{shape['num_kv_heads']}"
     keys = f", keys {' and '.join(map(str, shape['kv_lengths']))}" if shape.get("kv_lengths") else ""
+    keys += f", window {shape['window']}" if shape.get("window") else ""
     return f"{shape['batch']}, {heads}, {shape['length']}, {shape['head_dim']}, {kind}{keys}"
 
 
@@ -301,6 +308,7 @@ def page() -> str:
         automatic(whole),
         part(whole, "biased", BIASED),
         part(whole, "padding", PADDING),
+        part(whole, "windows", WINDOWS),
         accuracy(whole),
         lengths("h200-sweep.json"),
         quantization("h200-quantization.json"),

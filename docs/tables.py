@@ -19,7 +19,7 @@ from typing import Any
 from lpattn import Backend, Capabilities, MaskKind
 from lpattn.backends.fa3 import FA3Backend
 from lpattn.backends.reference import ReferenceBackend
-from lpattn.backends.triton import Int8TritonBackend, TritonBackend
+from lpattn.backends.triton import FastTritonBackend, Int8TritonBackend, TritonBackend
 from lpattn.testing import CHECKS
 
 REPOSITORY = Path(__file__).parents[1]
@@ -44,6 +44,7 @@ def backends() -> dict[str, Backend]:
         "bf16_reference": ReferenceBackend(),
         "fp8_fa3": FA3Backend(),
         "fp8_triton": TritonBackend(),
+        "fp8_triton_fast": FastTritonBackend(),
         "int8_triton": Int8TritonBackend(),
         "fp8_emulated": emulated.EmulatedBackend(),
         "sageattention 1.0.6": sage.SageAttentionBackend(sage.Wheel("1.0.6")),
@@ -105,7 +106,8 @@ def head_dims(capabilities: Capabilities) -> str:
     dims = sorted(capabilities.head_dims)
     steps = {high - low for low, high in itertools.pairwise(dims)}
     if len(dims) > 6 and len(steps) == 1:
-        return f"{dims[0]} to {dims[-1]} in steps of {steps.pop()}"
+        step = steps.pop()
+        return f"{dims[0]} to {dims[-1]}" + (f" in steps of {step}" if step > 1 else "")
     return ", ".join(map(str, dims))
 
 

@@ -106,7 +106,7 @@ def attend_rope(
     if ledger is not None:
         ledger.rope = "fused"
     query, key, value, attn_mask = _for_backends(query, key, value, attn_mask)
-    with outside_redirection(), _no_autocast(call):
+    with outside_redirection(), no_autocast(call):
         out = backend.rope_attention(query, key, value, cos, sin, call, attn_mask, dropout_p, cos_k=cos_k, sin_k=sin_k)
         return _finish(out, call, choice)
 
@@ -124,7 +124,7 @@ def _run(
     query, key, value, attn_mask = _for_backends(query, key, value, attn_mask)
     backend = registry.get(choice.backend)
     assert backend is not None
-    with outside_redirection(), _no_autocast(call):
+    with outside_redirection(), no_autocast(call):
         return _finish(backend.attention(query, key, value, call, attn_mask, dropout_p), call, choice)
 
 
@@ -181,7 +181,7 @@ def account(call: AttentionCall | None, choice: Choice, settings: Settings, ledg
     warn("\n".join(lines))
 
 
-def _no_autocast(call: AttentionCall) -> Any:
+def no_autocast(call: AttentionCall) -> Any:
     """Inputs are cast by now; what a backend computes inside must keep the precision that it asks for."""
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(call.device_type):
         return torch.autocast(call.device_type, enabled=False)

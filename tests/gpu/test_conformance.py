@@ -11,7 +11,7 @@ import torch
 import lpattn
 from lpattn import Capabilities, CausalKind
 from lpattn.testing import Status, run_check
-from lpattn.testing.builtin import FA3Tests, ReferenceTests, TritonTests
+from lpattn.testing.builtin import FA3Tests, FastTritonTests, Int8TritonTests, ReferenceTests, TritonTests
 from lpattn.testing.subject import Subject
 
 pytestmark = pytest.mark.gpu
@@ -26,6 +26,14 @@ class TestFA3(FA3Tests):
 
 
 class TestTriton(TritonTests):
+    pass
+
+
+class TestFastTriton(FastTritonTests):
+    pass
+
+
+class TestInt8Triton(Int8TritonTests):
     pass
 
 

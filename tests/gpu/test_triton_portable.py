@@ -1,4 +1,4 @@
-"""The portable kernel on a GPU, at lengths that the interpreter cannot do: both recipes, also where another kernel runs.
+"""The portable kernel on a GPU, at lengths that the interpreter cannot do: both recipes, whatever a backend would run.
 
 ``tests/kernels`` holds it to plain PyTorch value by value, and runs on the GPU too.
 """

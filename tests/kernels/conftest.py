@@ -30,6 +30,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def poison(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Whatever is allocated holds this byte, repeated: NaN in every dtype, until a test chooses another one."""
     byte = [0xFF]

@@ -39,6 +39,19 @@ class TritonTests(BackendTests):
         return _emulated(problem, PER_BLOCK_F16)
 
 
+class FastTritonTests(BackendTests):
+    """``fp8_triton`` with a coarser exponential: no recipe in plain PyTorch has it, so the floor is its budget."""
+
+    backend = "fp8_triton_fast"
+
+
+class Int8TritonTests(BackendTests):
+    """q and k in INT8, v and P in float16: more bits, a higher floor."""
+
+    backend = "int8_triton"
+    floor_db = 30.0
+
+
 def _emulated(problem: Problem, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
     return emulated_attention(
         problem.query.float(),
@@ -52,5 +65,7 @@ def _emulated(problem: Problem, recipe: Recipe) -> tuple[torch.Tensor, torch.Ten
     )
 
 
-SUITES = MappingProxyType({suite.backend: suite for suite in (ReferenceTests, FA3Tests, TritonTests)})
+SUITES = MappingProxyType(
+    {suite.backend: suite for suite in (ReferenceTests, FA3Tests, TritonTests, FastTritonTests, Int8TritonTests)}
+)
 """Suites by the name of the backend; every other backend is held to :class:`BackendTests` as it is."""

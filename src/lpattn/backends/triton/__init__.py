@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from lpattn.backend import Backend, Capabilities
-from lpattn.backends.triton.kernels import LARGEST_HEAD_DIM, HopperKernel, kernel_for
+from lpattn.backends.triton.kernels import LARGEST_HEAD_DIM, HopperKernel, kernel_for, portable_for
 from lpattn.hookspecs import hookimpl
 from lpattn.policy import measured_speedup
 from lpattn.types import AttentionBackend, AttentionCall, CausalKind, HadamardMode, MaskKind, Reason
@@ -55,6 +55,7 @@ class TritonBackend(Backend):
         lse=True,
         hadamard=frozenset(HadamardMode),
         rope=True,
+        varlen=True,
     )
 
     def probe(self, device: torch.device) -> list[Reason]:
@@ -86,6 +87,8 @@ class TritonBackend(Backend):
         return reasons
 
     def rank(self, call: AttentionCall) -> float:
+        if call.varlen is not None:
+            return 0.0
         # What was measured on sm_90 is the Hopper kernel, and no call with a mask that the portable one must look at.
         dense = call.mask is not MaskKind.NONE and not call.key_padding
         other = call.capability == (9, 0) and not isinstance(kernel_for(call, self.int8), HopperKernel)
@@ -122,6 +125,19 @@ class TritonBackend(Backend):
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         rotation = rotation_of(query, key, tables, call.rope.interleaved)
         return self._attend(query, key, value, call, attn_mask, rotation)
+
+    def varlen_attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        cu_seqlens_k: torch.Tensor,
+        call: AttentionCall,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        kernel = portable_for(call, self.int8)
+        out, lse = kernel.attend_packed(query, key, value, cu_seqlens_q, cu_seqlens_k, call)
+        return out if lse is None else (out, lse)
 
     def _attend(
         self,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lpattn.backends.triton import packed
 from lpattn.kernels import hopper
 from lpattn.quantize import E4M3_MAX
 from lpattn.types import AttentionCall, CausalKind, HadamardMode
@@ -147,6 +148,46 @@ class PortableKernel(Kernel):
         band = Band(after=0) if call.causal is CausalKind.TOP_LEFT else Band()
         return attend(quantized, shape, call.dtype, band=band, mask=tiles, return_lse=call.return_lse)
 
+    def attend_packed(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        cu_seqlens_k: torch.Tensor,
+        call: AttentionCall,
+    ) -> Result:
+        """Quantize and attend: ([T_q, H, D_v] in call.dtype, lse [T_q, H] or None)."""
+        from lpattn.kernels.attention import Band, attend
+        from lpattn.kernels.shapes import tile_shape
+        from lpattn.quantize.fused import Precision
+        from lpattn.quantize.fused.operands import lanes_of
+
+        assert call.varlen is not None
+        before, after = (None if n < 0 else n for n in call.varlen.window)
+        total = query.shape[0]
+        max_q, max_k = min(call.q_len, total), min(call.kv_len, key.shape[0])
+        padded = packed.padded_queries(query, cu_seqlens_q, max_q)
+        key, value = (packed.as_batch(x, call.batch, max_k) for x in (key, value))
+        keys = packed.key_lists(cu_seqlens_k, max_k)
+        precision = Precision.INT8_F16 if self._int8 else Precision.E4M3
+        quantized = self.quantize(padded, key, value, call, None, precision, E4M3_MAX, keys)
+        out, lse = attend(
+            quantized,
+            tile_shape(call.capability, lanes_of(max(call.head_dim, call.head_dim_v))),
+            call.dtype,
+            band=Band(before, after, from_end=True),
+            q_counts=packed.lengths_of(cu_seqlens_q),
+            return_lse=call.return_lse,
+        )
+        of_tokens = None if lse is None else packed.pack(lse.transpose(1, 2), cu_seqlens_q, total, -torch.inf)
+        return packed.pack(out, cu_seqlens_q, total, 0.0), of_tokens
+
+
+def portable_for(call: AttentionCall, int8: bool) -> PortableKernel:
+    """The portable kernel with the recipe that the architecture has, or with int8 if that is asked for."""
+    return PortableKernel(int8 or (call.capability is not None and call.capability < FIRST_WITH_E4M3))
+
 
 @functools.lru_cache(maxsize=1024)
 def kernel_for(call: AttentionCall, int8: bool, exponential: str | None = None) -> Kernel:
@@ -157,11 +198,9 @@ def kernel_for(call: AttentionCall, int8: bool, exponential: str | None = None) 
         int8: whether q and k are to become int8 although the architecture has e4m3.
         exponential: of the Hopper kernel, where that runs.
     """
-    if call.capability is not None and call.capability < FIRST_WITH_E4M3:
-        int8 = True
     if call.capability == hopper.ARCHITECTURE and not int8:
         # The pass that undoes the transform behind the Hopper kernel takes powers of two only.
         transforms = call.hadamard is HadamardMode.NONE or not call.head_dim & (call.head_dim - 1)
         if transforms and not hopper.reasons_against(call) and not hopper.reasons_against_triton():
             return HopperKernel(exponential)
-    return PortableKernel(int8)
+    return portable_for(call, int8)
