@@ -134,7 +134,8 @@ def hot_loop(code: str) -> dict[str, int]:
                 best = inside
     kinds = [re.sub(r"^((?:MUFU|F2FP|F2F|HADD2)\.\w+|\w+).*", r"\1", name) for name in best]
     counts = {kind: kinds.count(kind) for kind in set(kinds)}
-    return {"all": len(kinds), **dict(sorted(counts.items(), key=lambda item: -item[1])[:14])}
+    spills = sum(kind in ("STL", "LDL") for kind in kinds)
+    return {"all": len(kinds), "spills": spills, **dict(sorted(counts.items(), key=lambda item: -item[1])[:14])}
 
 
 def dumped(cubin: bytes, option: str) -> str:

@@ -239,7 +239,9 @@ def _sweep(
         if v.dtype.element_ty == tl.float8e4nv:
             weights = to_e4m3(p, True) if INTERPRETED else p.to(tl.float8e4nv)
             # [BN, LANES_V], stored as [D_V, BLOCK] per block
-            at = v + block.to(tl.int64) * (D_V * BLOCK) + lanes_v[None, :] * BLOCK + (start % BLOCK + slots)[:, None]
+            # Triton 3.6 does not see by itself that this is a multiple, and would load byte by byte.
+            within = tl.multiple_of(start % BLOCK, BN)
+            at = v + block.to(tl.int64) * (D_V * BLOCK) + lanes_v[None, :] * BLOCK + (within + slots)[:, None]
         else:
             weights = p.to(tl.float16)
             at = v + (start + slots).to(tl.int64)[:, None] * D_V + lanes_v[None, :]
