@@ -12,7 +12,7 @@ from lpattn import Reason, RegistrationError
 from lpattn.registry import Registry, Source, registry
 
 CPU = torch.device("cpu")
-BUILT_IN = {"bf16_reference", "fp8_fa3", "fp8_triton", "int8_triton"}
+BUILT_IN = {"bf16_reference", "fp8_fa3", "fp8_triton", "fp8_triton_fast", "int8_triton"}
 
 
 def only_failure(reg):
@@ -60,7 +60,14 @@ def test_a_plugin_says_where_it_comes_from(install, plugin, make_backend):
 
 def test_built_in_backends_come_first(install, plugin, make_backend):
     install(("a", "lpattn-a", plugin(make_backend("aaa"))))
-    assert list(Registry().backends()) == ["bf16_reference", "fp8_fa3", "fp8_triton", "int8_triton", "aaa"]
+    assert list(Registry().backends()) == [
+        "bf16_reference",
+        "fp8_fa3",
+        "fp8_triton",
+        "fp8_triton_fast",
+        "int8_triton",
+        "aaa",
+    ]
 
 
 def with_unknown_hook(plugin, make_backend):

@@ -143,7 +143,8 @@ def attend(
             q_counts is None,
             quantized.key_counts is None,
             kinds_of(tensors),
-            kinds_of((quantized.v_constant,)),
+            # Parts of larger tensors, which may not be aligned.
+            kinds_of((quantized.v_constant, quantized.v_scale)),
         ),
         shape.warps,
     )

@@ -135,6 +135,8 @@ class PortableKernel(Kernel):
         from lpattn.quantize.fused.operands import lanes_of
 
         lanes = lanes_of(max(call.head_dim, call.head_dim_v))
+        if attn_mask is not None and attn_mask.dtype == torch.float64:
+            attn_mask = attn_mask.float()  # tiles of it would not fit into shared memory
         biased = attn_mask is not None and attn_mask.dtype != torch.bool
         shape = tile_shape(call.capability, lanes, biased)
         keys = tiles = used = None
