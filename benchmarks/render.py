@@ -340,7 +340,7 @@ def page() -> str:
     whole = "h100-attention.json"
     parts = [
         HEAD,
-        targets("h200-targets.json"),
+        targets("h100-targets.json"),
         attention(whole),
         hadamard(whole),
         automatic(whole),

@@ -276,6 +276,8 @@ def redirect(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa or grouped
         )
     query, key, value, attn_mask = cast_like_autocast(query, key, value, attn_mask)
+    if torch.compiler.is_dynamo_compiling():
+        _look_for_rope()
     operator = ops.sdpa_lse if return_lse else ops.sdpa
     tag = None if layer is None else layer.tag
     return operator(query, key, value, attn_mask, dropout_p, is_causal, scale, tag, settings.text)
@@ -391,6 +393,14 @@ def _unfit_for_graph(
     if is_causal and attn_mask is not None:
         return "mask_and_causal", "both attn_mask and is_causal=True"
     return None
+
+
+@constant_while_tracing
+def _look_for_rope() -> None:
+    """Have the compilation that traces this call look for rotations in front of it."""
+    from lpattn.compile.install import install  # imports inductor
+
+    install()
 
 
 @constant_while_tracing

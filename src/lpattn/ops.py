@@ -1,7 +1,9 @@
 """The ``torch.library`` operators that compiled graphs contain, their fakes, and how settings travel in them.
 
-Settings travel as one string and the layer as a 0-dim CPU tensor: with the string alone, or an int, torch.compile would
-make a graph per layer. The backend is chosen when the operator runs, on real sizes.
+Settings travel as one string and the layer as a 0-dim CPU tensor: with the string alone, or an int, torch.compile
+would make a graph per layer. The backend is chosen when the operator runs, on real sizes. Why a rotation in front of
+attention was not fused travels as a string too, which :mod:`lpattn.compile` adds: when a graph comes out of a cache,
+nothing else knows.
 """
 
 from __future__ import annotations
@@ -16,12 +18,15 @@ from lpattn.varlen import attend_varlen
 
 _OPTIONS = "Tensor? attn_mask, float dropout_p, bool is_causal, float? scale"
 _SETTINGS = "Tensor? layer, str settings"
+_REASON = "str rope=''"
 _ROPE = "Tensor cos, Tensor sin, Tensor? cos_k, Tensor? sin_k, bool interleaved"
 _QKV = "Tensor query, Tensor key, Tensor value"
 
+_NOT_LOOKED_FOR = "not looked for: the graph was not compiled by inductor, or not with lpattn's pass"
+
 _library = torch.library.Library("lpattn", "DEF")
-_library.define(f"sdpa({_QKV}, {_OPTIONS}, {_SETTINGS}) -> Tensor")
-_library.define(f"sdpa_lse({_QKV}, {_OPTIONS}, {_SETTINGS}) -> (Tensor, Tensor)")
+_library.define(f"sdpa({_QKV}, {_OPTIONS}, {_SETTINGS}, {_REASON}) -> Tensor")
+_library.define(f"sdpa_lse({_QKV}, {_OPTIONS}, {_SETTINGS}, {_REASON}) -> (Tensor, Tensor)")
 _library.define(f"rope_sdpa({_QKV}, {_ROPE}, {_OPTIONS}, {_SETTINGS}) -> Tensor")
 _library.define(f"rope_sdpa_lse({_QKV}, {_ROPE}, {_OPTIONS}, {_SETTINGS}) -> (Tensor, Tensor)")
 _VARLEN = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_q, SymInt max_k, float? scale, int left, int right"
@@ -36,7 +41,12 @@ def _ledger(layer: torch.Tensor | None) -> Ledger | None:
 
 
 def _sdpa_with(return_lse: bool):  # type: ignore[no-untyped-def]
-    def run(query, key, value, attn_mask, dropout_p, is_causal, scale, layer, settings):  # type: ignore[no-untyped-def]
+    def run(  # type: ignore[no-untyped-def]
+        query, key, value, attn_mask, dropout_p, is_causal, scale, layer, settings, rope=""
+    ):
+        ledger = _ledger(layer)
+        if ledger is not None:
+            ledger.rope = rope or _NOT_LOOKED_FOR
         result = attend(
             query,
             key,
@@ -47,7 +57,7 @@ def _sdpa_with(return_lse: bool):  # type: ignore[no-untyped-def]
             scale,
             enable_gqa=query.shape[1] != key.shape[1],
             settings=from_text(settings),
-            ledger=_ledger(layer),
+            ledger=ledger,
             return_lse=return_lse,
         )
         return result if return_lse else in_bshd_memory(result)

@@ -70,7 +70,7 @@ def page(render, tmp_path, monkeypatch):
 
     def make(**files: dict) -> str:
         for name, content in files.items():
-            machine = "h100" if name in ("attention", "hopper", "sweep") else "h200"
+            machine = "h100" if name in ("attention", "hopper", "sweep", "targets") else "h200"
             path = tmp_path / f"{machine}-{name}.json"
             path.write_text(json.dumps({"provenance": PROVENANCE, **content}))
         monkeypatch.setattr(render, "RESULTS", tmp_path)

@@ -44,6 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "varlen": {"execute", "dispatch", "registry", "settings", "active", "calls", "ledger", *WORDS},
     "ops": {"varlen", "execute", "dispatch", "settings", "ledger", *WORDS},
     "functional": {
+        "compile",
         "tracing",
         "active",
         "ops",
@@ -59,10 +60,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         *WORDS,
     },
     "eager": {"active", "tracing", "functional", "ops", "execute", "dispatch", "settings", "policy", "ledger", *WORDS},
-    "compile": {"ops", "types"},
+    "compile": {"ops", "dispatch", "registry", "settings", "calls", *WORDS},
     ROOT: PUBLIC,
     "testing": {ROOT, *PUBLIC, "quantize", "ops", "settings", "rope"},
-    "cli": {ROOT, *PUBLIC, "settings", "calls", "testing"},
+    "cli": {ROOT, *PUBLIC, "settings", "calls", "compile", "testing"},
     "__main__": {"cli"},
 }
 

@@ -7,6 +7,7 @@ from argparse import Namespace
 import torch
 
 from lpattn.calls import default_scale, device_capability
+from lpattn.cli import compiled
 from lpattn.cli.text import explanation_data, print_json
 from lpattn.dispatch import explain_call
 from lpattn.errors import InvalidArgumentError, UnknownBackendError
@@ -17,6 +18,8 @@ from lpattn.types import AttentionCall, CausalKind, HadamardMode, MaskKind, Prov
 
 def run(arguments: Namespace) -> int:
     """Print the explanation. Returns 0 where the call runs, 1 where it would be an error."""
+    if arguments.compiled is not None:
+        return compiled.run(arguments)
     _check(arguments)
     try:
         settings = make_settings(arguments.backend, arguments.hadamard, arguments.on_unsupported, Provenance.ARGUMENT)

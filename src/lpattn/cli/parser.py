@@ -69,8 +69,17 @@ def _add_info(commands: _Commands[argparse.ArgumentParser]) -> argparse.Argument
 
 def _add_explain(commands: _Commands[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     parser = _add(commands, "explain", "Say which backend would run an attention call, and why the others would not.")
-    parser.epilog = "Allocates no tensors. Exit status: 0 if the call runs, 1 if it would be an error, 2 for bad usage."
-    parser.add_argument("--shape", type=shape, required=True, metavar="B,H,S,D", help="shape of the queries")
+    parser.epilog = (
+        "Allocates no tensors, but with --compiled. "
+        "Exit status: 0 if the call runs, 1 if it would be an error, 2 for bad usage."
+    )
+    subject = parser.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--shape", type=shape, metavar="B,H,S,D", help="shape of the queries")
+    subject.add_argument(
+        "--compiled",
+        metavar="MODULE:FUNCTION",
+        help="instead of a call: run the model that this function returns, with its inputs, under torch.compile",
+    )
     parser.add_argument("--kv-heads", type=positive, metavar="N", help="heads of k and v (default: H)")
     parser.add_argument("--kv-len", type=positive, metavar="N", help="length of k and v (default: S)")
     parser.add_argument("--head-dim-v", type=positive, metavar="N", help="head_dim of v (default: D)")

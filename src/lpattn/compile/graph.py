@@ -1,0 +1,226 @@
+"""The pass itself: fuse the rotations in front of each attention operator of a functional graph, or say why not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from lpattn import ops
+from lpattn.compile.emit import Emitter
+from lpattn.compile.linear import RefusedError, args_of, is_transparent
+from lpattn.compile.proof import Prover, Rotation
+from lpattn.compile.sizes import Sizes, UnknownSizeError, assignments, value_of
+from lpattn.compile.worth import reason_against
+
+log = logging.getLogger(__name__)
+
+_FUSED = {ops.sdpa: ops.rope_sdpa, ops.sdpa_lse: ops.rope_sdpa_lse}
+_REASON = 9
+"""Position of the argument that says why nothing was fused."""
+
+
+def fuse_rope(graph: fx.Graph) -> None:
+    """Replace attention operators whose q and k are proven to be rotations by the operator that rotates.
+
+    The others get the reason as their last argument, which they hand to the report when they run, so that the reason is
+    there too when the graph comes out of a cache. Does nothing in a graph without lpattn's operators.
+
+    Args:
+        graph: functional, after decomposition, with fake values.
+    """
+    calls = [node for node in graph.nodes if node.op == "call_function" and node.target in _FUSED]
+    if not calls:
+        return
+    sizes = assignments(graph.nodes)
+    fused = 0
+    reasons: dict[str, None] = {}
+    for call in calls:
+        reason = _fuse(call, sizes)
+        if reason is None:
+            fused += 1
+        else:
+            call.args = (*call.args[:_REASON], reason)
+            _keep_strides(call)
+            reasons[reason] = None
+    because = f": {'; '.join(reasons)}" if reasons else ""
+    log.debug("RoPE fused into %d of %d attention calls%s", fused, len(calls), because)
+
+
+def _fuse(call: fx.Node, sizes: Sequence[Sizes]) -> str | None:
+    """Replace one call, or say why not and leave the graph as it was."""
+    emitter = Emitter(call)
+    try:
+        # The proofs compute on plain tensors, whatever mode surrounds the compiler.
+        with unset_fake_temporarily():
+            found = _prove(call, sizes)
+        _replace(call, found, emitter)
+    except (RefusedError, UnknownSizeError) as refused:
+        emitter.undo()
+        return str(refused)
+    except Exception as error:
+        # A defect of this pass: the model still compiles, and the report tells.
+        log.warning("RoPE is not fused: the proof failed", exc_info=True)
+        emitter.undo()
+        return f"the proof failed: {type(error).__name__}: {error}"
+    return None
+
+
+class _Found:
+    """What was proven of the three operands of one call."""
+
+    def __init__(self, query: list[Rotation], key: list[Rotation], value: Rotation) -> None:
+        self.query, self.key, self.value = query, key, value
+        q, k = (next(r for r in rotations if r.rotary_dim) for rotations in (query, key))
+        self.rotary_dim = q.rotary_dim
+        for name, rotations in (("q", query), ("k", key)):
+            for rotation in rotations:
+                if rotation.rotary_dim not in (0, self.rotary_dim):
+                    raise RefusedError(
+                        f"{rotation.rotary_dim} lanes of {name} are rotated, and {self.rotary_dim} lanes of q"
+                    )
+        kinds = {r.interleaved for r in (*query, *key) if r.interleaved is not None}
+        if len(kinds) > 1:
+            one, other = ("interleaved" if r.interleaved else "half-split" for r in (q, k))
+            raise RefusedError(f"q is rotated {one}, k {other}" if one != other else "streams are rotated differently")
+        self.interleaved = kinds.pop() if kinds else False
+
+
+def _prove(call: fx.Node, sizes: Sequence[Sizes]) -> _Found:
+    if (reason := reason_against(call, sizes[0])) is not None:
+        raise RefusedError(reason)
+    query, key, value = args_of(call)[:3]
+    values = Prover(value, sizes)
+    groups = values.repeats()
+    q = _rotations("q", Prover(query, sizes), 1)
+    keys = Prover(key, sizes)
+    try:
+        k = _rotations("k", keys, groups)
+    except RefusedError as refused:
+        k = _rotations_otherwise(keys, groups, refused)
+        groups = 1
+    return _Found(q, k, values.view(groups))
+
+
+def _rotations_otherwise(keys: Prover, groups: int, refused: RefusedError) -> list[Rotation]:
+    """The keys, where their heads are not repeated as those of v are: with repeated heads, or the best reason."""
+    if groups > 1:
+        try:
+            return _rotations("k", keys, 1)
+        except RefusedError as other:
+            refused = max(refused, other, key=lambda found: found.progress)
+    for number in range(2, keys.heads + 1):
+        if keys.heads % number == 0 and number != groups:
+            try:
+                _rotations("k", keys, number)
+            except RefusedError as other:
+                refused = max(refused, other, key=lambda found: found.progress)
+            else:
+                raise RefusedError(f"k: each of its heads is repeated {number} times, and v's are not")
+    raise refused
+
+
+def _rotations(name: str, prover: Prover, groups: int) -> list[Rotation]:
+    try:
+        return prover.rotations(groups)
+    except RefusedError as refused:
+        raise RefusedError(f"{name}: {refused}", refused.progress) from None
+
+
+def _replace(call: fx.Node, found: _Found, emitter: Emitter) -> None:
+    query, key, value, *rest = args_of(call)
+    q = _streams(emitter, query, found.query)
+    k = _streams(emitter, key, found.key)
+    shared = _described(found.query) == _described(found.key)
+    tables = [
+        *_tables(emitter, found.query, q, found),
+        *((None, None) if shared else _tables(emitter, found.key, k, found)),
+    ]
+    v = emitter.heads_last(found.value, _shape(value, found.value.groups))
+    operands = (_joined(emitter, q), _joined(emitter, k), v)
+    with call.graph.inserting_before(call):
+        fused = call.graph.call_function(
+            _FUSED[call.target],  # type: ignore[index]
+            (*operands, *tables, found.interleaved, *rest[: _REASON - 3]),
+        )
+    fused.meta = dict(call.meta)
+    _keep_strides(fused)
+    call.replace_all_uses_with(fused)
+    inputs = call.all_input_nodes
+    call.graph.erase_node(call)
+    _erase_unused(inputs)
+
+
+def _keep_strides(call: fx.Node) -> None:
+    """Have inductor hand over inputs with the strides that they have in the graph, as for any operator."""
+    if "eager_input_vals" in call.meta:
+        values = fx.node.map_aggregate(call.args, lambda a: a.meta["val"] if isinstance(a, fx.Node) else a)
+        call.meta["eager_input_vals"] = (values, {})
+
+
+def _described(rotations: Sequence[Rotation]) -> list[Any]:
+    """What tables depend on; a single stretch has no length of its own."""
+    found: list[Any] = []
+    for rotation in rotations:
+        shape = value_of(rotation.source).shape if len(rotations) > 1 else ()
+        found.append((rotation.cos, rotation.sin, [n if isinstance(n, int) else n.node.expr for n in shape]))
+    return found
+
+
+def _streams(emitter: Emitter, operand: fx.Node, rotations: Sequence[Rotation]) -> list[fx.Node]:
+    """What an operand was before rotation, [B, S, H, D] for each stretch of rows."""
+    batch, rows, heads, dim = _shape(operand, rotations[0].groups)
+    if len(rotations) == 1:
+        return [emitter.heads_last(rotations[0], (batch, rows, heads, dim))]
+    return [
+        emitter.heads_last(r, (batch, value_of(r.source).numel() // (batch * heads * dim), heads, dim))
+        for r in rotations
+    ]
+
+
+def _joined(emitter: Emitter, streams: Sequence[fx.Node]) -> fx.Node:
+    return streams[0] if len(streams) == 1 else emitter.call(torch.ops.aten.cat.default, list(streams), 1)
+
+
+def _tables(
+    emitter: Emitter, rotations: Sequence[Rotation], streams: Sequence[fx.Node], found: _Found
+) -> tuple[fx.Node, fx.Node]:
+    """Cosines and sines of an operand; 1 and 0 for the stretches that are not rotated."""
+    cos, sin = [], []
+    for rotation, x in zip(rotations, streams, strict=True):
+        if rotation.cos is None or rotation.sin is None:
+            count = emitter.size(x, 1)
+            c, s = (emitter.constant(number, count, found.rotary_dim, x) for number in (1.0, 0.0))
+        else:
+            c, s = (emitter.table(t, found.rotary_dim, found.interleaved, x) for t in (rotation.cos, rotation.sin))
+        cos.append(c)
+        sin.append(s)
+    if len(streams) > 1:
+        counts = [emitter.size(x, 1) for x in streams]
+        cos, sin = [emitter.stacked(cos, counts)], [emitter.stacked(sin, counts)]
+    # Tables of twice the width would slow everything down that reads them.
+    wide = value_of(streams[0]).dtype == torch.float64
+    both = torch.promote_types(value_of(cos[0]).dtype, value_of(sin[0]).dtype)
+    dtype = torch.float32 if both == torch.float64 and not wide else both
+    return emitter.cast(cos[0], dtype), emitter.cast(sin[0], dtype)
+
+
+def _shape(operand: fx.Node, groups: int) -> tuple[Any, Any, Any, Any]:
+    """(B, S, H, D) of what an operand [B, H, S, D] is made of."""
+    batch, heads, rows, dim = value_of(operand).shape
+    return batch, rows, heads // groups, dim
+
+
+def _erase_unused(nodes: Sequence[fx.Node]) -> None:
+    """Erase nodes that nothing reads any more, and what only they have read."""
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node.users or node.op != "call_function" or not is_transparent(node) or node._erased:
+            continue
+        stack += node.all_input_nodes
+        node.graph.erase_node(node)

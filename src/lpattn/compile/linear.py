@@ -1,0 +1,456 @@
+"""Pulls elements of a tensor back through a functional graph, to sums of coefficient * element of an earlier tensor.
+
+This is arithmetic on indices: nothing of the model is run. A coefficient is a number, or a number times one element of
+a tensor that does not depend on the earlier one (a *leaf*, such as the table of cosines).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from lpattn.compile.sizes import Sizes, UnknownSizeError, value_of
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+_MAX_VISITS = 4000
+"""Nodes that one pull-back may pass through, repetitions counted: a graph that needs more is no rotation."""
+
+NOT_FROM_IT, NOT_LINEAR, NOT_A_TABLE, NOT_A_ROTATION = range(4)
+"""How far a candidate came before it was refused; the reason of the one that came furthest is reported."""
+
+
+class RefusedError(Exception):
+    """What stands in the way of a proof.
+
+    Attributes:
+        progress: how far it came.
+    """
+
+    def __init__(self, message: str, progress: int = NOT_LINEAR) -> None:
+        super().__init__(message)
+        self.progress = progress
+
+
+@dataclass
+class Points:
+    """Elements of one tensor that are asked for.
+
+    Attributes:
+        sample: int64 [N], the output element that each belongs to.
+        flat: int64 [N], index in the tensor as if it were contiguous.
+        part: int64 [N], 0 for the real and 1 for the imaginary part; None in a real tensor.
+    """
+
+    sample: torch.Tensor
+    flat: torch.Tensor
+    part: torch.Tensor | None = None
+
+    def at(self, flat: torch.Tensor) -> Points:
+        """The same samples at other places."""
+        return Points(self.sample, flat, self.part)
+
+    def where(self, mask: torch.Tensor, flat: torch.Tensor) -> Points:
+        """Those that the mask picks, at other places."""
+        return Points(self.sample[mask], flat[mask], None if self.part is None else self.part[mask])
+
+
+@dataclass
+class Terms:
+    """Sums, as a list of their terms: ``out[sample] = sum of factor * leaf[at] * source[index]``.
+
+    Attributes:
+        sample: int64 [T], the output element that the term belongs to.
+        index: int64 [T], flat index in the source.
+        factor: float64 [T].
+        leaf: int64 [T], number of the leaf; -1 without one.
+        at: int64 [T], flat index in the leaf, of real numbers (a complex one counts twice).
+    """
+
+    sample: torch.Tensor
+    index: torch.Tensor
+    factor: torch.Tensor
+    leaf: torch.Tensor
+    at: torch.Tensor
+
+    def scaled(self, factor: float | torch.Tensor) -> Terms:
+        """The terms times a number, or times one number each."""
+        return Terms(self.sample, self.index, self.factor * factor, self.leaf, self.at)
+
+
+def joined(parts: list[Terms]) -> Terms:
+    """The sum of several."""
+    names = ("sample", "index", "factor", "leaf", "at")
+    return Terms(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+
+def unravel(flat: torch.Tensor, shape: tuple[int, ...]) -> list[torch.Tensor]:
+    """Coordinates of flat indices."""
+    found = []
+    for size in reversed(shape):
+        found.append(flat % size)
+        flat = flat // size
+    return found[::-1]
+
+
+def ravel(coordinates: list[torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+    """Flat indices of coordinates."""
+    flat = torch.zeros_like(coordinates[0]) if coordinates else torch.zeros(1, dtype=torch.int64, device="cpu")
+    for coordinate, size in zip(coordinates, shape, strict=True):
+        flat = flat * size + coordinate
+    return flat
+
+
+class PullBack:
+    """Linear forms over one tensor of a graph, at one assignment of sizes.
+
+    Args:
+        source: the tensor that the forms are over.
+        dependent: the nodes that depend on it; all others are constants here.
+        sizes: numbers for symbolic sizes.
+
+    Attributes:
+        leaves: tensors that coefficients are elements of, by number.
+    """
+
+    def __init__(self, source: fx.Node, dependent: set[fx.Node], sizes: Sizes) -> None:
+        self.source = source
+        self.leaves: list[fx.Node] = []
+        self._dependent = dependent
+        self._sizes = sizes
+        self._visits = 0
+
+    def __call__(self, node: fx.Node, points: Points) -> Terms:
+        """The terms of elements of a node.
+
+        Raises:
+            RefusedError: they are no linear form over the source.
+        """
+        self._visits += 1
+        if self._visits > _MAX_VISITS:
+            raise RefusedError("too many operations lie between the projections and the attention")
+        if node is self.source:
+            none = torch.full_like(points.flat, -1)
+            return Terms(points.sample, points.flat, torch.ones_like(points.flat, dtype=torch.float64), none, none)
+        if points.flat.numel() == 0 or _number(node) == 0:
+            none = points.flat[:0]
+            return Terms(none, none, none.double(), none, none)
+        if node not in self._dependent:
+            raise RefusedError(f"{node.name} is added, which does not depend on what is rotated", NOT_FROM_IT)
+        rule = _RULES.get(node.target)
+        if rule is None:
+            raise RefusedError(f"{node.name} ({node.target}) is neither linear nor a view")
+        try:
+            return rule(self, node, points)
+        except UnknownSizeError as error:
+            raise RefusedError(f"{node.name}: {error}") from None
+
+    def depends(self, value: Any) -> bool:
+        """Whether an argument depends on the source."""
+        return value is self.source or value in self._dependent
+
+    def number_of(self, leaf: fx.Node) -> int:
+        """The number of a leaf, new or not."""
+        if leaf not in self.leaves:
+            self.leaves.append(leaf)
+        return self.leaves.index(leaf)
+
+    # Rules, one per kind of operation. `points` are elements of the node's own tensor.
+
+    def same_memory(self, node: fx.Node, points: Points) -> Terms:
+        """The same elements in the same order, under another shape or dtype."""
+        return self(_first(node), points)
+
+    def cast(self, node: fx.Node, points: Points) -> Terms:
+        """The same elements in another floating-point dtype."""
+        before, after = value_of(_first(node)).dtype, value_of(node).dtype
+        kept = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        if before not in kept or after not in kept:
+            raise RefusedError(f"{node.name} casts {before} to {after}")
+        return self(_first(node), points)
+
+    def expand(self, node: fx.Node, points: Points) -> Terms:
+        """A tensor along new dimensions, or along ones of size 1."""
+        return self(_first(node), points.at(self.broadcast(points.flat, node, _first(node))))
+
+    def broadcast(self, flat: torch.Tensor, node: fx.Node, argument: fx.Node) -> torch.Tensor:
+        """Where in an argument the elements of a node lie that it is broadcast to."""
+        outer, inner = self._sizes.shape(node), self._sizes.shape(argument)
+        if outer == inner:
+            return flat
+        kept = unravel(flat, outer)[len(outer) - len(inner) :]
+        return (
+            ravel([c if n != 1 else torch.zeros_like(c) for c, n in zip(kept, inner, strict=True)], inner)
+            if inner
+            else torch.zeros_like(flat)
+        )
+
+    def repeat(self, node: fx.Node, points: Points) -> Terms:
+        """A tensor several times along its dimensions, as a whole each time."""
+        inner = self._sizes.shape(_first(node))
+        kept = unravel(points.flat, self._sizes.shape(node))[-len(inner) :]
+        return self(_first(node), points.at(ravel([c % n for c, n in zip(kept, inner, strict=True)], inner)))
+
+    def permute(self, node: fx.Node, points: Points) -> Terms:
+        """Dimensions in another order."""
+        shape = self._sizes.shape(_first(node))
+        order = [int(d) % len(shape) for d in args_of(node)[1]]
+        coordinates = unravel(points.flat, self._sizes.shape(node))
+        moved = [coordinates[order.index(dim)] for dim in range(len(shape))]
+        return self(_first(node), points.at(ravel(moved, shape)))
+
+    def slice(self, node: fx.Node, points: Points) -> Terms:
+        """Every so many places along a dimension."""
+        dim, start, _, step = self.range_of(node, _first(node), 1)
+        coordinates = unravel(points.flat, self._sizes.shape(node))
+        coordinates[dim] = coordinates[dim] * step + start
+        return self(_first(node), points.at(ravel(coordinates, self._sizes.shape(_first(node)))))
+
+    def range_of(self, node: fx.Node, of: fx.Node, first: int) -> tuple[int, int, int, int]:
+        """(dim, start, end, step) of a slice of a tensor, whose arguments begin at a position."""
+        shape = self._sizes.shape(of)
+        given = [*args_of(node)[first:], None, None, None, None]
+        dim = _int(given[0], 0) % len(shape)
+        size = shape[dim]
+        start = 0 if given[1] is None else self._sizes(given[1])
+        end = size if given[2] is None else self._sizes(given[2])
+        start, end = (min(max(value + size if value < 0 else value, 0), size) for value in (start, end))
+        return dim, start, end, _int(given[3], 1)
+
+    def select(self, node: fx.Node, points: Points) -> Terms:
+        """One place along a dimension."""
+        return self._at(node, points, _int(args_of(node)[1]), self._sizes(args_of(node)[2]))
+
+    def _at(self, node: fx.Node, points: Points, dim: int, index: int, of: fx.Node | None = None) -> Terms:
+        """The elements of a tensor at one place along a dimension that the node no longer has."""
+        source = of or _first(node)
+        shape = self._sizes.shape(source)
+        dim %= len(shape)
+        coordinates = unravel(points.flat, self._sizes.shape(node))
+        coordinates.insert(dim, torch.full_like(points.flat, index % shape[dim]))
+        return self(source, points.at(ravel(coordinates, shape)))
+
+    def item(self, node: fx.Node, points: Points) -> Terms:
+        """One of the tensors that an operator returned."""
+        several, which = args_of(node)[:2]
+        source = _first(several)
+        shape = self._sizes.shape(source)
+        if several.target is aten.unbind.int:
+            return self._at(node, points, dim_of(several, 1, 0), which, source)
+        if several.target is aten.split.Tensor:
+            start = which * self._sizes(args_of(several)[1])
+        elif several.target is aten.split_with_sizes.default:
+            start = sum(self._sizes(size) for size in args_of(several)[1][:which])
+        else:
+            raise RefusedError(f"{several.name} ({several.target}) is neither linear nor a view")
+        dim = dim_of(several, 2, 0) % len(shape)
+        coordinates = unravel(points.flat, self._sizes.shape(node))
+        coordinates[dim] = coordinates[dim] + start
+        return self(source, points.at(ravel(coordinates, shape)))
+
+    def cat(self, node: fx.Node, points: Points) -> Terms:
+        """Tensors one after another."""
+        shape = self._sizes.shape(node)
+        dim = dim_of(node, 1, 0) % len(shape)
+        coordinates = unravel(points.flat, shape)
+        place, start, parts = coordinates[dim], 0, []
+        for part in args_of(node)[0]:
+            inner = self._sizes.shape(part)
+            if len(inner) != len(shape):
+                continue  # an empty tensor of one dimension, which cat leaves out
+            mask = (place >= start) & (place < start + inner[dim])
+            if bool(mask.any()):
+                moved = [*coordinates[:dim], place - start, *coordinates[dim + 1 :]]
+                parts.append(self(part, points.where(mask, ravel(moved, inner))))
+            start += inner[dim]
+        return joined(parts)
+
+    def slice_scatter(self, node: fx.Node, points: Points) -> Terms:
+        """A tensor with a slice of it replaced: what an indexed write has become."""
+        base, patch = _first(node), args_of(node)[1]
+        shape = self._sizes.shape(base)
+        dim, start, end, step = self.range_of(node, base, 2)
+        coordinates = unravel(points.flat, shape)
+        place = coordinates[dim]
+        inside = (place >= start) & (place < end) & ((place - start) % step == 0)
+        moved = [*coordinates[:dim], (place - start) // step, *coordinates[dim + 1 :]]
+        return self._patched(base, patch, points, inside, ravel(moved, self._sizes.shape(patch)))
+
+    def select_scatter(self, node: fx.Node, points: Points) -> Terms:
+        """A tensor with one place along a dimension replaced."""
+        base, patch = _first(node), args_of(node)[1]
+        shape = self._sizes.shape(base)
+        dim = _int(args_of(node)[2]) % len(shape)
+        coordinates = unravel(points.flat, shape)
+        inside = coordinates[dim] == self._sizes(args_of(node)[3]) % shape[dim]
+        moved = [*coordinates[:dim], *coordinates[dim + 1 :]]
+        return self._patched(base, patch, points, inside, ravel(moved, self._sizes.shape(patch)))
+
+    def _patched(
+        self, base: fx.Node, patch: fx.Node, points: Points, inside: torch.Tensor, flat: torch.Tensor
+    ) -> Terms:
+        parts = []
+        if bool(inside.any()):
+            parts.append(self(patch, points.where(inside, flat)))
+        if not bool(inside.all()):
+            parts.append(self(base, points.where(~inside, points.flat)))
+        return joined(parts)
+
+    def copy(self, node: fx.Node, points: Points) -> Terms:
+        """What is written over all of a tensor."""
+        written = args_of(node)[1]
+        return self(written, points.at(self.broadcast(points.flat, node, written)))
+
+    def negate(self, node: fx.Node, points: Points) -> Terms:
+        """Elements times -1."""
+        return self(_first(node), points).scaled(-1.0)
+
+    def add(self, node: fx.Node, points: Points) -> Terms:
+        """Sums and differences."""
+        sign = -1.0 if node.target is aten.sub.Tensor else 1.0
+        alpha = float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
+        parts = []
+        for argument, factor in zip(args_of(node)[:2], (1.0, sign * alpha), strict=True):
+            if not isinstance(argument, fx.Node):
+                raise RefusedError(f"{node.name} adds the number {argument}")
+            parts.append(self(argument, points.at(self.broadcast(points.flat, node, argument))).scaled(factor))
+        return joined(parts)
+
+    def multiply(self, node: fx.Node, points: Points) -> Terms:
+        """Products with a number, or with a leaf."""
+        left, right = args_of(node)[:2]
+        if not self.depends(left):
+            left, right = right, left
+        if self.depends(right):
+            raise RefusedError(f"{node.name} multiplies two tensors that both depend on what is rotated")
+        inner = points.at(self.broadcast(points.flat, node, left))
+        if (number := _number(right)) is not None:
+            return self(left, inner).scaled(number)
+        return self._times_leaf(node, left, inner, right, self.broadcast(points.flat, node, right))
+
+    def _times_leaf(self, node: fx.Node, left: fx.Node, inner: Points, leaf: fx.Node, at: torch.Tensor) -> Terms:
+        dtype = value_of(leaf).dtype
+        if dtype.is_complex:
+            # (a + bi)(c + di) = (ac - bd) + (bc + ad)i: the part itself with c, the other part with d.
+            if inner.part is None:
+                raise RefusedError(f"{node.name} multiplies real by complex numbers")
+            other = Points(inner.sample, inner.flat, 1 - inner.part)
+            turned = self(left, other)
+            # Samples are unique here: each element of a tensor is asked for once.
+            sign = torch.zeros(int(inner.sample.max()) + 1, dtype=torch.float64, device="cpu")
+            sign[inner.sample] = torch.where(inner.part == 0, -1.0, 1.0).double()
+            straight = self._with_leaf(node, self(left, inner), inner.sample, leaf, at * 2)
+            crossed = self._with_leaf(node, turned.scaled(sign[turned.sample]), inner.sample, leaf, at * 2 + 1)
+            return joined([straight, crossed])
+        if not dtype.is_floating_point:
+            raise RefusedError(f"{node.name} multiplies by {dtype}")
+        return self._with_leaf(node, self(left, inner), inner.sample, leaf, at)
+
+    def _with_leaf(self, node: fx.Node, terms: Terms, sample: torch.Tensor, leaf: fx.Node, at: torch.Tensor) -> Terms:
+        if bool((terms.leaf >= 0).any()):
+            raise RefusedError(f"{node.name} multiplies by a second tensor", NOT_A_TABLE)
+        place = torch.zeros(int(sample.max()) + 1, dtype=torch.int64, device="cpu")
+        place[sample] = at
+        number = torch.full_like(terms.leaf, self.number_of(leaf))
+        return Terms(terms.sample, terms.index, terms.factor, number, place[terms.sample])
+
+    def divide(self, node: fx.Node, points: Points) -> Terms:
+        """Quotients by a number."""
+        left, right = args_of(node)[:2]
+        number = _number(right)
+        if not self.depends(left) or number is None:
+            raise RefusedError(f"{node.name} divides by a tensor")
+        if node.kwargs.get("rounding_mode") is not None or number == 0:
+            raise RefusedError(f"{node.name} is no linear division")
+        return self(left, points.at(self.broadcast(points.flat, node, left))).scaled(1.0 / number)
+
+    def view_as_complex(self, node: fx.Node, points: Points) -> Terms:
+        """Pairs of numbers as complex ones."""
+        assert points.part is not None
+        return self(_first(node), Points(points.sample, points.flat * 2 + points.part))
+
+    def view_as_real(self, node: fx.Node, points: Points) -> Terms:
+        """Complex numbers as pairs."""
+        return self(_first(node), Points(points.sample, points.flat // 2, points.flat % 2))
+
+
+Rule = Callable[[PullBack, fx.Node, Points], Terms]
+
+_RULES: dict[Any, Rule] = {
+    **dict.fromkeys(
+        (
+            aten.view.default,
+            aten.reshape.default,
+            aten._unsafe_view.default,
+            aten.unsqueeze.default,
+            aten.squeeze.dim,
+            aten.squeeze.dims,
+            aten.squeeze.default,
+            aten.clone.default,
+            aten.alias.default,
+            aten.detach.default,
+        ),
+        PullBack.same_memory,
+    ),
+    prims.convert_element_type.default: PullBack.cast,
+    aten._to_copy.default: PullBack.cast,
+    aten.expand.default: PullBack.expand,
+    aten.repeat.default: PullBack.repeat,
+    aten.permute.default: PullBack.permute,
+    aten.slice.Tensor: PullBack.slice,
+    aten.select.int: PullBack.select,
+    operator.getitem: PullBack.item,
+    aten.cat.default: PullBack.cat,
+    aten.slice_scatter.default: PullBack.slice_scatter,
+    aten.select_scatter.default: PullBack.select_scatter,
+    aten.copy.default: PullBack.copy,
+    aten.neg.default: PullBack.negate,
+    aten.add.Tensor: PullBack.add,
+    aten.sub.Tensor: PullBack.add,
+    aten.mul.Tensor: PullBack.multiply,
+    aten.div.Tensor: PullBack.divide,
+    aten.view_as_complex.default: PullBack.view_as_complex,
+    aten.view_as_real.default: PullBack.view_as_real,
+}
+
+_SEVERAL = (aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default)
+
+
+def is_transparent(node: fx.Node) -> bool:
+    """Whether forms can be pulled back through a node, at least for some arguments."""
+    return node.target in _RULES or node.target in _SEVERAL
+
+
+def args_of(node: fx.Node) -> Any:
+    """The positional arguments of a node: nodes, numbers, lists of these."""
+    return node.args
+
+
+def dim_of(node: fx.Node, position: int, default: int | None = None) -> int:
+    """The argument ``dim`` of a node, which may be left out or given by name."""
+    return _int(node.args[position] if len(node.args) > position else node.kwargs.get("dim"), default)
+
+
+def _first(node: fx.Node) -> fx.Node:
+    return args_of(node)[0]
+
+
+def _int(value: Any, default: int | None = None) -> int:
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, int):
+        raise RefusedError(f"{value!r} is not a constant")
+    return value
+
+
+def _number(value: Any) -> float | None:
+    """A real number, also where a tensor is full of it; None for anything else."""
+    if isinstance(value, fx.Node) and value.target is aten.full.default:
+        value = value.args[1]
+    return float(value) if isinstance(value, (int, float)) else None
