@@ -12,6 +12,7 @@ import torch
 SCRIPTS = (
     "attention",
     "calibrate",
+    "compiled",
     "conformance",
     "dispatch",
     "eager_overhead",
@@ -20,7 +21,7 @@ SCRIPTS = (
     "quantization",
     "targets",
 )
-ON_GPU = ("attention", "calibrate", "hopper", "quantization", "targets")
+ON_GPU = ("attention", "calibrate", "compiled", "hopper", "quantization", "targets")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

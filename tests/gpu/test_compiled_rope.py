@@ -1,0 +1,138 @@
+"""RoPE fused into the quantization of fp8_fa3 by inductor: numbers, CUDA graphs, lengths, a model of transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import lpattn
+
+# Inductor and the model libraries warn about all kinds of things; lpattn's own warnings stay errors.
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("default"),
+    pytest.mark.filterwarnings("error::lpattn.LpattnWarning"),
+]
+
+
+class Attention(nn.Module):
+    """RoPE as Llama (half-split, in bfloat16, grouped heads) or FLUX (interleaved, in float32, normalized) has it."""
+
+    def __init__(self, like: str) -> None:
+        super().__init__()
+        self.like = like
+        self.norm = nn.RMSNorm(128) if like == "flux" else nn.Identity()
+
+    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x)
+        if self.like == "flux":
+            a, b = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
+            return (x.float() * cos + torch.stack((-b, a), -1).flatten(3).float() * sin).to(x.dtype)
+        a, b = x.chunk(2, -1)
+        return x * cos.to(x.dtype) + torch.cat((-b, a), -1) * sin.to(x.dtype)
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        q, k = self.rotate(q, cos, sin), self.rotate(k, cos, sin)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=self.like == "llama", enable_gqa=True)
+
+
+def make(like: str, length: int) -> tuple[torch.Tensor, ...]:
+    kv_heads = 2 if like == "llama" else 8
+    qkv = [torch.randn(1, length, h, 128, device="cuda", dtype=torch.bfloat16) for h in (8, kv_heads, kv_heads)]
+    angle = torch.arange(length, device="cuda")[:, None] * 10000.0 ** -(torch.arange(64, device="cuda") / 64)
+    full = angle.repeat_interleave(2, -1) if like == "flux" else torch.cat((angle, angle), -1)
+    return (*qkv, full.cos(), full.sin())
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> object:
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(params=["llama", "flux"])
+def like(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def applied(like: str) -> Attention:
+    model = Attention(like).to("cuda", torch.bfloat16).eval()
+    lpattn.apply_low_precision_attention(model, "fp8_fa3")
+    return model
+
+
+def rope(model: nn.Module) -> str | None:
+    (layer,) = lpattn.attention_report(model).values()
+    assert set(layer.low) == {"fp8_fa3"}
+    return layer.rope
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_fused_is_as_exact_as_not_fused(fa3, tools, like, mode) -> None:
+    inputs = make(like, 1000)
+    exact = Attention(like).to("cuda")(*(x.float() for x in inputs[:3]), *inputs[3:])
+    model = applied(like)
+    apart = tools.sqnr(exact, model(*inputs))
+    assert rope(model) is None  # eager mode has no fusion
+    under = torch.compile(model, fullgraph=True, mode=mode)
+    for _ in range(4):  # warm-up, capture, replays
+        torch.compiler.cudagraph_mark_step_begin()
+        got = under(*inputs).clone()
+    assert rope(model) == "fused"
+    assert apart > 18
+    assert tools.sqnr(exact, got) > apart - 1.0
+
+
+def test_a_planted_bug_would_show(fa3, tools, like) -> None:
+    """With the rotation the other way round, what the test above measures falls far below its limit."""
+    inputs = make(like, 1000)
+    exact = Attention(like).to("cuda", torch.bfloat16)(*inputs)
+    turned = torch.compile(applied(like), fullgraph=True)(*inputs[:4], -inputs[4])
+    assert tools.sqnr(exact, turned) < 12
+
+
+def test_ten_lengths_are_one_graph(fa3, tools, like) -> None:
+    model, plain = applied(like), Attention(like).to("cuda", torch.bfloat16)
+    counter = CompileCounterWithBackend("inductor")
+    under = torch.compile(model, backend=counter, fullgraph=True)
+    for length in range(1000, 1100, 10):
+        inputs = make(like, length)
+        for tensor, dim in zip(inputs, (1, 1, 1, 0, 0), strict=True):
+            torch._dynamo.mark_dynamic(tensor, dim)
+        assert tools.sqnr(plain(*inputs), under(*inputs)) > 17
+    assert counter.frame_count == 1
+    assert rope(model) == "fused"
+
+
+def test_models_of_transformers(fa3, tools) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=128,
+        hidden_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=1024,
+    )
+    model = transformers.LlamaModel(config).to("cuda", torch.bfloat16).eval()
+    for name, parameter in model.named_parameters():
+        if "_proj" in name:
+            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    ids = torch.randint(128, (1, 1024), device="cuda")
+    # Positions that are given: no mask is made of packed sequences.
+    positions = torch.arange(1024, device="cuda")[None]
+    run = {"input_ids": ids, "position_ids": positions, "use_cache": False, "attention_mask": None}
+    want = model(**run).last_hidden_state
+    lpattn.apply_low_precision_attention(model, "fp8_fa3", on_unsupported="fallback")
+    got = torch.compile(model)(**run).last_hidden_state
+    report = lpattn.attention_report(model)
+    assert tools.sqnr(want, got) > 15, str(report)
+    assert all(layer.rope == "fused" for layer in report.values() if layer.low), str(report)
