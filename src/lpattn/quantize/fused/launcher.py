@@ -83,7 +83,9 @@ class Launch:
         self._programs = programs
         self._rest = (*numbers, *constants)
         self._device = device.index
-        self._options = {"num_warps": num_warps, "launch_pdl": launch_pdl, "maxnreg": maxnreg}
+        # Triton 3.9 warns where nobody says whether products and sums may be fused; the kernels count on it.
+        fused = {"enable_fp_fusion": True}
+        self._options = {"num_warps": num_warps, "launch_pdl": launch_pdl, "maxnreg": maxnreg, **fused}
         # A number that does not fit into 32 bits is an argument of another type.
         wide = tuple([n >= _INT32_END for n in numbers]) if max(numbers) >= _INT32_END else ()
         # Not the kernel itself: to hash it, Triton takes a lock.
