@@ -11,7 +11,15 @@ import torch.nn.functional as F
 
 from lpattn import ops
 from lpattn.active import active, current_settings
-from lpattn.calls import build_call, cast_like_autocast, check_inputs, needs_grad, outside, usual_types
+from lpattn.calls import (
+    autocast_dtype,
+    build_call,
+    cast_like_autocast,
+    check_inputs,
+    needs_grad,
+    outside,
+    usual_types,
+)
 from lpattn.dispatch import Explanation, explain_call
 from lpattn.errors import InvalidArgumentError, UnsupportedCallError
 from lpattn.execute import attend, attend_rope
@@ -138,7 +146,9 @@ def low_precision_rope_sdpa(
     settings = _resolve(backend, hadamard, on_unsupported)
     layer = active.layer
     if is_traced():
-        if needs_grad(query, key, value, attn_mask, cos, sin, cos_k, sin_k) or dropout_p > 0.0:
+        gradient = needs_grad(query, key, value, attn_mask, cos, sin, cos_k, sin_k)
+        # Autocast casts after the rotation, and while the graph is traced: it is off where compiled code runs.
+        if gradient or dropout_p > 0.0 or autocast_dtype(query.device) is not None:
             q, k = rotate_heads_first(query, key, cos, sin, cos_k, sin_k, interleaved)
             v = value.transpose(1, 2)
             return redirect(

@@ -20,7 +20,7 @@ class Ledger:
         low: calls by low-precision backend.
         exact: calls by code of the reason why they ran exactly.
         details: for each such code, the latest reason in full.
-        rope: ``"fused"``, or why not; None where no rotation was asked for.
+        rope: ``"fused"``, or why not; None while no compiled call ran, and none that asked for a rotation.
         provenance: which setting decided the latest call.
         captured: whether a CUDA graph captured a call: its replays run no host code and are not counted.
     """

@@ -268,7 +268,7 @@ def test_encoders_without_rope_say_so(spy, compiled, reasons):
     assert reason.startswith("q: no rotation lies between addmm")
 
 
-def test_cached_keys_are_attended_to_as_they_are(spy, compiled, sharpen):
+def test_cached_keys_are_attended_to_as_they_are(spy, compiled, sharpen, reasons):
     """The keys of earlier steps come rotated: a second step must not rotate them again."""
     model, _ = text("Llama")()
     sharpen(model)
@@ -277,5 +277,8 @@ def test_cached_keys_are_attended_to_as_they_are(spy, compiled, sharpen):
     lpattn.apply_low_precision_attention(model, "bf16_reference")
     under = compiled(model, dynamic=False)
     cache = model(input_ids=ids[:, :16], use_cache=True).past_key_values
+    spy.clear()
     got = under(input_ids=ids[:, 16:], past_key_values=cache, use_cache=True).last_hidden_state
     torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+    assert not spy.fused
+    assert all("which puts rows together, is needed for something else" in why for why in reasons(model).values())

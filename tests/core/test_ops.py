@@ -192,6 +192,18 @@ def test_the_layer_is_found_by_its_tensor(add_backend, name):
     operator(*make(FAKE, layer=tag))
 
 
+@pytest.mark.parametrize("operator", [ops.sdpa, ops.sdpa_lse])
+def test_why_rope_was_not_fused_reaches_the_report(operator):
+    ledger = Ledger()
+    tag = torch.tensor(ledger.id)
+    torch.library.opcheck(operator, (*sdpa_args(EXACT, layer=tag, dim_v=5), "lanes differ"), test_utils=CHECKS[::2])
+    operator(*sdpa_args(EXACT, layer=tag), "lanes differ")
+    assert ledger.rope == "lanes differ"
+    operator(*sdpa_args(EXACT, layer=tag))
+    assert ledger.rope is not None
+    assert ledger.rope.startswith("not looked for")
+
+
 def test_exact_calls_are_counted_by_an_operator():
     ledger = Ledger()
     torch.library.opcheck(

@@ -131,8 +131,8 @@ class Emitter:
         kinds = [axis.kind for axis in axes]
         if "lane" in kinds:
             dim = kinds.index("lane")
-            axis, size = axes[dim], value_of(node).shape[dim]
-            if (axis.start, axis.step) != (0, 1) or size != lanes:
+            axis = axes[dim]
+            if value_of(node).shape[dim] != lanes:
                 end = axis.start + axis.step * (lanes - 1) + 1
                 node = self.call(aten.slice.Tensor, node, dim, axis.start, end, axis.step)
         order = ["batch", "row", "head", "lane"]

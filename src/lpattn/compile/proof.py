@@ -130,6 +130,8 @@ class Prover:
         Raises:
             RefusedError: it is none.
         """
+        if groups == 1:
+            return Rotation(self.operand, (BATCH, HEAD, ROW, LANE), 1)
         return self._prove(self.whole, groups, rotated=False)
 
     def repeats(self) -> int:
@@ -163,7 +165,9 @@ class Prover:
     def _candidates(self, stretch: Stretch, groups: int) -> Iterator[fx.Node]:
         """Earlier tensors of the dtype and size that the source must have, nearest first."""
         dtype = value_of(self.operand).dtype
-        for node in itertools.chain([stretch.root], ancestors(stretch.root)):
+        # The operand itself is no earlier tensor; a stretch of it may be what is looked for.
+        nearest = [] if stretch is self.whole else [stretch.root]
+        for node in itertools.chain(nearest, ancestors(stretch.root)):
             value = node.meta.get("val")
             if isinstance(value, torch.Tensor) and value.dtype == dtype:
                 try:
@@ -208,12 +212,16 @@ class Prover:
 
     def _stretches(self) -> list[Stretch]:
         """The inputs of the nearest concatenation along rows that the operand is a view of; empty if there is none."""
-        node = self.operand
+        node, shared = self.operand, len(self.operand.users) > 1
         while node.target is not torch.ops.aten.cat.default:
             inputs = [a for a in node.all_input_nodes if is_transparent(node)]
             if len(inputs) != 1:
                 return []
             node = inputs[0]
+            shared = shared or len(node.users) > 1
+        if shared:
+            # A cache, for one: with its rows concatenated a second time, more would be copied than saved.
+            raise RefusedError(f"{node.name}, which puts rows together, is needed for something else, too")
         parts = args_of(node)[0]
         try:
             order = self._fit_everywhere(node, self.whole, 1).order

@@ -20,7 +20,7 @@ class LayerReport:
         low: number of calls by low-precision backend.
         exact: number of calls that ran exactly, by code of the reason.
         reasons: for each such code, the latest reason in words.
-        rope: ``"fused"`` or why not; None where no rotation was handed over.
+        rope: ``"fused"`` or why not, of the latest call that was compiled or asked for a rotation; None if none was.
         provenance: which setting decided the latest call, such as ``"model"`` or ``"layer rule"``.
         captured: True if a CUDA graph captured calls of this layer; its replays run no host code and are not counted.
     """
