@@ -84,7 +84,7 @@ def test_after_the_first_time_pointers_travel_as_numbers(launcher) -> None:
     run = launch_of(launcher, kernel)
     run((one, None, descriptor))
     ((compiled, grid, options),) = kernel.compiled
-    assert (grid, options) == ((7,), {"num_warps": 2, "launch_pdl": True, "maxnreg": None})
+    assert (grid, options) == ((7,), {"num_warps": 2, "launch_pdl": True, "maxnreg": None, "enable_fp_fusion": True})
     assert compiled.run_with == []
     run((other, None, descriptor))
     assert len(kernel.compiled) == 1
