@@ -3,6 +3,7 @@
 # make check     formatting, lint, types, import graph
 # make test-gpu  the tests that need a GPU, with $(PYTHON) as it is: nothing is installed
 # make bench     what lpattn costs outside attention
+# make docs      the documentation as a site, in site/; warnings are errors
 # make setup     create .venv; every target but test-gpu does so first, and again when what it needs has changed
 #
 # PYTHON=python3.12 chooses the interpreter; ARGS="-k mask" goes to pytest; WORKERS=4 runs four test processes.
@@ -28,7 +29,7 @@ SOURCE_PATH := $(subst $(empty) ,:,$(strip $(addprefix $(CURDIR)/,src $(PLUGIN_S
 TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 CPU_TEST_ENV := $(TEST_ENV) OMP_NUM_THREADS=1
 
-.PHONY: setup check test test-gpu demo bench
+.PHONY: setup check test test-gpu demo bench docs
 
 setup: $(STAMP)
 
@@ -63,6 +64,9 @@ test-gpu:
 
 demo: $(STAMP)
 	@$(BIN)/lpattn demo
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench: $(STAMP)
 	@set -e; for benchmark in $(BENCHMARKS); do echo "== $$benchmark"; $(BIN)/python $$benchmark; done

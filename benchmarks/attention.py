@@ -2,8 +2,8 @@
 
 Every variant's output is checked against exact attention on sampled rows before it is timed; variants are timed in
 turn. Times are medians of GPU events around several calls in a row, launched as in a model; for short lengths, where
-the host's launches may be the limit, also of replayed CUDA graphs. Also measured: biased data, key padding, and the
-accuracy on several kinds of data. Needs a CUDA device.
+the host's launches may be the limit, also of replayed CUDA graphs. Also measured: biased data, key padding, windows and
+the accuracy on several kinds of data. Needs a CUDA device.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 
 import accuracy
 import torch
-from cases import DIMS, FLUX, LENGTHS, LONG, NAMED, PADDED, Shape, Tensors, inputs, sqnr, sweep
-from common import Budget, DeviceTimer, captured, gpu_state, interleaved, median, parser, spread, table, write
+from cases import DIMS, FLUX, LENGTHS, LONG, NAMED, PADDED, WINDOWED, Shape, Tensors, inputs, sqnr, sweep
+from common import Budget, DeviceTimer, captured, gpu_state, interleaved, median, parser, ratio, spread, table, write
 from labels import AUTO, EXACT
 from variants import KernelAlone, Run, exact_variants, low_variants, options
 
@@ -103,6 +103,7 @@ def measure(
     extras: bool = False,
     graph_timer: Timer | None = None,
     device: str = "cuda",
+    layout: str = "bhsd",
 ) -> dict[str, Any]:
     """Times and accuracy of one shape.
 
@@ -115,8 +116,9 @@ def measure(
         extras: also the automatic choice, and FlashAttention-3's kernel alone.
         graph_timer: seconds per call of a graph's replay; None: no graphs.
         device: of the tensors.
+        layout: of their memory, as :func:`cases.inputs` takes it.
     """
-    qkv = inputs(shape, data, device)
+    qkv = inputs(shape, data, device, layout)
     usable, quality, refused = checked(candidates(qkv, shape, device, modes, extras), qkv, shape, LOW_FLOORS[data])
     if not any(name.startswith(EXACT) for name in usable):
         raise RuntimeError(f"no exact kernel to compare with: {refused}")
@@ -137,10 +139,11 @@ def measure(
     result = {
         "shape": asdict(shape),
         "data": data,
+        "layout": layout,
         "best_exact": best,
         "milliseconds": {n: median(t) * 1e3 for n, t in whole.items()},
         "spread": {n: round(spread(t), 4) for n, t in whole.items()},
-        "speedup": {n: exact[best] / median(t) for n, t in whole.items() if n not in exact},
+        "speedup": {n: ratio(whole[best], t) for n, t in whole.items() if n not in exact},
         "teraflops": {n: shape.flop / median(t) / 1e12 for n, t in whole.items()},
         "sqnr_db": {n: round(s, 2) for n, s in quality.items() if n != KERNEL},
         "refused": refused,
@@ -149,6 +152,11 @@ def measure(
     }
     if captures:
         result["graph_milliseconds"] = {n: median(t) * 1e3 for n, t in captures.items() if n != KERNEL}
+        exact = {n: median(t) for n, t in captures.items() if n.startswith(EXACT)}
+        if exact:
+            best = min(exact, key=exact.__getitem__)
+            found = {n: ratio(captures[best], t) for n, t in captures.items() if n not in exact and n != KERNEL}
+            result["graph_speedup"] = found
     if AUTO in times:
         result["automatic"] = automatic(qkv, shape, device, times, captures)
     if KERNEL in times:
@@ -164,7 +172,7 @@ def automatic(
     found: dict[str, Any] = {"ran_on": None if choice is None else choice.backend}
     for key, measured in (("over_sdpa", times), ("graph_over_sdpa", captures)):
         if {AUTO, f"{EXACT}sdpa"} <= measured.keys():
-            found[key] = median(measured[f"{EXACT}sdpa"]) / median(measured[AUTO])
+            found[key] = ratio(measured[f"{EXACT}sdpa"], measured[AUTO])
     return found
 
 
@@ -222,9 +230,9 @@ def report(results: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for r in results:
         shape, best, times = str(Shape(**r["shape"])), r["best_exact"], r["milliseconds"]
-        for name, ratio in r["speedup"].items():
+        for name, speed in r["speedup"].items():
             exact = [best.removeprefix(EXACT), f"{times[best]:.3f}"]
-            rows.append([shape, *exact, name, f"{times[name]:.3f}", f"x{ratio:.3f}", f"{r['sqnr_db'][name]:.1f}"])
+            rows.append([shape, *exact, name, f"{times[name]:.3f}", f"x{speed:.3f}", f"{r['sqnr_db'][name]:.1f}"])
         if alone := r.get("kernel_alone"):
             lines.append(
                 f"{shape}: {alone['backend']}'s kernel alone, without quantization: {alone['milliseconds']:.3f} ms"
@@ -257,11 +265,13 @@ def main() -> int:
     results = bench([*NAMED[:1], *NAMED[-2:]] if given.quick else NAMED, modes=MODES, extras=True)
     biased = bench([FLUX] if given.quick else [FLUX, LONG], data="bias", modes=MODES)
     padding = bench([PADDED])
+    windows = bench(WINDOWED[:1] if given.quick else WINDOWED)
     quality, unknown = accuracy.measure(budget, accuracy.LENGTHS[:2] if given.quick else accuracy.LENGTHS)
-    for title, part in (("normal data", results), ("biased data", biased), ("key padding", padding)):
+    titles = ("normal data", "biased data", "key padding", "windows")
+    for title, part in zip(titles, (results, biased, padding, windows), strict=True):
         print(f"\n{title}\n{report(part)}")
     print(f"\nSQNR in dB against float64\n{accuracy.report(quality)}")
-    parts = {"results": results, "biased": biased, "padding": padding, "accuracy": quality}
+    parts = {"results": results, "biased": biased, "padding": padding, "windows": windows, "accuracy": quality}
     write(given.out, {**parts, "left_out": print_left_out(bench.left_out + unknown)})
     if given.sweep:
         run_sweep(Bench(budget, rounds), sweep(LENGTHS, DIMS), sweep_modes(given.hadamard), given.sweep_out)

@@ -15,7 +15,8 @@ class Shape:
     """One attention call; bfloat16, [B, H, S, D], q_len = kv_len.
 
     Attributes:
-        kv_lengths: how many keys the queries of each sequence see, by a bool mask; None where there is no mask.
+        kv_lengths: how many keys the queries of each sequence see, by a bool mask; None where they see all.
+        window: how many keys a query sees, its own the last of them, by a dense bool mask; None where there is none.
     """
 
     batch: int
@@ -25,14 +26,21 @@ class Shape:
     head_dim: int
     causal: bool
     kv_lengths: tuple[int, ...] | None = None
+    window: int | None = None
 
     @property
     def flop(self) -> float:
-        keys = self.batch * self.length if self.kv_lengths is None else sum(self.kv_lengths)
+        keys = float(self.batch * self.length if self.kv_lengths is None else sum(self.kv_lengths))
+        if self.window is not None:
+            # The first queries see fewer.
+            keys = self.batch * self.window * (1 - (self.window - 1) / (2 * self.length))
         return 4.0 * self.num_heads * self.length * keys * self.head_dim / (2 if self.causal else 1)
 
     def mask(self, device: str) -> torch.Tensor | None:
-        """[B, 1, 1, S], True where a key is seen."""
+        """[B, 1, 1, S] or [1, 1, S, S], True where a key is seen."""
+        if self.window is not None:
+            ones = torch.ones(1, 1, self.length, self.length, dtype=torch.bool, device=device)
+            return ones.tril().triu(1 - self.window)
         if self.kv_lengths is None:
             return None
         seen = torch.tensor(self.kv_lengths, device=device)
@@ -41,6 +49,7 @@ class Shape:
     def __str__(self) -> str:
         kind = "causal" if self.causal else "full"
         padded = "" if self.kv_lengths is None else f",keys {'+'.join(map(str, self.kv_lengths))}"
+        padded += "" if self.window is None else f",window {self.window}"
         return f"{self.batch},{self.num_heads}/{self.num_kv_heads},{self.length},{self.head_dim},{kind}{padded}"
 
 
@@ -54,6 +63,10 @@ NAMED = [
     Shape(2, 24, 24, 512, 128, False),
 ]
 PADDED = Shape(2, 24, 24, 4608, 128, False, kv_lengths=(4608, 3072))
+WINDOWED = [
+    Shape(1, 32, 8, 8192, 128, False, window=4096),  # Mistral-7B prefill
+    Shape(1, 32, 32, 16384, 128, False, window=4096),
+]
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 DIMS = (64, 128, 256)
 
@@ -78,9 +91,17 @@ DATA = {
 """Kinds of data, in words. The outliers are those of FlashAttention-3 (arXiv:2407.08608, section 4.3)."""
 
 
-def inputs(shape: Shape, data: str = "randn", device: str = "cuda") -> Tensors:
-    """q, k and v of one kind of data, always the same."""
-    torch.manual_seed(0)
+def inputs(shape: Shape, data: str = "randn", device: str = "cuda", layout: str = "bhsd", seed: int = 0) -> Tensors:
+    """q, k and v of one kind of data, for a seed always the same.
+
+    Args:
+        shape: the call.
+        data: a key of :data:`DATA`.
+        device: of the tensors.
+        layout: of the memory, as the dimensions from the slowest to the fastest: "bhsd", or "bshd" as models have it.
+        seed: of the random numbers.
+    """
+    torch.manual_seed(seed)
 
     def one(heads: int, bias: float) -> torch.Tensor:
         size = (shape.batch, heads, shape.length, shape.head_dim)
@@ -89,13 +110,23 @@ def inputs(shape: Shape, data: str = "randn", device: str = "cuda") -> Tensors:
             x += (torch.rand(size, device=device) < 0.001) * 10 * torch.randn(size, device=device)
         elif data == "bias" and bias:
             x += bias * torch.randn(shape.batch, heads, 1, shape.head_dim, device=device)
-        return x.bfloat16()
+        x = x.bfloat16()
+        return x if layout == "bhsd" else x.transpose(1, 2).contiguous().transpose(1, 2)
 
     return one(shape.num_heads, 0.0), one(shape.num_kv_heads, 4.0), one(shape.num_kv_heads, 1.0)
 
 
 def sqnr(out: torch.Tensor, qkv: Tensors, shape: Shape, rows: int = 24, all_heads: bool = False) -> float:
-    """SQNR in dB against exact attention in float64, on sampled rows of the first and last sequence and head.
+    """SQNR in dB against exact attention in float64: see :func:`energies`."""
+    return decibels(*energies(out, qkv, shape, rows, all_heads))
+
+
+def energies(
+    out: torch.Tensor, qkv: Tensors, shape: Shape, rows: int = 24, all_heads: bool = False
+) -> tuple[float, float]:
+    """Sums of squares of exact attention in float64, and of the difference, on sampled rows.
+
+    They are rows of the first and last sequence and head.
 
     Args:
         out: [B, H, S, D], what is judged.
@@ -114,12 +145,15 @@ def sqnr(out: torch.Tensor, qkv: Tensors, shape: Shape, rows: int = 24, all_head
             logits = q[batch, head, at].double() @ k[batch, kv].double().T * shape.head_dim**-0.5
             if shape.causal:
                 logits = logits.masked_fill(keys > at[:, None], -math.inf)
+            if shape.window is not None:
+                distance = at[:, None] - keys
+                logits = logits.masked_fill((distance < 0) | (distance >= shape.window), -math.inf)
             if shape.kv_lengths is not None:
                 logits = logits.masked_fill(keys >= shape.kv_lengths[batch], -math.inf)
             expected = logits.softmax(-1) @ v[batch, kv].double()
             signal += float(expected.square().sum())
             noise += float((expected - out[batch, head, at].double()).square().sum())
-    return decibels(signal, noise)
+    return signal, noise
 
 
 def decibels(signal: float, noise: float) -> float:

@@ -59,7 +59,7 @@ def interleaved(
     rounds: int,
     seconds: float,
 ) -> dict[str, list[float]]:
-    """Measure the variants in turn, so that a change of the clock meets all of them alike.
+    """Measure the variants in turn, in balanced orders, so that a change of the clock meets all of them alike.
 
     Args:
         variants: functions by name.
@@ -68,18 +68,40 @@ def interleaved(
         seconds: no round begins after that time; the first three always run.
 
     Returns:
-        Measurements in seconds by name.
+        Measurements in seconds by name, one of each round.
     """
     found: dict[str, list[float]] = {name: [] for name in variants}
     end = time.monotonic() + seconds
-    order = random.Random(0)
+    orders = balanced_orders(list(variants)) or [[]]
     for index in range(rounds):
         if index >= 3 and time.monotonic() > end:
             break
-        # In another order each time: a chip at its power limit runs slower after a variant that took much power.
-        for name in order.sample(list(variants), len(variants)):
+        for name in orders[index % len(orders)]:
             found[name].append(measure(variants[name]))
     return found
+
+
+def balanced_orders(names: Sequence[str]) -> list[list[str]]:
+    """Orders of the names in which each follows each other one equally often (Williams 1949).
+
+    A chip at its power limit runs slower after a variant that took much power: so all have the same ones before them.
+    There are as many orders as names, or twice as many where that number is odd; they are shuffled, always alike.
+    """
+    n = len(names)
+    zigzag = [(i // 2 + 1 if i % 2 else n - i // 2) % n for i in range(n)]
+    orders = [[names[(place + shift) % n] for place in zigzag] for shift in range(n)]
+    if n % 2:
+        orders += [order[::-1] for order in orders]
+    random.Random(0).shuffle(orders)
+    return orders
+
+
+def ratio(over: Sequence[float], under: Sequence[float]) -> float:
+    """How many times one variant's measurements are another's: the median over the rounds.
+
+    Within a round, the clock is more alike than over all of them.
+    """
+    return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
 def host_timer(calls: int) -> Callable[[Callable[[], object]], float]:

@@ -1,12 +1,15 @@
 """Host time of lpattn's part of an attention call: planning, deciding, redirecting; medians, variants in turn.
 
-The tensors are tiny, so that on the CPU too little of what is measured is attention itself.
+The tensors are tiny, so that on the CPU too little of what is measured is attention itself. Where fp8_fa3 can run, its
+calls are also measured, whole and by parts; the parts overlap: a call contains the backend, which contains the others.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +17,37 @@ from common import host_timer, interleaved, median, parser, spread, table, write
 from torch import nn
 
 import lpattn
+from lpattn.backends.fa3 import FA3Backend
 from lpattn.calls import build_call
 from lpattn.dispatch import choose
 from lpattn.plan import make_plan
-from lpattn.settings import Settings
-from lpattn.types import HadamardMode
+from lpattn.registry import registry
+from lpattn.settings import Settings, make_settings
+from lpattn.types import HadamardMode, Provenance
 
 TARGET_MICROSECONDS = 5.0
+
+
+def fa3_parts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """What an eager call of fp8_fa3 consists of; nothing where it cannot run."""
+    name = "fp8_fa3"
+    if not any(info.name == name and info.available for info in lpattn.available_backends(q.device)):
+        return {}
+    from lpattn.quantize.fused import quantize_per_head, restore_output
+
+    settings = make_settings(name, None, None, Provenance.ARGUMENT)
+    call, _ = make_plan(q, k, v, None, 0.0, False, None, settings, False, False)
+    backend = cast("FA3Backend", registry.get(name))
+    assert call is not None
+    operands = quantize_per_head(q, k, v)
+    out = backend.forward(operands, call)[0]
+    return {
+        f"{name}: call": lambda: lpattn.low_precision_sdpa(q, k, v, backend=name),
+        f"{name}: backend": lambda: backend.attention(q, k, v, call),
+        f"{name}: quantize": lambda: quantize_per_head(q, k, v),
+        f"{name}: forward": lambda: backend.forward(operands, call),
+        f"{name}: restore": lambda: restore_output(out, operands, q.dtype),
+    }
 
 
 class Attention(nn.Module):
@@ -49,6 +76,7 @@ def main() -> int:
         "module": lambda: plain(q, k, v),
         "module, applied": lambda: applied(q, k, v),
         "module, bf16_reference": lambda: exact(q, k, v),
+        **fa3_parts(q, k, v),
     }
     for run in variants.values():
         run()

@@ -33,6 +33,7 @@ from common import (
     interleaved,
     median,
     parser,
+    ratio,
     spread,
     table,
     write,
@@ -155,15 +156,17 @@ def summary(
     size = variant["bytes"]
     own = {how: median(measured[name]) for how, measured in times.items()}
     copy = {how: median(measured[copy_name(size)]) for how, measured in times.items()}
-    plain = {how: median(measured[variant["plain"]]) for how, measured in times.items() if variant["plain"] in measured}
+    of_copy = {how: ratio(measured[copy_name(size)], measured[name]) for how, measured in times.items()}
+    plain = variant["plain"]
+    over_plain = {how: ratio(measured[name], measured[plain]) for how, measured in times.items() if plain in measured}
     return {
         "milliseconds": {how: t * 1e3 for how, t in own.items()},
         "spread": {how: round(spread(measured[name]), 4) for how, measured in times.items()},
         "copy_milliseconds": {how: t * 1e3 for how, t in copy.items()},
         "terabytes_per_second": {how: size / t / 1e12 for how, t in own.items()},
         "copy_terabytes_per_second": {how: size / t / 1e12 for how, t in copy.items()},
-        "fraction_of_copy": {how: copy[how] / t for how, t in own.items()},
-        "over_plain": {how: own[how] / t for how, t in plain.items()},
+        "fraction_of_copy": of_copy,
+        "over_plain": over_plain,
     }
 
 

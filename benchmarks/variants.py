@@ -18,6 +18,9 @@ import lpattn
 
 Run = Callable[[], torch.Tensor]
 
+NOT_FOR_SPEED = {"bf16_reference", "int8_triton"}
+"""Exact attention, and what is chosen for its accuracy."""
+
 KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -47,7 +50,7 @@ def exact_variants(qkv: Tensors, shape: Shape, device: str) -> dict[str, Run]:
         with sdpa_kernel(kernel):
             return F.scaled_dot_product_attention(*qkv, **given)
 
-    masked = shape.kv_lengths is not None
+    masked = given["attn_mask"] is not None
     names = ("cudnn", "efficient") if masked else ("cudnn", "flash")
     found: dict[str, Run] = {f"{EXACT}{name}": functools.partial(sdpa, KERNELS[name]) for name in names}
     found[f"{EXACT}sdpa"] = functools.partial(F.scaled_dot_product_attention, *qkv, **given)
@@ -61,7 +64,7 @@ def low_variants(qkv: Tensors, shape: Shape, device: str, modes: Sequence[str]) 
     """The low-precision backends, quantization included, each with each Hadamard mode."""
     found: dict[str, Run] = {}
     for info in lpattn.available_backends(device):
-        if info.available and info.automatic and info.name != "bf16_reference":
+        if info.available and info.automatic and info.name not in NOT_FOR_SPEED:
             for mode in modes:
                 found[name_of(info.name, mode)] = functools.partial(
                     lpattn.low_precision_sdpa,

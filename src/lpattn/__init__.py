@@ -21,7 +21,7 @@ from lpattn.errors import (
     UnknownBackendError,
     UnsupportedCallError,
 )
-from lpattn.functional import explain, low_precision_rope_sdpa, low_precision_sdpa
+from lpattn.functional import explain, low_precision_rope_sdpa, low_precision_sdpa, low_precision_varlen_sdpa
 from lpattn.hookspecs import hookimpl
 from lpattn.inventory import BackendInfo, available_backends, register_backend, unregister_backend
 from lpattn.policy import exact_ends
@@ -35,6 +35,7 @@ from lpattn.types import (
     Provenance,
     Reason,
     Rope,
+    Varlen,
 )
 
 __version__ = "0.1.0"
@@ -63,6 +64,7 @@ __all__ = [
     "Rope",
     "UnknownBackendError",
     "UnsupportedCallError",
+    "Varlen",
     "apply_low_precision_attention",
     "attention_report",
     "available_backends",
@@ -72,6 +74,7 @@ __all__ = [
     "low_precision_attention",
     "low_precision_rope_sdpa",
     "low_precision_sdpa",
+    "low_precision_varlen_sdpa",
     "register_backend",
     "remove_low_precision_attention",
     "unregister_backend",

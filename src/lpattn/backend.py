@@ -36,6 +36,7 @@ class Capabilities:
         lse, dropout: whether the log-sum-exp can be returned, whether dropout can be applied.
         hadamard: modes that can be applied. HadamardMode.NONE belongs in it.
         rope: whether ``rope_attention`` is implemented. Elsewhere lpattn rotates q and k first.
+        varlen: whether ``varlen_attention`` is implemented.
         strided_last_dim: whether the last dimension of q, k, v may have a stride other than 1.
         backward: whether gradients flow through the output.
     """
@@ -54,6 +55,7 @@ class Capabilities:
     dropout: bool = False
     hadamard: frozenset[HadamardMode] = frozenset({HadamardMode.NONE})
     rope: bool = False
+    varlen: bool = False
     strided_last_dim: bool = True
     backward: bool = False
 
@@ -103,6 +105,8 @@ class Capabilities:
             refuse("lse", "return_lse: does not return the log-sum-exp")
         if call.dropout and not self.dropout:
             refuse("dropout", "dropout_p > 0: has no dropout", "set dropout_p=0.0, or model.eval()")
+        if call.varlen is not None and not self.varlen:
+            refuse("varlen", "packed sequences: takes [B, H, S, D] only")
         if call.hadamard not in self.hadamard:
             refuse("hadamard", f"hadamard {call.hadamard}: offers {_join(self.hadamard)}")
         if not call.contiguous_last_dim and not self.strided_last_dim:
@@ -214,6 +218,28 @@ class Backend(ABC):
             As :meth:`attention`.
         """
         raise NotImplementedError(f"{self.name} declares rope but does not implement rope_attention")
+
+    def varlen_attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        cu_seqlens_k: torch.Tensor,
+        call: AttentionCall,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Attention of packed sequences; called only where ``capabilities.varlen``.
+
+        Args:
+            query: [T_q, H, head_dim], any strides. ``key``: [T_k, Hkv, head_dim]. ``value``: [T_k, Hkv, head_dim_v].
+            cu_seqlens_q, cu_seqlens_k: int32 [B + 1]: where each sequence starts, and the last one ends.
+            call: ``call.varlen`` says what a query sees of its own sequence.
+
+        Returns:
+            The output, [T_q, H, head_dim_v] in the dtype of q; with ``call.return_lse`` a tuple (output, lse), lse the
+            natural logarithm in float32 [T_q, H]. Zeros, and -inf, for queries that see no key.
+        """
+        raise NotImplementedError(f"{self.name} declares varlen but does not implement varlen_attention")
 
 
 def _join(names: object) -> str:

@@ -76,6 +76,30 @@ def problem_with(
     return None
 
 
+def usual_types(
+    query: object,
+    key: object,
+    value: object,
+    attn_mask: object,
+    dropout_p: object,
+    is_causal: object,
+    scale: object,
+) -> bool:
+    """Whether arguments have the very types that SDPA is usually called with.
+
+    Then all that can be wrong about them is among the facts by which a plan is remembered.
+    """
+    return (
+        isinstance(query, torch.Tensor)
+        and isinstance(key, torch.Tensor)
+        and isinstance(value, torch.Tensor)
+        and (attn_mask is None or isinstance(attn_mask, torch.Tensor))
+        and type(dropout_p) is float
+        and type(is_causal) is bool
+        and (scale is None or type(scale) is float)
+    )
+
+
 def check_inputs(
     query: torch.Tensor,
     key: torch.Tensor,

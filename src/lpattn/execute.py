@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lpattn.active import excluded
+from lpattn.active import NOTHING, outside_redirection
 from lpattn.calls import autocast_dtype, cast_like_autocast, narrowed_mask, needs_grad
 from lpattn.dispatch import ASKED_CODES, POLICY_CODES, reason_lines
 from lpattn.errors import BackendError, InvalidArgumentError, warn
@@ -36,6 +36,7 @@ def attend(
     settings: Settings,
     ledger: Ledger | None = None,
     return_lse: bool = False,
+    check: bool = False,
 ) -> Any:
     """Attention with the meaning of SDPA, on the backend that the settings lead to.
 
@@ -44,15 +45,19 @@ def attend(
         settings: what the user asked for.
         ledger: counts the call; None counts nothing.
         return_lse: also return the log-sum-exp.
+        check: check inputs that were not seen before, as :func:`lpattn.calls.check_inputs` does.
 
     Returns:
         [B, H, q_len, head_dim_v] in [B, S, H, D]-contiguous memory; with return_lse a tuple (output, lse).
 
     Raises:
         UnsupportedCallError: strict settings, and the wanted backend cannot run the call.
+        InvalidArgumentError: ``check`` found the inputs to be wrong.
     """
     gradient = needs_grad(query, key, value, attn_mask)
-    call, choice = make_plan(query, key, value, attn_mask, dropout_p, is_causal, scale, settings, return_lse, gradient)
+    call, choice = make_plan(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, settings, return_lse, gradient, check=check
+    )
     account(call, choice, settings, ledger)
     if call is None:
         return _outside_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse, choice)
@@ -101,7 +106,7 @@ def attend_rope(
     if ledger is not None:
         ledger.rope = "fused"
     query, key, value, attn_mask = _for_backends(query, key, value, attn_mask)
-    with excluded(), _no_autocast(call):
+    with outside_redirection(), no_autocast(call):
         out = backend.rope_attention(query, key, value, cos, sin, call, attn_mask, dropout_p, cos_k=cos_k, sin_k=sin_k)
         return _finish(out, call, choice)
 
@@ -119,7 +124,7 @@ def _run(
     query, key, value, attn_mask = _for_backends(query, key, value, attn_mask)
     backend = registry.get(choice.backend)
     assert backend is not None
-    with excluded(), _no_autocast(call):
+    with outside_redirection(), no_autocast(call):
         return _finish(backend.attention(query, key, value, call, attn_mask, dropout_p), call, choice)
 
 
@@ -138,7 +143,7 @@ def _outside_sdpa(
     """PyTorch's own SDPA, for inputs that no AttentionCall describes."""
     if return_lse:
         raise InvalidArgumentError(f"return_lse needs plain [B, H, S, D] tensors: {choice.exact_reason}")
-    with excluded():
+    with outside_redirection():
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -176,20 +181,11 @@ def account(call: AttentionCall | None, choice: Choice, settings: Settings, ledg
     warn("\n".join(lines))
 
 
-class _Nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *exc: object) -> None: ...
-
-
-_NOTHING = _Nothing()
-
-
-def _no_autocast(call: AttentionCall) -> Any:
+def no_autocast(call: AttentionCall) -> Any:
     """Inputs are cast by now; what a backend computes inside must keep the precision that it asks for."""
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(call.device_type):
         return torch.autocast(call.device_type, enabled=False)
-    return _NOTHING
+    return NOTHING
 
 
 def _for_backends(

@@ -11,7 +11,15 @@ import torch.nn.functional as F
 
 from lpattn import ops
 from lpattn.active import active, current_settings
-from lpattn.calls import autocast_dtype, build_call, cast_like_autocast, check_inputs, needs_grad, outside
+from lpattn.calls import (
+    autocast_dtype,
+    build_call,
+    cast_like_autocast,
+    check_inputs,
+    needs_grad,
+    outside,
+    usual_types,
+)
 from lpattn.dispatch import Explanation, explain_call
 from lpattn.errors import InvalidArgumentError, UnsupportedCallError
 from lpattn.execute import attend, attend_rope
@@ -22,6 +30,8 @@ from lpattn.rope import rotate_heads_first
 from lpattn.settings import Settings, from_text, is_exact, make_settings, with_environment
 from lpattn.tracing import constant_while_tracing, is_traced
 from lpattn.types import AttentionBackend, HadamardMode, Provenance, Reason
+from lpattn.varlen import attend_varlen
+from lpattn.varlen import check_inputs as check_varlen_inputs
 
 _AUTOMATIC = Settings()
 
@@ -71,10 +81,21 @@ def low_precision_sdpa(
     Precision:
         Whatever the chosen backend states. Inputs that require grad run exactly: there is no backward pass.
     """
-    check_inputs(query, key, value, attn_mask, dropout_p, is_causal, scale)
     settings = _resolve(backend, hadamard, on_unsupported)
+    if is_traced() or not usual_types(query, key, value, attn_mask, dropout_p, is_causal, scale):
+        check_inputs(query, key, value, attn_mask, dropout_p, is_causal, scale)
     return redirect(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, settings=settings, return_lse=return_lse
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        settings=settings,
+        return_lse=return_lse,
+        check=True,
     )
 
 
@@ -157,6 +178,67 @@ def low_precision_rope_sdpa(
     )
 
 
+def low_precision_varlen_sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+    backend: str | AttentionBackend | None = None,
+    hadamard: str | HadamardMode | None = None,
+    on_unsupported: str | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """Attention of packed sequences in low precision: the counterpart of ``torch.nn.attention.varlen.varlen_attn``.
+
+    Every query attends to the keys of its own sequence. Where no backend can, sequences run exactly, one by one, for
+    which their lengths are copied to the host.
+
+    Args:
+        query: [T_q, H, head_dim]: the queries of all sequences behind each other; floating point, any strides.
+        key: [T_k, Hkv, head_dim]; H is a multiple of Hkv. ``value``: [T_k, Hkv, head_dim_v].
+        cu_seqlens_q, cu_seqlens_k: int32 [sequences + 1]: where each sequence starts, and the last one ends. Those of
+            the keys are those of the queries where they are None.
+        max_q, max_k: the largest number of queries and of keys of a sequence, or more.
+        scale: softmax scale; None is 1/sqrt(head_dim).
+        window_size: (left, right): a query sees so many keys in front of its own position and behind it, -1 for all of
+            them; positions are counted from the end of the sequence (bottom-right aligned). (-1, 0) is causal.
+        enable_gqa: accepted as in PyTorch; fewer kv heads than heads are understood without it, too.
+        backend, hadamard, on_unsupported, return_lse: as in :func:`low_precision_sdpa`.
+
+    Returns:
+        [T_q, H, head_dim_v] in the dtype of q, contiguous: zeros for queries that see no key, or lie behind the last
+        sequence. With ``return_lse`` a tuple (output, lse), lse the natural logarithm, float32 [T_q, H], -inf for such
+        queries.
+
+    Raises:
+        As :func:`low_precision_sdpa`.
+    """
+    cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    packed = (query, key, value, cu_seqlens_q, cu_seqlens_k, max_q, max_k)
+    check_varlen_inputs(*packed, window_size)
+    settings = _resolve(backend, hadamard, on_unsupported)
+    layer = active.layer
+    if is_traced():
+        if needs_grad(query, key, value):
+            raise InvalidArgumentError(
+                "packed sequences that require grad cannot be traced; use torch.no_grad() or torch.inference_mode()"
+            )
+        operator = ops.varlen_sdpa_lse if return_lse else ops.varlen_sdpa
+        tag = None if layer is None else layer.tag
+        return operator(*packed, scale, *window_size, tag, settings.text)
+    ledger = None if layer is None else layer.ledger
+    return attend_varlen(
+        *packed, scale, (window_size[0], window_size[1]), settings=settings, ledger=ledger, return_lse=return_lse
+    )
+
+
 def redirect(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -169,8 +251,12 @@ def redirect(
     *,
     settings: Settings,
     return_lse: bool = False,
+    check: bool = False,
 ) -> Any:
-    """One SDPA call under settings: run at once in eager mode, put into the graph as an operator while tracing."""
+    """One SDPA call under settings: run at once in eager mode, put into the graph as an operator while tracing.
+
+    With ``check``, inputs are checked in eager mode as :func:`lpattn.calls.check_inputs` does.
+    """
     layer = active.layer
     if not is_traced():
         ledger: Ledger | None = None if layer is None else layer.ledger
@@ -186,6 +272,7 @@ def redirect(
             settings=settings,
             ledger=ledger,
             return_lse=return_lse,
+            check=check,
         )
     if reason := _unfit_for_graph(query, key, value, attn_mask, dropout_p, is_causal):
         if refusal := _refusal_while_tracing(settings.text, *reason):

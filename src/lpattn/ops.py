@@ -14,6 +14,7 @@ from lpattn.execute import attend, attend_rope, in_bshd_memory
 from lpattn.ledger import Ledger, find_ledger
 from lpattn.settings import from_text
 from lpattn.types import Reason
+from lpattn.varlen import attend_varlen
 
 _OPTIONS = "Tensor? attn_mask, float dropout_p, bool is_causal, float? scale"
 _SETTINGS = "Tensor? layer, str settings"
@@ -28,6 +29,9 @@ _library.define(f"sdpa({_QKV}, {_OPTIONS}, {_SETTINGS}, {_REASON}) -> Tensor")
 _library.define(f"sdpa_lse({_QKV}, {_OPTIONS}, {_SETTINGS}, {_REASON}) -> (Tensor, Tensor)")
 _library.define(f"rope_sdpa({_QKV}, {_ROPE}, {_OPTIONS}, {_SETTINGS}) -> Tensor")
 _library.define(f"rope_sdpa_lse({_QKV}, {_ROPE}, {_OPTIONS}, {_SETTINGS}) -> (Tensor, Tensor)")
+_VARLEN = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_q, SymInt max_k, float? scale, int left, int right"
+_library.define(f"varlen_sdpa({_QKV}, {_VARLEN}, {_SETTINGS}) -> Tensor")
+_library.define(f"varlen_sdpa_lse({_QKV}, {_VARLEN}, {_SETTINGS}) -> (Tensor, Tensor)")
 _library.define("count_exact(Tensor(a!) layer, str code, str message) -> ()")
 """Counts a call that ran exactly where nothing was redirected. Declared to write its layer, so that it is kept."""
 
@@ -100,6 +104,24 @@ def _rope_sdpa_with(return_lse: bool):  # type: ignore[no-untyped-def]
     return run
 
 
+def _varlen_sdpa_with(return_lse: bool):  # type: ignore[no-untyped-def]
+    def run(  # type: ignore[no-untyped-def]
+        query, key, value, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, left, right, layer, settings
+    ):
+        packed = (query, key, value, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, (left, right))
+        return attend_varlen(*packed, settings=from_text(settings), ledger=_ledger(layer), return_lse=return_lse)
+
+    return run
+
+
+def _fake_varlen_sdpa(query, key, value, *options):  # type: ignore[no-untyped-def]
+    return query.new_empty(query.shape[0], query.shape[1], value.shape[2])
+
+
+def _fake_varlen_sdpa_lse(query, key, value, *options):  # type: ignore[no-untyped-def]
+    return _fake_varlen_sdpa(query, key, value), query.new_empty(query.shape[:2], dtype=torch.float32)
+
+
 def _empty_output(batch: int, heads: int, q_len: int, query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return query.new_empty(batch, q_len, heads, value.shape[-1]).transpose(1, 2)
 
@@ -147,6 +169,8 @@ for _name, _run, _fake in (
     ("sdpa_lse", _sdpa_with(return_lse=True), _fake_sdpa_lse),
     ("rope_sdpa", _rope_sdpa_with(return_lse=False), _fake_rope_sdpa),
     ("rope_sdpa_lse", _rope_sdpa_with(return_lse=True), _fake_rope_sdpa_lse),
+    ("varlen_sdpa", _varlen_sdpa_with(return_lse=False), _fake_varlen_sdpa),
+    ("varlen_sdpa_lse", _varlen_sdpa_with(return_lse=True), _fake_varlen_sdpa_lse),
 ):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lpattn::{_name}", _fake, lib=_library)
@@ -157,3 +181,5 @@ sdpa = torch.ops.lpattn.sdpa.default
 sdpa_lse = torch.ops.lpattn.sdpa_lse.default
 rope_sdpa = torch.ops.lpattn.rope_sdpa.default
 rope_sdpa_lse = torch.ops.lpattn.rope_sdpa_lse.default
+varlen_sdpa = torch.ops.lpattn.varlen_sdpa.default
+varlen_sdpa_lse = torch.ops.lpattn.varlen_sdpa_lse.default

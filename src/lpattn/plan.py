@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from lpattn.calls import autocast_dtype, build_call, cast_like_autocast, outside
+from lpattn.calls import autocast_dtype, build_call, cast_like_autocast, check_inputs, outside
 from lpattn.dispatch import REFERENCE, asked_for_exact, choose
 from lpattn.errors import UnsupportedCallError
 from lpattn.registry import registry
@@ -32,14 +32,20 @@ def make_plan(
     return_lse: bool,
     requires_grad: bool,
     rope: Rope | None = None,
+    check: bool = False,
 ) -> Plan:
     """Decide what runs the call. q, k, v are [B, H, S, D].
 
+    With ``check``, inputs of which no plan is known are checked first; of wrong ones, none ever is.
+
     Raises:
         UnsupportedCallError: strict settings, and the wanted backend cannot run the call.
+        InvalidArgumentError: ``check`` found the inputs to be wrong.
     """
     settings = with_environment(settings)
     if query.is_nested or key.is_nested or value.is_nested or torch._C._functorch.peek_interpreter_stack() is not None:
+        if check:
+            check_inputs(query, key, value, attn_mask, dropout_p, is_causal, scale)
         return _plan_anew(
             query, key, value, attn_mask, dropout_p, is_causal, scale, settings, return_lse, requires_grad, rope
         )
@@ -76,12 +82,15 @@ def make_plan(
         settings.text,
         return_lse,
         requires_grad,
+        check,
         rope,
         autocast_dtype(query.device) if torch._C._is_any_autocast_enabled() else None,
         registry.generation,
     )
     plan = _plans.get(facts)
     if plan is None:
+        if check:
+            check_inputs(query, key, value, attn_mask, dropout_p, is_causal, scale)
         plan = _plan_anew(
             query, key, value, attn_mask, dropout_p, is_causal, scale, settings, return_lse, requires_grad, rope
         )

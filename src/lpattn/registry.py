@@ -6,6 +6,7 @@ recorded with its traceback and harms nothing else.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import importlib
@@ -28,9 +29,13 @@ from lpattn.errors import InvalidArgumentError, RegistrationError, UnknownBacken
 from lpattn.hookspecs import ENTRY_POINT_GROUP, Hooks
 from lpattn.types import AttentionBackend, Reason
 
-BUILTIN_MODULES = ("lpattn.backends.reference", "lpattn.backends.fa3")
+BUILTIN_MODULES = ("lpattn.backends.reference", "lpattn.backends.fa3", "lpattn.backends.triton")
 DISABLE_VARIABLE = "LPATTN_DISABLE_PLUGINS"
-_PLUGIN_PACKAGES = {"fp8_emulated": "lpattn-emulated"}
+_PLUGIN_PACKAGES = {
+    "fp8_emulated": "lpattn-emulated",
+    "sageattention": "lpattn-sageattention",
+    "cudnn_fp8": "lpattn-cudnn",
+}
 """Backends of the plugins that lpattn's own repository holds, for the error that names what to install."""
 _RESERVED_NAMES = {"auto", "exact", *(backend.value for backend in AttentionBackend)}
 """Words of layer rules, and the names that lpattn keeps for itself."""
@@ -73,6 +78,19 @@ class Failure:
     traceback: str = ""
 
 
+@dataclass(frozen=True)
+class Load:
+    """One attempt to load a plugin or a built-in module.
+
+    Attributes:
+        source: where from; its ``load_seconds`` is what the attempt took, also where it failed.
+        protocol_versions: those that its backends were written for, also of backends that were refused.
+    """
+
+    source: Source
+    protocol_versions: tuple[int, ...] = ()
+
+
 class Registry:
     """The backends of one process. Thread-safe; loads itself at the first question."""
 
@@ -84,6 +102,7 @@ class Registry:
         self._sources: dict[str, Source] = {}
         self._conflicts: dict[str, list[Source]] = {}
         self._failures: list[Failure] = []
+        self._loads: list[Load] = []
         self._probes: dict[tuple[str, torch.device], tuple[Reason, ...]] = {}
         self.generation = 0
         """Raised at every change, so that remembered decisions can be dropped."""
@@ -110,6 +129,14 @@ class Registry:
     def failures(self) -> list[Failure]:
         """What could not be loaded or registered."""
         return list(self._load()._failures)
+
+    def loads(self) -> list[Load]:
+        """Every attempt to load something, in order."""
+        return list(self._load()._loads)
+
+    def conflicts(self) -> dict[str, list[Source]]:
+        """Names that several plugins claim, and which therefore none of them has."""
+        return {name: list(sources) for name, sources in self._load()._conflicts.items()}
 
     def resolve(self, name: str | AttentionBackend) -> str:
         """The canonical form of a backend name, whatever its case.
@@ -150,11 +177,9 @@ class Registry:
         for failure in self._failures:
             if failure.source.kind == "built-in" and failure.source.entry_point.endswith(name.rpartition("_")[2]):
                 return (Reason("load_failed", f"its module failed to load: {failure.message}", "see `lpattn info`"),)
-        if name not in {backend.value for backend in AttentionBackend}:
-            package = _PLUGIN_PACKAGES.get(name)
-            remedy = f"pip install {package}" if package else "install or register it again; see `lpattn info`"
-            return (Reason("not_registered", "no backend of this name is registered", remedy),)
-        return (Reason("not_shipped", "this version of lpattn has no kernels for it"),)
+        package = _PLUGIN_PACKAGES.get(name)
+        remedy = f"pip install {package}" if package else "install or register it again; see `lpattn info`"
+        return (Reason("not_registered", "no backend of this name is registered", remedy),)
 
     def probe(self, name: str, device: torch.device) -> tuple[Reason, ...]:
         """Why the backend cannot run on the device; empty if it can. Evaluated once per device."""
@@ -243,7 +268,7 @@ class Registry:
 
     def _load_all(self) -> None:
         # An earlier load may have been interrupted from the keyboard: start from nothing.
-        for known in (self._backends, self._sources, self._conflicts, self._failures):
+        for known in (self._backends, self._sources, self._conflicts, self._failures, self._loads):
             known.clear()
         manager = pluggy.PluginManager("lpattn")
         manager.add_hookspecs(Hooks)
@@ -286,10 +311,12 @@ class Registry:
         except (Exception, SystemExit) as error:  # a module may call sys.exit() when it does not like the machine
             if manager.has_plugin(name):
                 manager.unregister(name=name)
+            source = dataclasses.replace(source, load_seconds=time.perf_counter() - start)
+            self._loads.append(Load(source))
             self._fail(source, error)
             return
-        seconds = time.perf_counter() - start
-        source = Source(source.kind, source.distribution, source.version, source.entry_point, seconds)
+        source = dataclasses.replace(source, load_seconds=time.perf_counter() - start)
+        self._loads.append(Load(source, _protocol_versions(backends)))
         for backend in backends:
             try:
                 validate_backend(backend, source)
@@ -302,6 +329,17 @@ class Registry:
         self._failures.append(Failure(source, f"{type(error).__name__}: {error}", text))
 
 
+def _protocol_versions(backends: list[Any]) -> tuple[int, ...]:
+    """What the objects say, which may be no backends at all."""
+    found = set()
+    for backend in backends:
+        try:
+            found.add(int(backend.protocol_version))
+        except Exception:  # validate_backend() says what is wrong with it
+            continue
+    return tuple(sorted(found))
+
+
 def validate_backend(backend: Any, source: Source) -> None:
     """Check that an object follows the protocol.
 
@@ -312,12 +350,9 @@ def validate_backend(backend: Any, source: Source) -> None:
         hint = "; pass an instance, not the class" if isinstance(backend, type) else ""
         raise RegistrationError(f"a backend must be an instance of lpattn.Backend; got {backend!r}{hint}")
     name = getattr(backend, "name", None)
-    if not isinstance(name, str) or not _NAME.match(name):
-        raise RegistrationError(
-            f"{type(backend).__name__}.name must be a lower-case identifier such as 'my_fp8'; got {name!r}"
-        )
-    if name in _RESERVED_NAMES and source.kind != "built-in":
-        raise RegistrationError(f"backend name {name!r} is reserved by lpattn; choose another name")
+    problem = backend_name_problem(name)
+    if problem and not (source.kind == "built-in" and name in _RESERVED_NAMES):
+        raise RegistrationError(f"{type(backend).__name__}: {problem}")
     if backend.protocol_version != PROTOCOL_VERSION:
         raise RegistrationError(
             f"{name} was written for protocol version {backend.protocol_version!r}; this lpattn speaks version "
@@ -325,6 +360,13 @@ def validate_backend(backend: Any, source: Source) -> None:
         )
     if not isinstance(getattr(backend, "capabilities", None), Capabilities):
         raise RegistrationError(f"{name}.capabilities must be an lpattn.Capabilities")
+
+
+def backend_name_problem(name: object) -> str:
+    """Why a plugin's backend cannot have this name; empty if it can."""
+    if not isinstance(name, str) or not _NAME.match(name):
+        return f"a backend's name must be a lower-case identifier such as 'my_fp8'; got {name!r}"
+    return f"backend name {name!r} is reserved by lpattn; choose another name" if name in _RESERVED_NAMES else ""
 
 
 def checked_reasons(reasons: object) -> tuple[Reason, ...]:

@@ -104,6 +104,18 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Varlen:
+    """That sequences are packed behind each other, and what a query sees of its own.
+
+    Attributes:
+        window: (left, right): the query that lies as far from the last one as a key from the last key sees that key,
+            ``left`` in front of it and ``right`` behind it; -1: all of them. (-1, 0) is causal, bottom-right aligned.
+    """
+
+    window: tuple[int, int] = (-1, -1)
+
+
+@dataclass(frozen=True)
 class AttentionCall:
     """One attention call, without its data: all that a backend may base a decision on. Frozen and hashable.
 
@@ -124,6 +136,7 @@ class AttentionCall:
         hadamard: requested mode.
         return_lse: True if the log-sum-exp is requested.
         rope: the fused rotation, or None.
+        varlen: packed sequences, or None. ``batch`` is then their number, q_len and kv_len are their largest lengths.
         contiguous_last_dim: True if the last dimension of q, k and v has stride 1.
         requires_grad: True if grad is enabled and an input requires it.
     """
@@ -147,6 +160,7 @@ class AttentionCall:
     hadamard: HadamardMode = HadamardMode.NONE
     return_lse: bool = False
     rope: Rope | None = None
+    varlen: Varlen | None = None
     contiguous_last_dim: bool = True
     requires_grad: bool = False
 
@@ -191,6 +205,8 @@ class AttentionCall:
         if self.rope is not None:
             kind = "interleaved" if self.rope.interleaved else "half-split"
             parts.append(f"rope {kind} on {self.rope.rotary_dim} lanes")
+        if self.varlen is not None:
+            parts.append(f"packed sequences, window {list(self.varlen.window)}")
         return ", ".join(parts)
 
     def describe_device(self) -> str:

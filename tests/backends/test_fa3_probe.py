@@ -22,6 +22,7 @@ CALL = AttentionCall(2, 8, 2, 256, 256, 128, 128, torch.bfloat16, "cuda", capabi
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
 
 

@@ -94,6 +94,16 @@ def test_padding_counts_only_what_is_seen():
     assert cases.Shape(**{"kv_lengths": None, **attention.asdict(full)}) == full
 
 
+def test_windows_count_only_what_is_seen():
+    shape = cases.Shape(1, 2, 2, 64, 32, False, window=5)
+    mask = shape.mask("cpu")
+    assert shape.flop == pytest.approx(4 * 2 * 32 * float(mask.sum()))
+    assert mask[0, 0, 40].nonzero().flatten().tolist() == [36, 37, 38, 39, 40]
+    q, k, v = cases.inputs(shape, "randn", "cpu")
+    out = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask)
+    assert cases.sqnr(out, (q, k, v), shape) > 80
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_what_is_right_is_timed(scaled, no_fa3, shape):
     scaled(0.95)

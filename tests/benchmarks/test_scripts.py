@@ -9,8 +9,19 @@ import plot
 import pytest
 import torch
 
-SCRIPTS = ("attention", "calibrate", "compiled", "dispatch", "eager_overhead", "plot", "quantization")
-ON_GPU = ("attention", "calibrate", "compiled", "quantization")
+SCRIPTS = (
+    "attention",
+    "calibrate",
+    "compiled",
+    "conformance",
+    "dispatch",
+    "eager_overhead",
+    "hopper",
+    "plot",
+    "quantization",
+    "targets",
+)
+ON_GPU = ("attention", "calibrate", "compiled", "hopper", "quantization", "targets")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -99,6 +99,7 @@ def test_the_document_describes_plugins(cli: Cli, plugins: Path) -> None:
         "entry_point": "planted",
         "protocol_version": 1,
         "backends": ["planted_fp8"],
+        "conflicts": [],
         "failed": False,
     }
     backend = find(document["backends"], "name", "planted_fp8")
@@ -141,7 +142,9 @@ def test_verbose_and_json_have_the_traceback(cli: Cli, plugins: Path) -> None:
     assert "    OSError: libfoo.so: not found" in text
     assert "--verbose" not in text
     document = json.loads(cli("info", "--json").out)
-    assert find(document["plugins"], "distribution", "planted_broken")["failed"]
+    plugin = find(document["plugins"], "distribution", "planted_broken")
+    assert plugin["failed"]
+    assert plugin["load_seconds"] > 0
     (failure,) = [f for f in document["failures"] if f["source"]["distribution"] == "planted_broken"]
     assert failure["message"] == "OSError: libfoo.so: not found"
     assert failure["traceback"].rstrip().endswith("OSError: libfoo.so: not found")
@@ -151,6 +154,27 @@ def test_a_plugin_of_another_protocol_version_is_reported(cli: Cli, plugins: Pat
     plant(plugins, "planted_old", WORKING.replace('"planted_fp8"', '"planted_fp8"\n    protocol_version = 99'))
     text = cli("info").out
     assert "planted_fp8 was written for protocol version 99; this lpattn speaks version 1" in text
+    plugin = find(json.loads(cli("info", "--json").out)["plugins"], "distribution", "planted_old")
+    assert (plugin["protocol_version"], plugin["backends"], plugin["failed"]) == (99, [], True)
+
+
+def test_two_plugins_with_one_name_are_both_named_and_neither_has_it(cli: Cli, plugins: Path) -> None:
+    for name in ("planted_one", "planted_two"):
+        plant(plugins, name, WORKING)
+    document = json.loads(cli("info", "--json").out)
+    (conflict,) = document["conflicts"]
+    assert conflict["name"] == "planted_fp8"
+    assert [source["distribution"] for source in conflict["sources"]] == ["planted_one", "planted_two"]
+    for name in ("planted_one", "planted_two"):
+        plugin = find(document["plugins"], "distribution", name)
+        assert (plugin["backends"], plugin["conflicts"]) == ([], ["planted_fp8"])
+        assert plugin["load_seconds"] > 0
+    backend = find(document["backends"], "name", "planted_fp8")
+    assert backend["source"] is None
+    assert {r["code"] for device in backend["devices"].values() for r in device["reasons"]} == {"conflict"}
+    text = cli("info").out
+    assert "Nobody has the name planted_fp8: claimed by planted_one 1.5 and planted_two 1.5." in text
+    assert "planted_one 1.5 (entry point planted_one): planted_fp8, claimed by several plugins: see below" in text
 
 
 def test_a_plugin_that_is_kept_out_is_listed(cli: Cli, plugins: Path, monkeypatch: pytest.MonkeyPatch) -> None:

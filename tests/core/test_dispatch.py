@@ -25,7 +25,7 @@ def test_the_highest_rank_wins(add_backend, make_call):
     assert set(choice.reasons) == {"low", "middle", "bf16_reference", "fp8_fa3", "fp8_triton"}
     assert choice.reasons["low"] == (Reason("slower", "expected x1.20 as fast as exact attention, best x2.50"),)
     assert [r.code for r in choice.reasons["bf16_reference"]] == ["slower"]
-    assert [r.code for r in choice.reasons["fp8_triton"]] == ["not_shipped"]
+    assert [r.code for r in choice.reasons["fp8_triton"]] == ["not_registered"]
 
 
 def test_the_rank_may_depend_on_the_call(add_backend, make_call):
@@ -199,8 +199,8 @@ def test_the_error_of_a_strict_automatic_choice(add_backend, gpu_call):
         "  manual         runs only where it is named\n"
         "                 dropout_p > 0: has no dropout (set dropout_p=0.0, or model.eval())\n"
         "  absent         driver 535: needs 550 (update it)\n"
-        "  fp8_fa3        this version of lpattn has no kernels for it\n"
-        "  fp8_triton     this version of lpattn has no kernels for it\n"
+        "  fp8_fa3        no backend of this name is registered (install or register it again; see `lpattn info`)\n"
+        "  fp8_triton     no backend of this name is registered (install or register it again; see `lpattn info`)\n"
         "  bf16_reference exact, where on_unsupported='raise' wants low\n"
         'Use backend=None to let lpattn choose, or on_unsupported="fallback" to run such calls exactly.'
     )

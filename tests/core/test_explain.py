@@ -86,8 +86,8 @@ def test_the_reasons_of_an_automatic_choice(spies, qkv):
         "narrow": ["dtype", "head_dim"],
         "manual": ["not_automatic"],
         "absent": ["driver"],
-        "fp8_fa3": ["not_shipped"],
-        "fp8_triton": ["not_shipped"],
+        "fp8_fa3": ["not_registered"],
+        "fp8_triton": ["not_registered"],
     }
 
 
@@ -100,8 +100,8 @@ def test_the_text_of_an_explanation(add_backend, qkv):
         "  bf16_reference expected x1.00 as fast as exact attention, best x3.00\n"
         "  narrow         head_dim 8: has kernels for 64\n"
         "                 dropout_p > 0: has no dropout (set dropout_p=0.0, or model.eval())\n"
-        "  fp8_fa3        this version of lpattn has no kernels for it\n"
-        "  fp8_triton     this version of lpattn has no kernels for it"
+        "  fp8_fa3        no backend of this name is registered (install or register it again; see `lpattn info`)\n"
+        "  fp8_triton     no backend of this name is registered (install or register it again; see `lpattn info`)"
     )
 
 

@@ -91,6 +91,29 @@ def test_inputs_of_sdpa(function, case):
     assert isinstance(caught.value, ValueError)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "good"),
+    [({"is_causal": 1}, {"is_causal": True}), ({"scale": "1.0"}, {"scale": 1.0}), ({"dropout_p": 2.0}, {})],
+)
+def test_a_good_call_before_does_not_let_a_wrong_one_pass(wrong, good):
+    for _ in range(2):
+        lpattn.low_precision_sdpa(Q, Q, Q, backend="bf16_reference", **good)
+        with pytest.raises(InvalidArgumentError):
+            lpattn.low_precision_sdpa(Q, Q, Q, backend="bf16_reference", **wrong)
+
+
+def test_what_a_model_may_pass_to_sdpa_may_not_be_passed_to_the_function(qkv):
+    class Both(torch.nn.Module):
+        def forward(self, q, k, v, mask):
+            torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, 0.0, True)
+            return lpattn.low_precision_sdpa(q, k, v, mask, 0.0, True)
+
+    model = lpattn.apply_low_precision_attention(Both(), "bf16_reference")
+    for _ in range(2):
+        with pytest.raises(InvalidArgumentError, match="contradict each other"):
+            model(*qkv(), torch.ones(6, 6, dtype=torch.bool))
+
+
 QR = x(2, 6, 4, 8)
 COS = x(1, 6, 1, 8)
 AXIS = "\n[S, rotary_dim] and [B, S, rotary_dim] tables need an axis for heads: cos.unsqueeze(-2)"

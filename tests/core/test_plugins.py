@@ -12,7 +12,7 @@ from lpattn import Reason, RegistrationError
 from lpattn.registry import Registry, Source, registry
 
 CPU = torch.device("cpu")
-BUILT_IN = {"bf16_reference", "fp8_fa3"}
+BUILT_IN = {"bf16_reference", "fp8_fa3", "fp8_triton", "fp8_triton_fast", "int8_triton"}
 
 
 def only_failure(reg):
@@ -60,7 +60,14 @@ def test_a_plugin_says_where_it_comes_from(install, plugin, make_backend):
 
 def test_built_in_backends_come_first(install, plugin, make_backend):
     install(("a", "lpattn-a", plugin(make_backend("aaa"))))
-    assert list(Registry().backends()) == ["bf16_reference", "fp8_fa3", "aaa"]
+    assert list(Registry().backends()) == [
+        "bf16_reference",
+        "fp8_fa3",
+        "fp8_triton",
+        "fp8_triton_fast",
+        "int8_triton",
+        "aaa",
+    ]
 
 
 def with_unknown_hook(plugin, make_backend):
@@ -95,7 +102,7 @@ BROKEN = {
     "capabilities": (with_attribute("capabilities", {"gqa": True}), "broken.capabilities must be an lpattn.Capab"),
     "bad_name": (
         lambda p, b: p(b("My-FP8")),
-        "FakeBackend.name must be a lower-case identifier such as 'my_fp8'; got 'My-FP8'",
+        "FakeBackend: a backend's name must be a lower-case identifier such as 'my_fp8'; got 'My-FP8'",
     ),
     "class": (lambda p, b: p(type(b())), "pass an instance, not the class"),
     "no_backend": (lambda p, b: p("broken"), "a backend must be an instance of lpattn.Backend; got 'broken'"),

@@ -46,7 +46,7 @@ def test_available_backends_lists_every_name_with_its_reasons(add_backend):
     assert infos["bf16_reference"].source == "built-in"
     assert infos["bf16_reference"].version == str(torch.__version__)
     assert infos["fp8_triton"].source == "not loaded"
-    assert [r.code for r in infos["fp8_triton"].reasons] == ["not_shipped"]
+    assert [r.code for r in infos["fp8_triton"].reasons] == ["not_registered"]
     assert all(info.device == CPU for info in infos.values())
 
 

@@ -29,6 +29,7 @@ OTHER_VALUES = {
     "hadamard": HadamardMode.QKV,
     "return_lse": True,
     "rope": Rope(False, 32),
+    "varlen": lpattn.Varlen((-1, 0)),
     "contiguous_last_dim": False,
     "requires_grad": True,
 }
@@ -43,12 +44,13 @@ def test_every_field_of_a_call_counts_in_equality_and_hash(make_call):
     assert len(calls) == 1 + len(OTHER_VALUES)
 
 
-@pytest.mark.parametrize("value", [AttentionCall, Reason, Rope, lpattn.Choice, lpattn.Capabilities])
+@pytest.mark.parametrize("value", [AttentionCall, Reason, Rope, lpattn.Varlen, lpattn.Choice, lpattn.Capabilities])
 def test_the_data_is_frozen(value, make_call):
     examples = {
         AttentionCall: make_call(),
         Reason: Reason("code", "message"),
         Rope: Rope(True, 8),
+        lpattn.Varlen: lpattn.Varlen(),
         lpattn.Choice: lpattn.Choice("fake", Provenance.MODEL),
         lpattn.Capabilities: lpattn.Capabilities(dtypes=frozenset({torch.float16})),
     }

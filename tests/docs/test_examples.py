@@ -1,4 +1,4 @@
-"""The Python blocks of README.md and CONTRIBUTING.md run on a CPU and print what the text below them says.
+"""The Python blocks of README.md, CONTRIBUTING.md and docs/ run on a CPU and print what the text below them says.
 
 A block's expected output is the ``text`` block that follows it at once. A block below ``<!-- needs NAME -->`` runs only
 where the plugin NAME is installed.
@@ -19,10 +19,12 @@ import pytest
 
 import lpattn
 from lpattn.cli import build_parser
+from lpattn.testing import run_checks, suite_for
 
 REPOSITORY = Path(__file__).parents[2]
-EXAMPLES = ["README.md", "CONTRIBUTING.md"]
-PAGES = [*EXAMPLES, *sorted(p.relative_to(REPOSITORY).as_posix() for p in (REPOSITORY / "docs").glob("*.md"))]
+PAGES = ["README.md", "CONTRIBUTING.md"]
+PAGES += sorted(p.relative_to(REPOSITORY).as_posix() for p in (REPOSITORY / "docs").glob("*.md"))
+EXAMPLES = [page for page in PAGES if "```python\n" in (REPOSITORY / page).read_text(encoding="utf-8")]
 
 _BLOCK = re.compile(
     r"(?:<!-- needs (?P<needs>\S+) -->\n)?```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?",
@@ -133,6 +135,17 @@ def test_links_lead_somewhere(name: str) -> None:
     page = REPOSITORY / name
     links = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_backend_of_contributing_passes_the_conformance_suite() -> None:
+    page = REPOSITORY / "CONTRIBUTING.md"
+    block = next(block for block in blocks_of(page.read_text(encoding="utf-8")) if "(lpattn.Backend)" in block.code)
+    code = block.code.partition("\nq = ")[0]
+    assert len(code.splitlines()) < 60
+    run(page, [Block(block.line, code, None, None)])
+    outcomes = list(run_checks(suite_for("my_half"), skip=["import_is_pure"]))
+    assert [(o.check, o.detail) for o in outcomes if o.status.is_failure] == []
+    assert sum(o.status == "passed" for o in outcomes) > 25
 
 
 def test_a_wrong_output_is_noticed() -> None:

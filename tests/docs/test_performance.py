@@ -33,7 +33,7 @@ def test_the_shipped_speeds_are_those_of_the_sweep(render):
         for length, ratio in row["speedup_by_length"]
     }
     measured = {}
-    for result in render.load("h200-sweep.json")["results"]:
+    for result in render.load("h100-sweep.json")["results"]:
         shape = result["shape"]
         grouped = shape["num_heads"] != shape["num_kv_heads"]
         for name, ratio in result["speedup"].items():
@@ -70,7 +70,8 @@ def page(render, tmp_path, monkeypatch):
 
     def make(**files: dict) -> str:
         for name, content in files.items():
-            path = tmp_path / f"h200-{name}.json"
+            machine = "h100" if name in ("attention", "hopper", "sweep", "targets") else "h200"
+            path = tmp_path / f"{machine}-{name}.json"
             path.write_text(json.dumps({"provenance": PROVENANCE, **content}))
         monkeypatch.setattr(render, "RESULTS", tmp_path)
         return render.page()
@@ -80,6 +81,21 @@ def page(render, tmp_path, monkeypatch):
 
 def sections(text: str) -> list[str]:
     return [line[3:] for line in text.splitlines() if line.startswith("## ")]
+
+
+def test_the_hopper_kernel_has_a_section_of_its_own(page):
+    result = {
+        "shape": call()["shape"],
+        "best_exact": "exact:fa3_bf16",
+        "milliseconds": {"kernel:step": 2.0, "exact:fa3_bf16": 3.0, "exact:sdpa": 4.0},
+        "teraflops": {"kernel:step": 900.0, "exact:fa3_bf16": 600.0, "exact:sdpa": 450.0},
+        "over_fa3_fp8": {"kernel:step": 1.25},
+        "over_best_exact": {"kernel:step": 1.5},
+        "sqnr_db": {"kernel:step": 25.0, "exact:fa3_bf16": 53.0, "exact:sdpa": 53.0},
+    }
+    text = page(hopper={"results": [result]})
+    assert "| kernel alone, step | 2.000 | 900 | x1.25 | x1.50 | 25.0 |" in text
+    assert "exact, sdpa" not in text  # only the best one
 
 
 def test_what_was_not_measured_is_left_out(page):
@@ -132,8 +148,18 @@ def test_the_picture_is_shown_where_there_is_one(page, tmp_path):
     text = page(sweep=sweep)
     assert "| fp8_fa3, Hadamard qkv, 64, causal, GQA | x1.20 |" in text
     assert "![" not in text
-    (tmp_path / "h200-sweep.png").touch()
-    assert "![Speed by length](../benchmarks/results/h200-sweep.png)" in page(sweep=sweep)
+    (tmp_path / "h100-sweep.png").touch()
+    assert "![Speed by length](../benchmarks/results/h100-sweep.png)" in page(sweep=sweep)
+
+
+def test_targets_have_their_section(page):
+    line = {"what": "speed", "wanted": ">= 1.2x", "found": 1.19, "met": False, "limited": True}
+    unmeasured = {**line, "what": "accuracy", "found": None, "met": None}
+    told = {**line, "what": "kernel alone", "met": None, "limited": False}
+    text = page(targets={"targets": [line, unmeasured, told]})
+    assert "| speed | >= 1.2x | 1.190 | missed |" in text
+    assert "| accuracy | >= 1.2x |  | not measured |" in text
+    assert "kernel alone" not in text
 
 
 def test_quantization_has_its_section(page):

@@ -267,9 +267,9 @@ def make(
     return one(heads, q_len), one(kv_heads, kv_len), one(kv_heads, kv_len)
 
 
-def data(kind: str, heads: int, length: int, dim: int = 128) -> Tensors:
-    """q, k, v [1, H, S, D] of a kind of benchmarks/cases.py, always the same."""
-    torch.manual_seed(0)
+def data(kind: str, heads: int, length: int, dim: int = 128, seed: int = 0) -> Tensors:
+    """q, k, v [1, H, S, D] of a kind of benchmarks/cases.py, for a seed always the same."""
+    torch.manual_seed(seed)
 
     def one(bias: float) -> torch.Tensor:
         x = torch.randn(1, heads, length, dim, device="cuda")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import types
 import zipfile
@@ -94,16 +97,20 @@ def test_plugins_depend_on_lpattn_and_name_their_entry_point() -> None:
         assert plugin["entry-points"]["lpattn"], path
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("hatchling", reason="building a wheel needs hatchling (extra dev)")
-    pytest.importorskip("build", reason="building a wheel needs build (extra dev)")
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(REPOSITORY)]
+def build(project: Path, folder: Path) -> Path:
+    """The wheel of a project, built without a network."""
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(project)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = folder.glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("hatchling", reason="building a wheel needs hatchling (extra dev)")
+    pytest.importorskip("build", reason="building a wheel needs build (extra dev)")
+    return build(REPOSITORY, tmp_path_factory.mktemp("wheel"))
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
@@ -141,3 +148,77 @@ def test_the_wheel_works_without_the_repository(wheel: Path, tmp_path: Path) -> 
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.splitlines()[-1]).is_relative_to(tmp_path)
+
+
+# A plugin as its author makes it, in an environment in which nothing is installed from the checkout.
+
+CRASHING = "raise OSError('libmissing.so.1: cannot open shared object file')\n"
+
+
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The python of a new environment with the wheels of lpattn and of a new plugin, and with a plugin that crashes.
+
+    PyTorch and the other dependencies are those of this environment: installing them anew would take minutes.
+    """
+    folder = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], check=True)
+    python = folder / "venv" / "bin" / "python"
+    packages = Path(
+        sysconfig.get_path("purelib", vars={"base": str(folder / "venv"), "platbase": str(folder / "venv")})
+    )
+    new = folder / "projects"
+    command = [sys.executable, "-m", "lpattn", "new-plugin", "shiny_fp8", "--into", str(new)]
+    subprocess.run(command, check=True, capture_output=True)
+    crashing = new / "lpattn-crashing"
+    (crashing / "src" / "lpattn_crashing").mkdir(parents=True)
+    (crashing / "src" / "lpattn_crashing" / "__init__.py").write_text(CRASHING)
+    project = (new / "lpattn-shiny-fp8" / "pyproject.toml").read_text()
+    (crashing / "README.md").write_text("# It crashes\n")
+    (crashing / "pyproject.toml").write_text(project.replace("shiny-fp8", "crashing").replace("shiny_fp8", "crashing"))
+    wheels = [wheel]
+    for path in (new / "lpattn-shiny-fp8", crashing):
+        (folder / path.name).mkdir()
+        wheels.append(build(path, folder / path.name))
+    for path in wheels:
+        with zipfile.ZipFile(path) as archive:  # what pip does with a wheel that has no scripts
+            archive.extractall(packages)
+    # Behind the wheels on the path, and without the .pth files that lead into the checkout.
+    site = next(p for p in map(Path, sys.path) if (p / "torch").is_dir())
+    (packages / "dependencies.pth").write_text(f"{site}\n")
+    return python
+
+
+def run_in(python: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run it as a user does, from a folder that has nothing to do with the checkout."""
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(("LPATTN_", "PYTHON", "COV_"))}
+    return subprocess.run(
+        [str(python), *arguments], cwd=python.parent, env=variables, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_new_plugin_is_found_next_to_one_that_crashes(environment: Path) -> None:
+    done = run_in(environment, "-m", "lpattn", "info", "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    plugins = {plugin["distribution"]: plugin for plugin in document["plugins"]}
+    assert plugins["lpattn-shiny-fp8"]["backends"] == ["shiny_fp8"]
+    assert plugins["lpattn-shiny-fp8"]["protocol_version"] == document["protocol_version"]
+    assert plugins["lpattn-crashing"]["failed"]
+    (failure,) = [f for f in document["failures"] if f["source"]["distribution"] == "lpattn-crashing"]
+    assert failure["message"] == "OSError: libmissing.so.1: cannot open shared object file"
+    assert "lpattn_crashing/__init__.py" in failure["traceback"]
+
+
+def test_a_new_plugin_passes_the_conformance_suite(environment: Path) -> None:
+    done = run_in(environment, "-m", "lpattn", "check", "shiny_fp8", "--json", "--skip", "strict_compile")
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = json.loads(done.stdout)
+    assert document["failed"] == []
+    assert sum(check["status"] == "passed" for check in document["checks"]) > 30
+
+
+def test_the_environment_has_lpattn_from_the_wheel(environment: Path) -> None:
+    done = run_in(environment, "-c", "import lpattn, lpattn_shiny_fp8 as p; print(lpattn.__file__, p.__file__)")
+    assert done.returncode == 0, done.stderr
+    assert all(Path(file).is_relative_to(environment.parents[1]) for file in done.stdout.split())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -28,6 +31,7 @@ class ReferenceBackend(Backend):
         dropout=True,
         hadamard=frozenset({HadamardMode.NONE}),
         rope=True,
+        varlen=True,
         backward=True,
     )
 
@@ -83,6 +87,47 @@ class ReferenceBackend(Backend):
         assert call.rope is not None
         q, k = rotate_heads_first(query, key, cos, sin, cos_k, sin_k, call.rope.interleaved)
         return self.attention(q, k, value.transpose(1, 2), call, attn_mask, dropout_p)
+
+    def varlen_attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        cu_seqlens_k: torch.Tensor,
+        call: AttentionCall,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        assert call.varlen is not None
+        left, right = call.varlen.window
+        out = query.new_zeros(query.shape[0], call.num_heads, call.head_dim_v)
+        lse = query.new_full(query.shape[:2], -torch.inf, dtype=torch.float32)
+        # One sequence after the other, with the lengths on the host: SDPA knows of no packed ones.
+        of_q, of_k = (itertools.pairwise(cu.tolist()) for cu in (cu_seqlens_q, cu_seqlens_k))
+        for (start, end), (first, last) in zip(of_q, of_k, strict=True):
+            q = query[start:end].transpose(0, 1)[None]
+            k, v = (x[first:last].transpose(0, 1)[None] for x in (key, value))
+            mask = None
+            if left >= 0 or right >= 0:
+                # How far a key is behind its query, both counted from the end.
+                ahead = torch.arange(last - first, device=q.device) - (last - first)
+                ahead = ahead - (torch.arange(end - start, device=q.device) - (end - start))[:, None]
+                mask = ((ahead >= -left) if left >= 0 else ahead == ahead) & ((ahead <= right) if right >= 0 else True)
+                mask = mask[None, None]
+            one = dataclasses.replace(
+                call,
+                batch=1,
+                q_len=end - start,
+                kv_len=last - first,
+                mask=MaskKind.NONE if mask is None else MaskKind.BOOL,
+                mask_shape=None if mask is None else tuple(mask.shape),
+                varlen=None,
+            )
+            result = self.attention(q, k, v, one, mask)
+            found = result[0] if isinstance(result, tuple) else result
+            out = out.index_copy(0, torch.arange(start, end, device=q.device), found[0].transpose(0, 1))
+            if isinstance(result, tuple):
+                lse[start:end] = result[1][0].T
+        return (out, lse) if call.return_lse else out
 
 
 def log_sum_exp(

@@ -49,6 +49,10 @@ def collect() -> dict[str, Any]:
         "failures": [
             {"source": _source(f.source), "message": f.message, "traceback": f.traceback} for f in registry.failures()
         ],
+        "conflicts": [
+            {"name": name, "sources": [_source(source) for source in sources]}
+            for name, sources in registry.conflicts().items()
+        ],
     }
 
 
@@ -115,30 +119,33 @@ def _source(source: Source) -> dict[str, Any]:
 def _plugins() -> list[dict[str, Any]]:
     """Every installed plugin, also one that is kept out or failed: with the backends that it has in force."""
     backends = {name: source for name in registry.names() if (source := registry.source(name)) is not None}
+    loads = registry.loads()
     plugins = []
     for point in sorted(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP), key=lambda p: p.name):
         distribution = point.dist.name if point.dist else "?"
-        own = [
-            name
-            for name, source in backends.items()
-            if (source.kind, source.distribution, source.entry_point) == ("plugin", distribution, point.name)
-        ]
-        versions = {found.protocol_version for name in own if (found := registry.get(name)) is not None}
+        own = [name for name, source in backends.items() if _is_of(source, distribution, point.name)]
+        load = next((x for x in loads if _is_of(x.source, distribution, point.name)), None)
         plugins.append(
             {
                 "distribution": distribution,
                 "version": point.dist.version if point.dist else "?",
                 "entry_point": point.name,
-                "protocol_version": next(iter(versions), None),
-                "load_seconds": backends[own[0]].load_seconds if own else None,
+                "protocol_version": next(iter(load.protocol_versions), None) if load is not None else None,
+                "load_seconds": None if load is None else load.source.load_seconds,
                 "backends": own,
-                "failed": any(
-                    (f.source.distribution, f.source.entry_point) == (distribution, point.name)
-                    for f in registry.failures()
-                ),
+                "conflicts": [
+                    name
+                    for name, sources in registry.conflicts().items()
+                    if any(_is_of(source, distribution, point.name) for source in sources)
+                ],
+                "failed": any(_is_of(f.source, distribution, point.name) for f in registry.failures()),
             }
         )
     return plugins
+
+
+def _is_of(source: Source, distribution: str, entry_point: str) -> bool:
+    return (source.kind, source.distribution, source.entry_point) == ("plugin", distribution, entry_point)
 
 
 def _show(document: dict[str, Any], console: Console, verbose: bool) -> None:
@@ -185,12 +192,18 @@ def _show_plugins(document: dict[str, Any], console: Console, verbose: bool) -> 
     for plugin in document["plugins"]:
         if plugin["backends"]:
             ran = f"{', '.join(plugin['backends'])}, loaded in {plugin['load_seconds']:.3f} s"
+        elif plugin["conflicts"]:
+            ran = f"{', '.join(plugin['conflicts'])}, claimed by several plugins: see below"
         elif plugin["failed"]:
             ran = "failed"
         else:
             kept_out = document["environment"]["variables"][DISABLE_VARIABLE]
             ran = "no backends" + (f" ({DISABLE_VARIABLE}={kept_out})" if kept_out else "")
         console.print(f"  {plugin['distribution']} {plugin['version']} (entry point {plugin['entry_point']}): {ran}")
+    for conflict in document["conflicts"]:
+        claimants = " and ".join(_label(source) for source in conflict["sources"])
+        console.print(f"Nobody has the name {conflict['name']}: claimed by {claimants}.", style="red")
+        console.print(f"  Uninstall all but one of them, or name them in {DISABLE_VARIABLE}")
     if document["failures"]:
         console.print("Failed to load:", style="red")
     for failure in document["failures"]:

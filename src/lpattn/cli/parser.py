@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 import lpattn
-from lpattn.cli import demo, explain, info
+from lpattn.cli import check, demo, explain, info, new_plugin
 from lpattn.cli.values import architecture, device, dtype, finite, positive, shape
 from lpattn.errors import LpattnError
 from lpattn.types import MaskKind
@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"lpattn {lpattn.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for add in (_add_info, _add_explain, _add_demo):
+    for add in (_add_info, _add_explain, _add_demo, _add_check, _add_new_plugin):
         command = add(commands)
         command.add_argument("--json", action="store_true", help="print one JSON document instead of text")
         command.set_defaults(parser=command)
@@ -109,6 +109,28 @@ def _add_demo(commands: _Commands[argparse.ArgumentParser]) -> argparse.Argument
     _add_choice(parser)
     parser.add_argument("--seq-len", type=positive, metavar="N", help="tokens (default: 8192 on a GPU, 1024 on a CPU)")
     parser.set_defaults(run=demo.run)
+    return parser
+
+
+def _add_check(commands: _Commands[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    parser = _add(commands, "check", "Run the conformance suite on a backend: what it declares, and whether it is so.")
+    parser.epilog = "Exit status: 0 if nothing fails (what cannot run here is skipped), 1 if something does."
+    parser.add_argument("backend", metavar="NAME", help="the backend, built-in or of an installed plugin")
+    parser.add_argument("--device", type=device, help="such as cuda:0 or cpu (default: the first that its probe takes)")
+    parser.add_argument("--only", metavar="CHECK,...", help="these checks alone")
+    parser.add_argument("--skip", metavar="CHECK,...", help="all but these checks")
+    parser.add_argument(
+        "--suite", metavar="MODULE:CLASS", help="a subclass of lpattn.testing.BackendTests (default: lpattn's own)"
+    )
+    parser.set_defaults(run=check.run)
+    return parser
+
+
+def _add_new_plugin(commands: _Commands[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    parser = _add(commands, "new-plugin", "Write a folder with a plugin that builds, is found and passes the checks.")
+    parser.add_argument("name", metavar="NAME", help="of its backend, such as my_fp8")
+    parser.add_argument("--into", metavar="FOLDER", default=".", help="where the folder goes (default: here)")
+    parser.set_defaults(run=new_plugin.run)
     return parser
 
 

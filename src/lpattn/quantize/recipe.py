@@ -104,12 +104,13 @@ FA3_PER_HEAD = Recipe(
     row_sum=RowSum.UNROUNDED,
 )
 """What the backend ``fp8_fa3`` computes: one power-of-two descale per (batch, KV head), K and V smoothed, P times 2^8,
-the sum taken before the cast. The backend takes K's constant, and the scales of q and k, from a sample of the tokens.
-Scales get headroom for the others, which costs nothing but some of e4m3's subnormals; any constant is exact, and one
-from a sample leaves little more to round than the mean. V's constant is left out where V's mean is not significant.
+the sum taken before the cast. The backend takes constants and scales from a sample of the tokens (from 8192 keys on,
+V's from all of them). Scales get headroom for the others, which costs nothing but some of e4m3's subnormals; any
+constant is exact, and one from a sample leaves little more to round than the mean. V's constant is left out where V's
+mean is not significant.
 
 FlashAttention-3's single accumulator for the whole row is NOT part of it: the error of Hopper's narrow accumulation
-depends on hardware that cannot be reproduced here, and comes on top."""
+comes on top. tests/quantize/fused/test_long_sums.py has a model of it."""
 
 PER_BLOCK = Recipe()
 """A scale per query token and per 128 keys, K and V smoothed, P summed as rounded, two-level accumulation."""

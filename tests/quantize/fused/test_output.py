@@ -86,7 +86,8 @@ def test_the_transform_is_undone(fused, dtype, to) -> None:
     out = out.to(dtype).contiguous()
     want = restored(fused, out, quantized, to).float()
     found = fused.restore_output(out, quantized, to).float()
-    assert (found - want).abs().max() <= 2 * torch.finfo(to).eps * want.abs().max()
+    # 64 terms in another order: 8 is the square root of their number.
+    assert (found - want).abs().max() <= 8 * torch.finfo(to).eps * want.abs().max()
     error = found - v.transpose(1, 2).float()
     assert error.square().mean().sqrt() < 0.04 * v.float().std()
 

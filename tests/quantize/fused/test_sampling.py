@@ -26,6 +26,11 @@ def test_host_and_device_agree_on_the_number_of_parts(fused, least) -> None:
     assert found.tolist() == [layout.parts(n, least.value) for n in lengths.tolist()]
 
 
+def test_the_number_of_parts_says_whether_v_is_sampled() -> None:
+    for length in [*range(layout.EXACT_FROM, 200_000, 61), 2**20, 2**24 + 1]:
+        assert layout.parts(length, layout.ALL.value) > 32 >= layout.parts(length, layout.FEW.value)
+
+
 @pytest.mark.parametrize("length", [257, 300, 490])
 def test_the_sample_has_a_token_of_every_stratum(fused, length) -> None:
     sampled = fused.sampled(length)

@@ -99,8 +99,18 @@ def test_v_keeps_a_mean_that_is_not_significant(fused) -> None:
     assert found.constants[0].any(-1).all()
 
 
-def test_so_many_keys_that_a_part_of_the_sample_has_several_tiles(fused) -> None:
-    q, k, v = (torch.randn(1, 1, length, 16, dtype=F16, device=fused.device) for length in (1, 4300, 4300))
-    # Of the used ones alone, a part would have one.
-    found = fused.check(q, k, v + 1, used=torch.arange(4300)[None] < 4000)
+def test_so_many_keys_that_v_has_its_exact_mean(fused) -> None:
+    q, k, v = (torch.randn(1, 1, length, 16, dtype=F16, device=fused.device) for length in (1, 8300, 8300))
+    # A part has several tiles; of the used ones alone, it would have one.
+    found = fused.check(q, k, v + 1, used=torch.arange(8300)[None] < 8000)
     assert found.constants[1].any()
+
+
+def test_fewer_keys_are_sampled(fused) -> None:
+    q, k, v = (torch.randn(1, 1, length, 16, dtype=F16, device=fused.device) for length in (1, 8191, 8191))
+    found = fused.check(q, k, v + 1)
+    constant = found.constants[1].cpu()[0, 0, :16]
+    mean = (v + 1).float().cpu().mean((0, 1, 2))
+    # 384 of them: within 5 of their mean's standard deviations, but not the mean.
+    assert (constant - mean).abs().max() < 5 * 384**-0.5
+    assert (constant - mean).abs().max() > 0.1 * 384**-0.5

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +21,7 @@ from lpattn.policy import measured_speedup
 from lpattn.types import AttentionBackend, AttentionCall, CausalKind, HadamardMode, Reason
 
 if TYPE_CHECKING:
-    from lpattn.quantize.fused import Rotation
+    from lpattn.quantize.fused import PerHead, Rotation
 
 _NO_TRITON = Reason(
     "not_installed", "triton, in which q, k and v are quantized, is not installed", "pip install triton"
@@ -75,10 +77,11 @@ class FA3Backend(Backend):
         has_cuda = torch.cuda.is_available()
         capability = None
         reasons = []
-        if device.type == "cuda" and has_cuda:
+        if device.type == "cuda" and has_cuda and (device.index or 0) < torch.cuda.device_count():
             capability = torch.cuda.get_device_capability(device)
         elif device.type == "cuda":
-            reasons.append(Reason("device", f"{device}: PyTorch {torch.__version__} sees no CUDA device"))
+            which = "such" if has_cuda else "CUDA"
+            reasons.append(Reason("device", f"{device}: PyTorch {torch.__version__} sees no {which} device"))
         # What the data says about the device alone: any call that nothing else speaks against will do.
         any_call = AttentionCall(1, 1, 1, 1, 1, 128, 128, torch.bfloat16, device.type, capability=capability)
         reasons += self.capabilities.reasons_against(any_call)
@@ -136,18 +139,10 @@ class FA3Backend(Backend):
         cos_k: torch.Tensor | None = None,
         sin_k: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        from lpattn.quantize.fused import Rotation
-
         assert call.rope is not None
-        of_q, of_k = (*query.shape[:3], cos.shape[-1]), (*key.shape[:3], cos.shape[-1])
-        rotation = Rotation(
-            cos.expand(of_q),
-            sin.expand(of_q),
-            (cos if cos_k is None else cos_k).expand(of_k),
-            (sin if sin_k is None else sin_k).expand(of_k),
-            call.rope.interleaved,
-        )
+        tables = (cos, sin, cos if cos_k is None else cos_k, sin if sin_k is None else sin_k)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        rotation = self._fused.rotation_of(query, key, tables, call.rope.interleaved)
         return self._attend(query, key, value, call, attn_mask, rotation)
 
     def _attend(
@@ -159,12 +154,10 @@ class FA3Backend(Backend):
         attn_mask: torch.Tensor | None,
         rotation: Rotation | None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        # Triton is imported at the first call: `import lpattn` must not wait for it.
-        from lpattn.quantize.fused import quantize_per_head, restore_output, used_keys
-
+        fused = self._fused
         sign, scale = _split_scale(call.softmax_scale)
-        keys = None if attn_mask is None else used_keys(attn_mask, call.batch, call.kv_len)
-        quantized = quantize_per_head(
+        keys = None if attn_mask is None else fused.used_keys(attn_mask, call.batch, call.kv_len)
+        quantized = fused.quantize_per_head(
             query,
             key,
             value,
@@ -174,35 +167,60 @@ class FA3Backend(Backend):
             keys=keys,
             with_lse_shift=call.return_lse,
         )
-        out, lse, *_ = self._forward(
+        result = self.forward(quantized, call, None if keys is None else keys.counts)
+        out = fused.restore_output(result[0], quantized, query.dtype).transpose(1, 2)
+        if quantized.lse_shift is None:
+            return out
+        # -inf is what the kernel makes of a NaN in the row, unless there is no key.
+        lse = result[1]
+        lse = lse.masked_fill(lse == -torch.inf, torch.nan).add_(quantized.lse_shift, alpha=scale)
+        return out, lse if keys is None else lse.masked_fill(keys.counts[:, None, None] == 0, -torch.inf)
+
+    def forward(
+        self, quantized: PerHead, call: AttentionCall, key_counts: torch.Tensor | None = None
+    ) -> Sequence[torch.Tensor]:
+        """The kernel alone, on operands that are quantized.
+
+        Args:
+            quantized: q, k and v.
+            call: the call that they are of.
+            key_counts: int32 [B], how many keys are used; None: all.
+
+        Returns:
+            The output [B, q_len, H, D] in bfloat16, before V's constant is added, the log-sum-exp, and what else
+            FlashAttention-3 returns.
+        """
+        return self._operator(
             quantized.query,
             quantized.key,
             quantized.value,
             q_descale=quantized.q_descale,
             k_descale=quantized.k_descale,
             v_descale=quantized.v_descale,
-            softmax_scale=scale,
+            softmax_scale=_split_scale(call.softmax_scale)[1],
             # The kernel's causal mask is aligned at the bottom right; supports() admits square ones only.
             is_causal=call.causal is CausalKind.TOP_LEFT,
             # More splits over the keys would be chosen by a heuristic, and add in another order.
             num_splits=1,
-            seqused_k=None if keys is None else keys.counts,
+            seqused_k=key_counts,
         )
-        out = restore_output(out, quantized, query.dtype).transpose(1, 2)
-        if quantized.lse_shift is None:
-            return out
-        # -inf is what the kernel makes of a NaN in the row, unless there is no key.
-        lse = lse.masked_fill(lse == -torch.inf, torch.nan).add_(quantized.lse_shift, alpha=scale)
-        return out, lse if keys is None else lse.masked_fill(keys.counts[:, None, None] == 0, -torch.inf)
 
     @functools.cached_property
-    def _forward(self) -> torch._ops.OpOverload:
+    def _fused(self) -> ModuleType:
+        # Triton is imported at the first call: `import lpattn` must not wait for it.
+        from lpattn.quantize import fused
+
+        return fused
+
+    @functools.cached_property
+    def _operator(self) -> torch._ops.OpOverload:
         wheel = self._wheel
         if wheel is None:
             raise RuntimeError(f"{self.name}: {NOT_INSTALLED}")
         return wheel.forward()
 
 
+@functools.lru_cache(maxsize=64)
 def _split_scale(softmax_scale: float) -> tuple[float, float]:
     """A factor for q, and a positive scale for the kernel.
 

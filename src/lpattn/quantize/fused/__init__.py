@@ -6,24 +6,27 @@ scales and layout a kernel wants is for the caller to say. Needs triton, and so 
 
 from __future__ import annotations
 
+from lpattn.quantize.fused.blocks import BLOCK, PerBlock, Precision, quantize_per_block
 from lpattn.quantize.fused.operands import (
     Keys,
-    PerBlock,
     PerHead,
     Rotation,
-    quantize_per_block,
     quantize_per_head,
     restore_output,
+    rotation_of,
     used_keys,
 )
 
 __all__ = [
+    "BLOCK",
     "Keys",
     "PerBlock",
     "PerHead",
+    "Precision",
     "Rotation",
     "quantize_per_block",
     "quantize_per_head",
     "restore_output",
+    "rotation_of",
     "used_keys",
 ]

@@ -1,9 +1,13 @@
-"""Launches kernels without asking Triton each time which compiled one it is: that takes longer than they do."""
+"""Launches kernels by a shorter way than Triton's own, which takes the host longer than the kernels take the GPU.
+
+Triton looks at each argument to find the compiled kernel that fits it, asks the driver about each pointer, and calls
+its hooks, which are there even if they are empty. Here the caller says what a kernel is compiled for, pointers travel
+as numbers, and a launch goes by way of the hooks only where somebody listens.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +17,10 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 _INT32_END = 2**31
 
-_compiled: dict[Hashable, Any] = {}
+_Handles = tuple[Callable[..., None], int, object, Callable[[int], int], Any]
+"""Of a compiled kernel: its launcher, function and metadata, what names the current stream, and Triton's object."""
+
+_compiled: dict[Hashable, _Handles] = {}
 
 
 def kinds_of(tensors: Sequence[torch.Tensor | None]) -> tuple[object, ...]:
@@ -24,37 +31,102 @@ def kinds_of(tensors: Sequence[torch.Tensor | None]) -> tuple[object, ...]:
 def launch(
     kernel: Any,
     programs: int,
-    tensors: tuple[torch.Tensor | None, ...],
+    tensors: tuple[Any, ...],
     numbers: tuple[float, ...],
     constants: tuple[Hashable, ...],
     kinds: Hashable,
     num_warps: int,
     launch_pdl: bool = False,
+    maxnreg: int | None = None,
 ) -> None:
     """Launch a kernel, whose arguments are tensors, numbers and constants in this order, on its first tensor's device.
 
     Args:
         kernel: a ``triton.jit`` function that specializes on no number.
         programs: size of the grid.
-        tensors: None is compiled in.
+        tensors: None is compiled in. Descriptors of tensors may be among them, but not first.
         numbers: what varies from call to call.
         constants: what is compiled in.
         kinds: :func:`kinds_of` all tensors that may differ in that between calls with equal constants.
         num_warps: per program.
         launch_pdl: it may start before the kernel in front of it ends.
+        maxnreg: registers per thread at most.
     """
-    if programs == 0:
-        return
-    if INTERPRETED:
-        kernel[(programs,)](*tensors, *numbers, *constants, num_warps=num_warps)
-        return
-    device = tensors[0].device.index  # type: ignore[union-attr]
-    with contextlib.nullcontext() if device == torch.cuda.current_device() else torch.cuda.device(device):
-        key = (kernel, device, constants, kinds, num_warps)
-        compiled = _compiled.get(key)
-        if compiled is None or max(numbers) >= _INT32_END:  # then each number may have either width
-            compiled = kernel[(programs,)](*tensors, *numbers, *constants, num_warps=num_warps, launch_pdl=launch_pdl)
-            if max(numbers) < _INT32_END:
-                _compiled[key] = compiled
-        else:
-            compiled[(programs, 1, 1)](*tensors, *numbers, *constants)
+    device = tensors[0].device
+    Launch(kernel, programs, numbers, constants, kinds, num_warps, launch_pdl, device, maxnreg)(tensors)
+
+
+class Launch:
+    """A launch of which only the tensors are left to say; made once and kept, it costs the host least.
+
+    Args:
+        kernel, programs, numbers, constants, kinds, num_warps, launch_pdl, maxnreg: as of :func:`launch`. All tensors
+            that it is called with must be of these kinds.
+        device: theirs.
+    """
+
+    __slots__ = ("_device", "_handles", "_kernel", "_key", "_options", "_programs", "_rest")
+
+    def __init__(
+        self,
+        kernel: Any,
+        programs: int,
+        numbers: tuple[float, ...],
+        constants: tuple[Hashable, ...],
+        kinds: Hashable,
+        num_warps: int,
+        launch_pdl: bool,
+        device: torch.device,
+        maxnreg: int | None = None,
+    ) -> None:
+        self._kernel = kernel
+        self._programs = programs
+        self._rest = (*numbers, *constants)
+        self._device = device.index
+        # Triton 3.9 warns where nobody says whether products and sums may be fused; the kernels count on it.
+        fused = {"enable_fp_fusion": True}
+        self._options = {"num_warps": num_warps, "launch_pdl": launch_pdl, "maxnreg": maxnreg, **fused}
+        # A number that does not fit into 32 bits is an argument of another type.
+        wide = tuple([n >= _INT32_END for n in numbers]) if max(numbers) >= _INT32_END else ()
+        # Not the kernel itself: to hash it, Triton takes a lock.
+        self._key = (id(kernel), self._device, constants, kinds, num_warps, launch_pdl, maxnreg, wide)
+        self._handles = _compiled.get(self._key)
+
+    def __call__(self, tensors: tuple[Any, ...]) -> None:
+        """Launch it on the device's current stream."""
+        handles, device = self._handles, self._device
+        if handles is None or device != torch.cuda.current_device() or _listening():
+            self._launch_slowly(tensors)
+            return
+        run, function, metadata, stream_of, _ = handles
+        # None first: for what is no tensor, isinstance goes through a metaclass.
+        pointers = [t if t is None or not isinstance(t, torch.Tensor) else t.data_ptr() for t in tensors]
+        run(self._programs, 1, 1, stream_of(device), function, metadata, None, None, None, *pointers, *self._rest)
+
+    def _launch_slowly(self, tensors: tuple[Any, ...]) -> None:
+        if self._programs == 0:
+            return
+        if INTERPRETED:
+            self._kernel[(self._programs,)](*tensors, *self._rest, num_warps=self._options["num_warps"])
+            return
+        with torch.cuda.device(self._device):
+            if self._handles is None:
+                made = self._kernel[(self._programs,)](*tensors, *self._rest, **self._options)
+                stream_of = triton.runtime.driver.active.get_current_stream
+                self._handles = _compiled[self._key] = (
+                    made.run,
+                    made.function,
+                    made.packed_metadata,
+                    stream_of,
+                    made,
+                )
+            else:
+                self._handles[-1][(self._programs, 1, 1)](*tensors, *self._rest)
+
+
+def _listening() -> bool:
+    """Whether somebody, such as a profiler, wants to know of launches."""
+    runtime = triton.knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    # A chain of hooks in the versions that have chains, else a hook or None.
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))

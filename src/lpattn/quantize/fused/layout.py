@@ -19,13 +19,18 @@ PART = tl.constexpr(128)
 order: no two runs differ."""
 
 FEW = tl.constexpr(256)
-"""Least number of sampled tokens of q and k. A sixteenth of them all is better where that is more, up to ``_MOST``."""
+"""Least number of tokens in a sample. A sixteenth of them all is better where that is more, up to ``_MOST``."""
 
 ALL = tl.constexpr(2**30)
-"""Of v all tokens are looked at: a constant other than the mean leaves a mean, and its sum over the keys an error."""
+"""As the least number: no sample, but all tokens."""
+
+EXACT_FROM = 8192
+"""Number of keys from which on V's constant is its exact mean, at the price of a second look at V. What the mean of a
+sample leaves is lost in the sums of a kernel with one accumulator per row, the more the longer they are: see
+tests/quantize/fused/test_long_sums.py."""
 
 _MOST = tl.constexpr(4096)
-_MOST_PARTS = tl.constexpr(32)
+_MOST_PARTS = tl.constexpr(64)
 
 
 def parts(length: int, least: int) -> int:
@@ -34,6 +39,15 @@ def parts(length: int, least: int) -> int:
     tiles = -(-tokens // PART.value)
     each = max(-(-tiles // _MOST_PARTS.value), 1)
     return -(-tiles // each)
+
+
+@triton.jit
+def least_of_v(k_parts, v_parts):
+    """Whether V is sampled as K is: then, and only then, it has as many parts.
+
+    A sample makes at most 32 parts, and all of more tokens than that have more.
+    """
+    return tl.where(v_parts == k_parts, FEW, ALL)
 
 
 @triton.jit

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
+from lpattn.errors import InvalidArgumentError
 from lpattn.quantize.fused import layout
 from lpattn.quantize.fused.keys import list_used
-from lpattn.quantize.fused.launcher import INTERPRETED, kinds_of, launch
+from lpattn.quantize.fused.launcher import INTERPRETED, Launch, kinds_of, launch
 from lpattn.quantize.fused.output import restore
-from lpattn.quantize.fused.per_block import quantize_blocks
 from lpattn.quantize.fused.per_head import quantize_heads, sample_heads
-from lpattn.quantize.fused.tile import E4M3_MAX, HALF_SPLIT, HALF_SPLIT_PARTIAL, INTERLEAVED, NO_ROPE
+from lpattn.quantize.fused.tile import HALF_SPLIT, HALF_SPLIT_PARTIAL, INTERLEAVED, NO_ROPE
 from lpattn.types import HadamardMode
 
 # Tile shapes and programs per multiprocessor that were the fastest on an H200.
@@ -23,16 +24,18 @@ _TILE = 4096
 _WARPS = 2
 _PROGRAMS = 4
 _SAMPLE_WARPS = 4
+_HEAVY_SAMPLE_WARPS = 8
+"""A sample that is rotated, transformed or wide needs more registers than 4 warps have."""
 _RESTORED_TOKENS = 64
 _RESTORE_WARPS = 4
 _RESTORE_PROGRAMS = 3
 _MANY_TILES = 16
 """Tiles per program where there are more heads than programs."""
 
-_BLOCK = 128
-_BLOCK_WARPS = 8
+E4M3_FROM = (8, 9)
+"""Compute capability from which on Triton casts to e4m3."""
 
-_Turns = tuple[bool, int, tuple[int, ...], tuple[int, ...]]
+Turns = tuple[bool, int, tuple[int, ...], tuple[int, ...]]
 """Whether pairs are interleaved, how many lanes turn, and the strides of q's and of k's tables, [B, S, H, lanes]."""
 
 
@@ -53,6 +56,21 @@ class Rotation:
     interleaved: bool
 
 
+def rotation_of(query: torch.Tensor, key: torch.Tensor, tables: Sequence[torch.Tensor], interleaved: bool) -> Rotation:
+    """Tables as a backend gets them, made to broadcast.
+
+    Args:
+        query, key: [B, H, q_len, D] and [B, Hkv, kv_len, D], of which only sizes matter.
+        tables: cos and sin of q, then of k, broadcastable to [B, S, H, rotary_dim].
+        interleaved: which lanes form a pair.
+    """
+    (batch, heads, q_len, _), (_, kv_heads, kv_len, _) = query.shape, key.shape
+    rotary_dim = tables[0].shape[-1]
+    cos, sin = (table.expand(batch, q_len, heads, rotary_dim) for table in tables[:2])
+    cos_k, sin_k = (table.expand(batch, kv_len, kv_heads, rotary_dim) for table in tables[2:])
+    return Rotation(cos, sin, cos_k, sin_k, interleaved)
+
+
 @dataclass(frozen=True)
 class Keys:
     """Tokens of k and v that are used.
@@ -66,8 +84,23 @@ class Keys:
     counts: torch.Tensor
 
 
-@dataclass(frozen=True)
-class PerHead:
+class Quantized(Protocol):
+    """What :func:`restore_output` has to know of quantized tensors."""
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Hkv."""
+
+    @property
+    def hadamard(self) -> HadamardMode:
+        """The mode that was applied."""
+
+    @property
+    def buffer(self) -> torch.Tensor:
+        """Where V's constant is: see :func:`lpattn.quantize.fused.layout.constants`."""
+
+
+class PerHead(NamedTuple):
     """q, k and v in e4m3 with a descale per (batch, KV head): value = data * descale (+ constant, for k and v).
 
     Attributes:
@@ -90,12 +123,17 @@ class PerHead:
     buffer: torch.Tensor
 
     @property
+    def num_kv_heads(self) -> int:
+        """Hkv."""
+        return self.key.shape[2]
+
+    @property
     def constants(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What was subtracted from k and from v after rotation and transform.
 
         float32 [B, Hkv, lanes], lanes being D padded to a power of two. V's is zero where its mean is not significant.
         """
-        return _constants(self.buffer, self.k_descale, _lanes(self.key.shape[3]))
+        return _constants(self.buffer, self.k_descale, lanes_of(self.key.shape[3]))
 
 
 def used_keys(mask: torch.Tensor, batch: int, kv_len: int) -> Keys:
@@ -150,61 +188,51 @@ def quantize_per_head(
         loses precision only below 2^-6. An inf or NaN becomes NaN, alone (with a Hadamard transform: its whole token),
         and enters neither scale nor constant. Magnitudes above about 1e36 may overflow in the transform.
     """
-    cos_q, sin_q, cos_k, sin_k, turns = _tables(rope)
+    cos_q, sin_q, cos_k, sin_k, turns = tables_of(rope)
     indices, counts = (None, None) if keys is None else (keys.indices, keys.counts)
-    device = query.device
-    plan = _plan(query.shape, key.shape, query.stride(), key.stride(), value.stride(), turns, hadamard, device)
-    batch, heads, q_len, dim = query.shape
-    kv_heads, kv_len = key.shape[1:3]
-
-    data = torch.empty(plan.bytes, dtype=torch.float8_e4m3fn, device=device)
-    q_out = data.as_strided((batch, q_len, heads, dim), (heads * q_len * dim, dim, q_len * dim, 1))
-    shape, strides = (batch, kv_len, kv_heads, dim), (kv_heads * kv_len * dim, dim, kv_len * dim, 1)
-    k_out, v_out = data.as_strided(shape, strides, plan.k_start), data.as_strided(shape, strides, plan.v_start)
-    buffer = torch.empty(plan.floats, dtype=torch.float32, device=device)
-    q_descale, k_descale, v_descale = buffer.as_strided((3, batch, kv_heads), (batch * kv_heads, kv_heads, 1)).unbind()
-    shift = torch.empty((batch, heads, q_len), dtype=torch.float32, device=device) if with_lse_shift else None
-
-    inputs = (query, key, value, indices, counts, cos_q, sin_q, cos_k, sin_k)
-    kinds = kinds_of(inputs)
-    launch(
-        sample_heads,
-        plan.parts,
-        (*inputs, buffer),
-        plan.numbers,
-        (*plan.constants, plan.overlaps),
-        kinds,
-        _SAMPLE_WARPS,
-        plan.overlaps,
+    more = (indices, counts, cos_q, sin_q, cos_k, sin_k)
+    plan = _plan(
+        query.shape,
+        key.shape,
+        query.stride(),
+        key.stride(),
+        value.stride(),
+        turns,
+        hadamard,
+        factor,
+        with_lse_shift,
+        # What kinds_of says, in a quarter of its time: q, k and v have one dtype, and plain calls bring nothing else.
+        (query.dtype, query.data_ptr() % 16, key.data_ptr() % 16, value.data_ptr() % 16),
+        None if rope is None and keys is None else kinds_of(more),
+        query.device,
     )
-    launch(
-        quantize_heads,
-        plan.programs,
-        (*inputs, buffer, q_out, k_out, v_out, shift),
-        (*plan.numbers, plan.tiles_per_program, float(factor)),
-        (*plan.constants, plan.tokens, plan.q_rows, plan.overlaps, INTERPRETED),
-        (kinds, with_lse_shift),
-        _WARPS,
-        plan.overlaps,
-    )
-    return PerHead(q_out, k_out, v_out, q_descale, k_descale, v_descale, shift, hadamard, buffer)
+    data = torch.empty(plan.bytes, dtype=torch.float8_e4m3fn, device=plan.device)
+    q_out = data.as_strided(plan.q_shape, plan.q_strides)
+    k_out = data.as_strided(plan.kv_shape, plan.kv_strides, plan.k_start)
+    v_out = data.as_strided(plan.kv_shape, plan.kv_strides, plan.v_start)
+    buffer = torch.empty(plan.floats, dtype=torch.float32, device=plan.device)
+    shift = torch.empty(plan.shift_shape, dtype=torch.float32, device=plan.device) if with_lse_shift else None
+    read = (query, key, value, *more, buffer)
+    plan.sample(read)
+    plan.quantize((*read, q_out, k_out, v_out, shift))
+    return PerHead(q_out, k_out, v_out, buffer[0], buffer[1], buffer[2], shift, hadamard, buffer)
 
 
 class _Plan(NamedTuple):
-    """What two launches for some shapes and strides need: sizes of what they write, grids, numbers and constants."""
+    """What the two launches for some shapes and strides need: the sizes of what they write, and themselves."""
 
+    device: torch.device
     bytes: int
+    q_shape: tuple[int, ...]
+    q_strides: tuple[int, ...]
+    kv_shape: tuple[int, ...]
+    kv_strides: tuple[int, ...]
     k_start: int
     v_start: int
-    floats: int
-    parts: int
-    programs: int
-    tiles_per_program: int
-    tokens: int
-    q_rows: int
-    overlaps: bool
-    numbers: tuple[int, ...]
-    constants: tuple[int, ...]
+    floats: tuple[int, ...]
+    shift_shape: tuple[int, ...]
+    sample: Launch
+    quantize: Launch
 
 
 @functools.lru_cache(maxsize=1024)
@@ -214,51 +242,81 @@ def _plan(
     q_strides: tuple[int, ...],
     k_strides: tuple[int, ...],
     v_strides: tuple[int, ...],
-    turns: _Turns | None,
+    turns: Turns | None,
     hadamard: HadamardMode,
+    factor: float,
+    with_lse_shift: bool,
+    kinds: Hashable,
+    more_kinds: Hashable,
     device: torch.device,
 ) -> _Plan:
+    check_device(device)
     batch, heads, q_len, dim = q_shape
     kv_heads, kv_len = k_shape[1:3]
-    groups, lanes = batch * kv_heads, _lanes(dim)
+    groups, lanes = batch * kv_heads, lanes_of(dim)
     # 16-byte boundaries: what Triton compiles a kernel for includes the alignment of its tensors.
     k_start = -(-batch * heads * q_len * dim // 16) * 16
     v_start = k_start + -(-groups * kv_len * dim // 16) * 16
 
     q_parts, k_parts = layout.parts(q_len, layout.FEW.value), layout.parts(kv_len, layout.FEW.value)
-    v_parts = layout.parts(kv_len, layout.ALL.value)
+    v_parts = layout.parts(kv_len, layout.ALL.value) if kv_len >= layout.EXACT_FROM else k_parts
     parts = batch * heads * q_parts + groups * (k_parts + v_parts)
 
-    strides, constants = _read(dim, q_strides, k_strides, v_strides, turns, hadamard)
+    strides, constants = how_to_read(dim, q_strides, k_strides, v_strides, turns, hadamard)
+    numbers = (batch, heads, kv_heads, q_len, kv_len, q_parts, k_parts, v_parts, *strides)
+    overlaps = overlaps_on(device)
+    light = turns is None and hadamard is HadamardMode.NONE and lanes <= 128
+    sample = Launch(
+        sample_heads,
+        parts,
+        numbers,
+        (*constants, overlaps),
+        (kinds, more_kinds),
+        _SAMPLE_WARPS if light else _HEAVY_SAMPLE_WARPS,
+        overlaps,
+        device,
+    )
     tokens = _TILE // lanes
     q_tiles, kv_tiles = -(-q_len // tokens), -(-kv_len // tokens)
     each = _tiles_per_program(max(q_tiles, kv_tiles), batch * heads + 2 * groups, _PROGRAMS, device)
+    q_rows = _power_of_two(heads // kv_heads * q_parts)
+    quantize = Launch(
+        quantize_heads,
+        batch * heads * -(-q_tiles // each) + 2 * groups * -(-kv_tiles // each),
+        (*numbers, each, float(factor)),
+        (*constants, tokens, q_rows, overlaps, INTERPRETED),
+        (kinds, more_kinds, with_lse_shift),
+        _WARPS,
+        overlaps,
+        device,
+    )
     return _Plan(
+        device=device,
         bytes=v_start + groups * kv_len * dim,
+        q_shape=(batch, q_len, heads, dim),
+        q_strides=(heads * q_len * dim, dim, q_len * dim, 1),
+        kv_shape=(batch, kv_len, kv_heads, dim),
+        kv_strides=(kv_heads * kv_len * dim, dim, kv_len * dim, 1),
         k_start=k_start,
         v_start=v_start,
-        floats=layout.size(groups, lanes, parts),
-        parts=parts,
-        programs=batch * heads * -(-q_tiles // each) + 2 * groups * -(-kv_tiles // each),
-        tiles_per_program=each,
-        tokens=tokens,
-        q_rows=_power_of_two(heads // kv_heads * q_parts),
-        overlaps=_overlaps(device),
-        numbers=(batch, heads, kv_heads, q_len, kv_len, q_parts, k_parts, v_parts, *strides),
-        constants=constants,
+        # The first three rows are the descales: see layout.py.
+        floats=(-(-layout.size(groups, lanes, parts) // max(groups, 1)), batch, kv_heads),
+        shift_shape=(batch, heads, q_len),
+        sample=sample,
+        quantize=quantize,
     )
 
 
-def _read(
+def how_to_read(
     dim: int,
     q_strides: tuple[int, ...],
     k_strides: tuple[int, ...],
     v_strides: tuple[int, ...],
-    turns: _Turns | None,
+    turns: Turns | None,
     hadamard: HadamardMode,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """How inputs are read: the strides, and what is compiled in."""
-    lanes = _lanes(dim)
+    lanes = lanes_of(dim)
     strides, unit, dense = _in_units((*q_strides, *k_strides, *v_strides))
     kind, rotary, turn_unit, turn_dense = NO_ROPE.value, 0, 1, True
     turn_strides: tuple[int, ...] = (0,) * 8
@@ -272,108 +330,7 @@ def _read(
     return (*strides, *turn_strides), (unit, dense, turn_unit, turn_dense, dim, lanes, kind, rotary, *transforms)
 
 
-@dataclass(frozen=True)
-class PerBlock:
-    """q in e4m3 with a scale per token, k and v with one per block of 128 keys: value = data * scale (+ constant).
-
-    Attributes:
-        query: torch.float8_e4m3fn [B, H, q_len, D], contiguous; of q times ``factor``.
-        q_scale: float32 [B, H, q_len], powers of two as all scales.
-        key: torch.float8_e4m3fn [B, Hkv, blocks * 128, D], contiguous; zeros past kv_len.
-        k_scale: float32 [B, Hkv, blocks].
-        value: torch.float8_e4m3fn [B, Hkv, blocks, D, 128], contiguous: each block transposed, with the keys of every
-            group of 16 permuted (see :mod:`.per_block`); zeros past kv_len.
-        v_scale: float32 [B, Hkv, blocks].
-        lse_shift, hadamard, buffer: as in :class:`PerHead`.
-    """
-
-    query: torch.Tensor
-    q_scale: torch.Tensor
-    key: torch.Tensor
-    k_scale: torch.Tensor
-    value: torch.Tensor
-    v_scale: torch.Tensor
-    lse_shift: torch.Tensor | None
-    hadamard: HadamardMode
-    buffer: torch.Tensor
-
-    @property
-    def constants(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """As in :class:`PerHead`; V's is never left out."""
-        return _constants(self.buffer, self.k_scale, _lanes(self.query.shape[3]))
-
-
-def quantize_per_block(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    factor: float = 1.0,
-    qk_max: float = E4M3_MAX.value,
-    hadamard: HadamardMode = HadamardMode.NONE,
-    rope: Rotation | None = None,
-    with_lse_shift: bool = False,
-) -> PerBlock:
-    """Quantize for lpattn's own kernels in two launches, without waiting for the device.
-
-    Args:
-        query: [B, H, q_len, D], float16, bfloat16 or float32, any strides.
-        key, value: [B, Hkv, kv_len, D] in the same dtype.
-        factor: what q is multiplied by, such as the softmax scale times log2(e).
-        qk_max: what the largest magnitude of a scale's values in q and k becomes at most, in (0, 448].
-        hadamard, rope, with_lse_shift: as in :func:`quantize_per_head`.
-
-    Precision:
-        As in :func:`quantize_per_head`, but that each scale follows from all of its values and has no headroom. The
-        oracle is :func:`lpattn.quantize.quantize_e4m3` with ``power_of_two=True``, given the constants.
-    """
-    batch, heads, q_len, dim = query.shape
-    kv_heads, kv_len = key.shape[1:3]
-    groups, lanes, device = batch * kv_heads, _lanes(dim), query.device
-    q_blocks, blocks = -(-q_len // _BLOCK), -(-kv_len // _BLOCK)
-    cos_q, sin_q, cos_k, sin_k, turns = _tables(rope)
-    strides, constants = _read(dim, query.stride(), key.stride(), value.stride(), turns, hadamard)
-    k_parts, v_parts = layout.parts(kv_len, layout.FEW.value), layout.parts(kv_len, layout.ALL.value)
-    parts, overlaps = groups * (k_parts + v_parts), _overlaps(device)
-    found = PerBlock(
-        query=torch.empty((batch, heads, q_len, dim), dtype=torch.float8_e4m3fn, device=device),
-        q_scale=torch.empty((batch, heads, q_len), dtype=torch.float32, device=device),
-        key=torch.empty((batch, kv_heads, blocks * _BLOCK, dim), dtype=torch.float8_e4m3fn, device=device),
-        k_scale=torch.empty((batch, kv_heads, blocks), dtype=torch.float32, device=device),
-        value=torch.empty((batch, kv_heads, blocks, dim, _BLOCK), dtype=torch.float8_e4m3fn, device=device),
-        v_scale=torch.empty((batch, kv_heads, blocks), dtype=torch.float32, device=device),
-        lse_shift=torch.empty((batch, heads, q_len), dtype=torch.float32, device=device) if with_lse_shift else None,
-        hadamard=hadamard,
-        buffer=torch.empty(layout.size(groups, lanes, parts), dtype=torch.float32, device=device),
-    )
-    inputs, tables = (query, key, value), (cos_q, sin_q, cos_k, sin_k)
-    kinds = kinds_of((*inputs, *tables))
-    numbers = (batch, heads, kv_heads, q_len, kv_len, 0, k_parts, v_parts, *strides)
-    launch(
-        sample_heads,
-        parts,
-        (*inputs, None, None, *tables, found.buffer),
-        numbers,
-        (*constants, overlaps),
-        kinds,
-        _SAMPLE_WARPS,
-        overlaps,
-    )
-    written = (found.query, found.key, found.value, found.q_scale, found.k_scale, found.v_scale, found.lse_shift)
-    launch(
-        quantize_blocks,
-        batch * heads * q_blocks + 2 * groups * blocks,
-        (*inputs, *tables, found.buffer, *written),
-        (*numbers, float(factor), float(qk_max)),
-        (*constants, _BLOCK, overlaps, INTERPRETED),
-        (kinds, with_lse_shift),
-        _BLOCK_WARPS,
-        overlaps,
-    )
-    return found
-
-
-def restore_output(out: torch.Tensor, quantized: PerHead, dtype: torch.dtype) -> torch.Tensor:
+def restore_output(out: torch.Tensor, quantized: Quantized, dtype: torch.dtype) -> torch.Tensor:
     """Add V's constant to an attention output, undo V's Hadamard transform, and cast: one launch.
 
     Args:
@@ -388,36 +345,50 @@ def restore_output(out: torch.Tensor, quantized: PerHead, dtype: torch.dtype) ->
         The sum is float32; the transform takes it rounded to out's dtype. Values beyond float16's range become its
         largest where that is the dtype.
     """
-    batch, q_len, heads, dim = out.shape
     to = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
+    kinds = (out.dtype, dtype, out.data_ptr() % 16, to.data_ptr() % 16)
+    hadamard = quantized.hadamard is not HadamardMode.NONE
+    _restore(out.shape, quantized.num_kv_heads, hadamard, kinds, out.device)((out, to, quantized.buffer))
+    return to
+
+
+@functools.lru_cache(maxsize=1024)
+def _restore(
+    shape: tuple[int, ...],
+    kv_heads: int,
+    hadamard: bool,
+    kinds: tuple[torch.dtype, torch.dtype, int, int],
+    device: torch.device,
+) -> Launch:
+    batch, q_len, heads, dim = shape
+    dtype = kinds[1]
     limit = torch.finfo(dtype).max if dtype == torch.float16 else 0.0
     tiles = -(-q_len // _RESTORED_TOKENS)
-    each = _tiles_per_program(tiles, batch * heads, _RESTORE_PROGRAMS, out.device)
-    overlaps = _overlaps(out.device)
-    launch(
+    each = _tiles_per_program(tiles, batch * heads, _RESTORE_PROGRAMS, device)
+    overlaps = overlaps_on(device)
+    return Launch(
         restore,
         batch * heads * -(-tiles // each),
-        (out, to, quantized.buffer),
-        (batch, heads, quantized.k_descale.shape[1], q_len, each, limit),
-        (dim, _lanes(dim), quantized.hadamard is not HadamardMode.NONE, _RESTORED_TOKENS, overlaps),
-        kinds_of((out, to)),
+        (batch, heads, kv_heads, q_len, each, limit),
+        (dim, lanes_of(dim), hadamard, _RESTORED_TOKENS, overlaps),
+        kinds,
         _RESTORE_WARPS,
         overlaps,
+        device,
     )
-    return to
 
 
 def _constants(buffer: torch.Tensor, of_head: torch.Tensor, lanes: int) -> tuple[torch.Tensor, torch.Tensor]:
     """[B, Hkv, lanes] of k and v, B and Hkv being the leading sizes of ``of_head``."""
     batch, kv_heads = of_head.shape[:2]
     groups = batch * kv_heads
-    rows = buffer[3 * groups : 3 * groups * (1 + lanes)].view(3, batch, kv_heads, lanes)
+    rows = buffer.view(-1)[3 * groups : 3 * groups * (1 + lanes)].view(3, batch, kv_heads, lanes)
     return rows[1], rows[2]
 
 
-def _tables(
+def tables_of(
     rope: Rotation | None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, _Turns | None]:
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, Turns | None]:
     """Cos and sin of q and of k, and what is to be known of them."""
     if rope is None:
         return None, None, None, None, None
@@ -446,7 +417,8 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _lanes(dim: int) -> int:
+def lanes_of(dim: int) -> int:
+    """What a pass takes a head_dim for: the next power of two, at least 32."""
     return max(_power_of_two(dim), 32)  # a matrix product of half of them needs 16
 
 
@@ -456,12 +428,25 @@ def _tiles_per_program(tiles: int, heads: int, per_multiprocessor: int, device: 
     return -(-tiles // programs) if programs else _MANY_TILES
 
 
+def check_device(device: torch.device) -> None:
+    """Refuse a GPU for which Triton has no cast to e4m3.
+
+    Raises:
+        InvalidArgumentError: its compute capability is below 8.9.
+    """
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < E4M3_FROM:
+        raise InvalidArgumentError(
+            f"q, k, v are on {device} (sm_{capability[0]}{capability[1]}): quantization to e4m3 needs "
+            f"sm_{E4M3_FROM[0]}{E4M3_FROM[1]} or newer, for whose e4m3 Triton has a cast"
+        )
+
+
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 @functools.cache
-def _overlaps(device: torch.device) -> bool:
+def overlaps_on(device: torch.device) -> bool:
     """Whether a kernel can start before the one in front of it ends: from Hopper on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

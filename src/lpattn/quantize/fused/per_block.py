@@ -1,11 +1,13 @@
-"""The pass for scales per query token and per block of keys, in the layout that lpattn's own kernels read.
+"""The passes for scales per query token and per block of keys, in the layout that lpattn's own kernels read.
 
 Nothing about a scale lies outside of its tile, so that one pass over the tokens is enough; only the constants that are
-subtracted from k and v come from a sample (:func:`.per_head.sample_heads`, of k and v alone).
+subtracted from k and v come from a sample of their tokens, in a launch of their own. Any constant would do: it is added
+back exactly.
 
-V is stored transposed, [D, BLOCK] per block, and the keys of each group of 16 are permuted: slot 4c + 2b + e holds key
-8b + 2c + e. That is the order in which the accumulator of a product of q and k holds its columns, so that P becomes an
-operand of the next product without leaving its registers.
+V in e4m3 is stored transposed, [D, BLOCK] per block, and the keys of each group of 16 are permuted: slot 4c + 2b + e
+holds key 8b + 2c + e. That is the order in which the accumulator of a product of q and k holds its columns, so that P
+becomes an operand of the next product without leaving its registers. V in float16 is stored as it comes: a product of
+16-bit operands reads either order.
 """
 
 from __future__ import annotations
@@ -13,115 +15,292 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lpattn.quantize.fused import layout
-from lpattn.quantize.fused.layout import ALL, FEW
-from lpattn.quantize.fused.per_head import QK_FLOOR, V_FLOOR, VARYING
-from lpattn.quantize.fused.sample import smoothing_constant
+from lpattn.quantize.fused.layout import FEW, PART, sample_size
+from lpattn.quantize.fused.per_head import QK_FLOOR
+from lpattn.quantize.fused.sample import sampled_tokens
 from lpattn.quantize.fused.tile import (
     E4M3_MAX,
+    NO_ROPE,
+    V_UNIT,
     inverse_power_of_two,
     load_tile,
     scale_for,
     store_tile,
     to_e4m3,
+    to_int8,
     transform_tile,
 )
 
+_V_SPREAD = tl.constexpr(2.0**-60)
+"""How far below the scale of a head's largest sampled value of v a scale may lie. A kernel may then keep its
+accumulator in the units of the block at hand: the ratio of two scales overflows only where a block that was not sampled
+holds values some 10^13 times as large as all that were."""
 
-@triton.jit(do_not_specialize=[*VARYING, "qk_max"])
-def quantize_blocks(
-    q, k, v, cos_q, sin_q, cos_k, sin_k, buffer, q_out, k_out, v_out, q_scale, k_scale, v_scale, lse_shift,
-    batch, heads, kv_heads, q_len, kv_len, q_parts, k_parts, v_parts,
-    q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d,
-    turn_q_b, turn_q_h, turn_q_s, turn_q_d, turn_k_b, turn_k_h, turn_k_s, turn_k_d, factor, qk_max,
+_V_FLOOR = tl.constexpr(2.0**-126)
+_INT8_MAX = tl.constexpr(127.0)
+
+# Numbers of which every call has others: to compile anew for a length would stall it.
+_VARYING = [
+    "batch", "heads", "kv_heads", "q_len", "kv_len", "factor", "qk_max", "flag_b", "flag_h", "flag_s",
+    "q_b", "q_h", "q_s", "q_d", "k_b", "k_h", "k_s", "k_d", "v_b", "v_h", "v_s", "v_d",
+    "turn_q_b", "turn_q_h", "turn_q_s", "turn_q_d", "turn_k_b", "turn_k_h", "turn_k_s", "turn_k_d",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def sample_blocks(
+    k, v, keys, key_counts, cos_k, sin_k, k_constant, v_constant, batch, kv_heads, kv_len,
+    k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, turn_k_b, turn_k_h, turn_k_s, turn_k_d,
     UNIT: tl.constexpr, DENSE: tl.constexpr, TURN_UNIT: tl.constexpr, TURN_DENSE: tl.constexpr,
-    D: tl.constexpr, LANES: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr,
-    HADAMARD_QK: tl.constexpr, HADAMARD_V: tl.constexpr,
+    D: tl.constexpr, LANES: tl.constexpr, D_V: tl.constexpr, LANES_V: tl.constexpr,
+    ROPE: tl.constexpr, ROTARY: tl.constexpr, HADAMARD_QK: tl.constexpr, HADAMARD_V: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """Mean of a sample of the tokens of each head of k, then of v: one program each. Of v also the least scale.
+
+    With OVERLAPS it may be launched before what is in front of it in the stream has ended.
+    """
+    program = tl.program_id(0)
+    groups = batch * kv_heads
+    row = program % groups
+    b, h = (row // kv_heads).to(tl.int64), (row % kv_heads).to(tl.int64)
+    if OVERLAPS:
+        # In this order: the next kernel reads the inputs before it waits for this one.
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    length = kv_len
+    if key_counts is not None:
+        length = tl.load(key_counts + b)
+    size = sample_size(length, FEW)
+    # Dividing first keeps the sum of large values finite.
+    weight = 1.0 / tl.maximum(size, 1).to(tl.float32)
+    # Tiles that are loaded ahead would not all fit into shared memory beside those of a Hadamard transform.
+    if program < groups:
+        HALF: tl.constexpr = LANES // 2
+        x = k + (b * k_b + h * k_h) * UNIT
+        low_sum, high_sum = tl.zeros((HALF,), tl.float32), tl.zeros((HALF,), tl.float32)
+        for first in tl.range(0, size, PART, num_stages=1):
+            tokens, used = _sampled(keys, b, kv_len, first, size, length)
+            low, high = _qk_tile(
+                x, tokens, used, k_s, k_d, cos_k, sin_k, b, h, turn_k_b, turn_k_h, turn_k_s, turn_k_d,
+                UNIT, DENSE, TURN_UNIT, TURN_DENSE, D, HALF, ROPE, ROTARY, HADAMARD_QK,
+            )  # fmt: skip
+            low_sum += tl.sum(_finite(low) * weight, 0)
+            high_sum += tl.sum(_finite(high) * weight, 0)
+        at = k_constant + row * LANES + tl.arange(0, HALF)
+        tl.store(at, low_sum)
+        tl.store(at + HALF, high_sum)
+    else:
+        HALF_V: tl.constexpr = LANES_V // 2
+        x = v + (b * v_b + h * v_h) * UNIT
+        v_low_sum, v_high_sum = tl.zeros((HALF_V,), tl.float32), tl.zeros((HALF_V,), tl.float32)
+        largest = 0.0
+        for first in tl.range(0, size, PART, num_stages=1):
+            tokens, used = _sampled(keys, b, kv_len, first, size, length)
+            v_low, v_high = _v_tile(x, tokens, used, v_s, v_d, UNIT, DENSE, D_V, HALF_V, HADAMARD_V)
+            v_low, v_high = _finite(v_low), _finite(v_high)
+            largest = tl.maximum(largest, tl.max(tl.maximum(tl.abs(v_low), tl.abs(v_high))))
+            v_low_sum += tl.sum(v_low * weight, 0)
+            v_high_sum += tl.sum(v_high * weight, 0)
+        v_at = v_constant + row * LANES_V + tl.arange(0, HALF_V)
+        tl.store(v_at, v_low_sum)
+        tl.store(v_at + HALF_V, v_high_sum)
+        # Where all that was sampled is zero, nothing is known of the others but that they are not tiny.
+        floor = tl.where(largest > 0.0, largest * (_V_SPREAD / E4M3_MAX), _V_SPREAD)
+        tl.store(v_constant + groups * LANES_V + row, tl.maximum(floor, _V_FLOOR))
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def quantize_blocks(
+    q, k, v, keys, key_counts, cos_q, sin_q, cos_k, sin_k, flags, k_constant, v_constant,
+    q_out, k_out, v_out, q_scale, k_scale, v_scale, lse_shift,
+    batch, heads, kv_heads, q_len, kv_len,
+    q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d,
+    turn_q_b, turn_q_h, turn_q_s, turn_q_d, turn_k_b, turn_k_h, turn_k_s, turn_k_d,
+    flag_b, flag_h, flag_s, factor, qk_max,
+    UNIT: tl.constexpr, DENSE: tl.constexpr, TURN_UNIT: tl.constexpr, TURN_DENSE: tl.constexpr,
+    D: tl.constexpr, LANES: tl.constexpr, D_V: tl.constexpr, LANES_V: tl.constexpr,
+    ROPE: tl.constexpr, ROTARY: tl.constexpr, HADAMARD_QK: tl.constexpr, HADAMARD_V: tl.constexpr,
+    D_OUT: tl.constexpr, D_V_OUT: tl.constexpr, PACKED: tl.constexpr,
     BLOCK: tl.constexpr, OVERLAPS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One program per BLOCK tokens of a head of q, then of k, then of v.
 
-    With OVERLAPS it may start while ``sample_heads`` still runs.
+    With OVERLAPS it may start while ``sample_blocks`` still runs, of which q needs nothing. ``keys`` and ``key_counts``
+    say which tokens of k and v are used; with PACKED these come first in the output, otherwise ``flags`` says so of
+    each, in its place.
     """
-    HALF: tl.constexpr = LANES // 2
     program = tl.program_id(0)
     groups = batch * kv_heads
-    q_all, kv_all = batch * heads * tl.cdiv(q_len, BLOCK), groups * tl.cdiv(kv_len, BLOCK)
-    # The tensor that the program reads, and which block of which head.
-    x, stride_b, stride_h, stride_s, stride_d = q, q_b, q_h, q_s, q_d
-    cos, sin, turn_b, turn_h, turn_s, turn_d = cos_q, sin_q, turn_q_b, turn_q_h, turn_q_s, turn_q_d
-    index, in_batch, length, least, which, floor, limit = program, heads, q_len, FEW, 0, QK_FLOOR, qk_max
-    if program >= q_all + kv_all:
-        x, stride_b, stride_h, stride_s, stride_d = v, v_b, v_h, v_s, v_d
-        index, in_batch, length, least, which = program - q_all - kv_all, kv_heads, kv_len, ALL, 2
-        floor, limit = V_FLOOR, E4M3_MAX
-    elif program >= q_all:
-        x, stride_b, stride_h, stride_s, stride_d = k, k_b, k_h, k_s, k_d
-        cos, sin, turn_b, turn_h, turn_s, turn_d = cos_k, sin_k, turn_k_b, turn_k_h, turn_k_s, turn_k_d
-        index, in_batch, length, least, which = program - q_all, kv_heads, kv_len, FEW, 1
-    blocks = tl.cdiv(length, BLOCK)
-    block, row = index % blocks, index // blocks
-    b, h = (row // in_batch).to(tl.int64), (row % in_batch).to(tl.int64)
+    q_blocks, blocks = tl.cdiv(q_len, BLOCK), tl.cdiv(kv_len, BLOCK)
+    q_all = batch * heads * q_blocks
+    kv_all = q_all + groups * blocks
     slots = tl.arange(0, BLOCK)
-    permuted = slots // 16 * 16 + slots // 2 % 2 * 8 + slots // 4 % 4 * 2 + slots % 2
-    rows = block * BLOCK + tl.where(which == 2, permuted, slots)
-    used = rows < length
-    x += (b * stride_b + h * stride_h) * UNIT
+    HALF: tl.constexpr = LANES // 2
+    lanes = tl.arange(0, HALF)
+    if program < q_all:
+        block, row = program % q_blocks, (program // q_blocks).to(tl.int64)
+        b, h = row // heads, row % heads
+        rows = block * BLOCK + slots
+        used = rows < q_len
+        low, high = _qk_tile(
+            q + (b * q_b + h * q_h) * UNIT, rows, used, q_s, q_d,
+            cos_q, sin_q, b, h, turn_q_b, turn_q_h, turn_q_s, turn_q_d,
+            UNIT, DENSE, TURN_UNIT, TURN_DENSE, D, HALF, ROPE, ROTARY, HADAMARD_QK,
+        )  # fmt: skip
+        low, high = low * factor, high * factor
+        if lse_shift is not None:
+            if OVERLAPS:
+                tl.extra.cuda.gdc_wait()
+            constant = k_constant + (b * kv_heads + h // (heads // kv_heads)) * LANES + lanes
+            low_c, high_c = tl.load(constant), tl.load(constant + HALF)
+            products = tl.sum(low * low_c[None, :] + high * high_c[None, :], 1)
+            tl.store(lse_shift + row * q_len + rows, products, mask=used)
+        scale, low_out, high_out = _round_rows(
+            low, high, _largest(low, high), _spoiled(low, high), qk_max, q_out.dtype.element_ty, INTERPRETED
+        )
+        store_tile(q_out + row * q_len * D_OUT, rows, used, D_OUT, low_out, high_out, D_OUT, HALF)
+        tl.store(q_scale + row * q_len + rows, scale, mask=used)
+    elif program < kv_all:
+        block, row = (program - q_all) % blocks, ((program - q_all) // blocks).to(tl.int64)
+        b, h = row // kv_heads, row % kv_heads
+        rows = block * BLOCK + slots
+        tokens, used = _used(keys, key_counts, flags, b, h, kv_len, rows, flag_b, flag_h, flag_s, PACKED)
+        low, high = _qk_tile(
+            k + (b * k_b + h * k_h) * UNIT, tokens, used, k_s, k_d,
+            cos_k, sin_k, b, h, turn_k_b, turn_k_h, turn_k_s, turn_k_d,
+            UNIT, DENSE, TURN_UNIT, TURN_DENSE, D, HALF, ROPE, ROTARY, HADAMARD_QK,
+        )  # fmt: skip
+        if OVERLAPS:
+            tl.extra.cuda.gdc_wait()
+        constant = k_constant + row * LANES + lanes
+        low_c, high_c = tl.load(constant), tl.load(constant + HALF)
+        low = tl.where(used[:, None], low - low_c[None, :], 0.0)
+        high = tl.where(used[:, None], high - high_c[None, :], 0.0)
+        largest, spoiled = _largest(low, high), _spoiled(low, high)
+        largest = tl.zeros_like(largest) + tl.max(largest)
+        spoiled = tl.zeros_like(spoiled) + tl.max(spoiled)
+        scale, low_out, high_out = _round_rows(low, high, largest, spoiled, qk_max, k_out.dtype.element_ty, INTERPRETED)
+        # The last block is whole, its tail zeros.
+        store_tile(k_out + row * blocks * BLOCK * D_OUT, rows, rows >= 0, D_OUT, low_out, high_out, D_OUT, HALF)
+        tl.store(k_scale + row * blocks + block, tl.sum(tl.where(slots == 0, scale, 0.0)))
+    else:
+        HALF_V: tl.constexpr = LANES_V // 2
+        E4M3: tl.constexpr = v_out.dtype.element_ty == tl.float8e4nv
+        v_lanes = tl.arange(0, HALF_V)
+        block, row = (program - kv_all) % blocks, ((program - kv_all) // blocks).to(tl.int64)
+        b, h = row // kv_heads, row % kv_heads
+        rows = block * BLOCK + slots
+        if E4M3:
+            rows = block * BLOCK + slots // 16 * 16 + slots // 2 % 2 * 8 + slots // 4 % 4 * 2 + slots % 2
+        tokens, used = _used(keys, key_counts, flags, b, h, kv_len, rows, flag_b, flag_h, flag_s, PACKED)
+        v_low, v_high = _v_tile(
+            v + (b * v_b + h * v_h) * UNIT, tokens, used, v_s, v_d, UNIT, DENSE, D_V, HALF_V, HADAMARD_V
+        )
+        if OVERLAPS:
+            tl.extra.cuda.gdc_wait()
+        v_mean = v_constant + row * LANES_V + v_lanes
+        v_low_c, v_high_c = tl.load(v_mean), tl.load(v_mean + HALF_V)
+        v_low = tl.where(used[:, None], v_low - v_low_c[None, :], 0.0)
+        v_high = tl.where(used[:, None], v_high - v_high_c[None, :], 0.0)
+        floor = tl.load(v_constant + groups * LANES_V + row)
+        v_unit = scale_for(tl.max(_largest(v_low, v_high)) / (E4M3_MAX * V_UNIT), floor)
+        v_inverse = inverse_power_of_two(v_unit) * (1.0 / V_UNIT)
+        v_low, v_high = v_low * v_inverse, v_high * v_inverse
+        tl.store(v_scale + row * blocks + block, v_unit * V_UNIT)
+        if E4M3:
+            v_at = v_out + (row * blocks + block) * D_V_OUT * BLOCK + v_lanes[:, None] * BLOCK + slots[None, :]
+            tl.store(v_at, tl.trans(to_e4m3(v_low, INTERPRETED)), mask=v_lanes[:, None] < D_V_OUT)
+            above = v_lanes[:, None] < D_V_OUT - HALF_V
+            tl.store(v_at + HALF_V * BLOCK, tl.trans(to_e4m3(v_high, INTERPRETED)), mask=above)
+        else:
+            v_start = v_out + row * blocks * BLOCK * D_V_OUT
+            # inf becomes NaN, as in e4m3.
+            v_low, v_high = (v_low + v_low * 0.0).to(tl.float16), (v_high + v_high * 0.0).to(tl.float16)
+            store_tile(v_start, rows, rows >= 0, D_V_OUT, v_low, v_high, D_V_OUT, HALF_V)
+
+
+@triton.jit
+def _round_rows(low, high, largest, spoiled, qk_max, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Round q or k to 8 bits, with a scale per row: (scales [BLOCK], lower half, upper half [BLOCK, HALF])."""
+    if DTYPE == tl.float8e4nv:
+        scale = scale_for(largest / qk_max, QK_FLOOR)
+        inverse = inverse_power_of_two(scale)[:, None]
+        low_out, high_out = to_e4m3(low * inverse, INTERPRETED), to_e4m3(high * inverse, INTERPRETED)
+    else:
+        scale = tl.maximum(largest / _INT8_MAX, QK_FLOOR)
+        inverse = (1.0 / scale)[:, None]
+        low_out, high_out = to_int8(low * inverse), to_int8(high * inverse)
+        # An integer cannot be NaN: the scale is, for all that share it.
+        scale = tl.where(spoiled != 0, float("nan"), scale)
+    return scale, low_out, high_out
+
+
+@triton.jit
+def _qk_tile(
+    x, tokens, used, stride_s, stride_d, cos, sin, b, h, turn_b, turn_h, turn_s, turn_d,
+    UNIT: tl.constexpr, DENSE: tl.constexpr, TURN_UNIT: tl.constexpr, TURN_DENSE: tl.constexpr,
+    D: tl.constexpr, HALF: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr, HADAMARD: tl.constexpr,
+):  # fmt: skip
+    """Tokens of a head of q or k, rotated and transformed: two float32 tensors [BLOCK, HALF]."""
     stride_s, stride_d = stride_s * UNIT, 1 if DENSE else stride_d
-    low, high = load_tile(x, rows, used, stride_s, stride_d, D, HALF)
-    low, high = transform_tile(
-        low, high, x, rows, used, stride_s, stride_d,
-        None if ROPE == 0 else cos + (b * turn_b + h * turn_h) * TURN_UNIT,
-        None if ROPE == 0 else sin + (b * turn_b + h * turn_h) * TURN_UNIT,
-        turn_s * TURN_UNIT, 1 if TURN_DENSE else turn_d, which < 2, True if HADAMARD_QK else which == 2,
-        D, HALF, ROPE, ROTARY, HADAMARD_V,
+    low, high = load_tile(x, tokens, used, stride_s, stride_d, D, HALF)
+    return transform_tile(
+        low, high, x, tokens, used, stride_s, stride_d,
+        None if ROPE == NO_ROPE else cos + (b * turn_b + h * turn_h) * TURN_UNIT,
+        None if ROPE == NO_ROPE else sin + (b * turn_b + h * turn_h) * TURN_UNIT,
+        turn_s * TURN_UNIT, 1 if TURN_DENSE else turn_d, True, True, D, HALF, ROPE, ROTARY, HADAMARD,
     )  # fmt: skip
 
-    if OVERLAPS:
-        tl.extra.cuda.gdc_wait()
-    maxima = layout.maxima(buffer, groups, LANES)
-    sums = layout.sums(buffer, groups, groups * (k_parts + v_parts), LANES)
-    low_c = tl.zeros((HALF,), tl.float32)
-    high_c = tl.zeros((HALF,), tl.float32)
-    if which > 0:
-        first = tl.where(which == 1, row * k_parts, groups * k_parts + row * v_parts)
-        low_c, high_c, _ = smoothing_constant(
-            maxima + 2 * first, sums + first.to(tl.int64) * LANES, length, length, least, True, D, HALF
-        )
-        if block == 0:
-            constant = layout.constants(buffer, groups, which, LANES) + row * LANES + tl.arange(0, HALF)
-            tl.store(constant, low_c)
-            tl.store(constant + HALF, high_c)
-    factor = tl.where(which == 0, factor, 1.0)
-    low = tl.where(used[:, None], low * factor - low_c[None, :], 0.0)
-    high = tl.where(used[:, None], high * factor - high_c[None, :], 0.0)
-    if lse_shift is not None:
-        if which == 0:
-            first = (b * kv_heads + h // (heads // kv_heads)) * k_parts
-            low_k, high_k, _ = smoothing_constant(
-                maxima + 2 * first, sums + first * LANES, kv_len, kv_len, FEW, True, D, HALF
-            )
-            products = tl.sum(low * low_k[None, :] + high * high_k[None, :], 1)
-            tl.store(lse_shift + row.to(tl.int64) * q_len + rows, products, mask=used)
 
-    # inf times 0 is NaN, which a maximum leaves out.
-    magnitudes = tl.maximum(tl.abs(low + low * 0.0), tl.abs(high + high * 0.0))
-    largest = tl.maximum(tl.max(magnitudes, 1), 0.0)
-    if which > 0:
-        largest = tl.zeros_like(largest) + tl.max(largest)
-    scale = scale_for(largest / limit, floor)
-    inverse = inverse_power_of_two(scale)[:, None]
-    low_out, high_out = to_e4m3(low * inverse, INTERPRETED), to_e4m3(high * inverse, INTERPRETED)
-    if which == 0:
-        store_tile(q_out + row.to(tl.int64) * q_len * D, rows, used, D, low_out, high_out, D, HALF)
-        tl.store(q_scale + row.to(tl.int64) * q_len + rows, scale, mask=used)
-    elif which == 1:
-        # The last block is whole, its tail zeros.
-        store_tile(k_out + row.to(tl.int64) * blocks * BLOCK * D, rows, rows >= 0, D, low_out, high_out, D, HALF)
-        tl.store(k_scale + row * blocks + block, tl.max(scale))
-    else:
-        lanes = tl.arange(0, HALF)[:, None]
-        at = v_out + ((row.to(tl.int64) * blocks + block) * D + lanes) * BLOCK + slots[None, :]
-        tl.store(at, tl.trans(low_out), mask=lanes < D)
-        tl.store(at + HALF * BLOCK, tl.trans(high_out), mask=lanes < D - HALF)
-        tl.store(v_scale + row * blocks + block, tl.max(scale))
+@triton.jit
+def _v_tile(
+    x, tokens, used, stride_s, stride_d, UNIT: tl.constexpr, DENSE: tl.constexpr,
+    D: tl.constexpr, HALF: tl.constexpr, HADAMARD: tl.constexpr,
+):  # fmt: skip
+    """Tokens of a head of v, transformed: two float32 tensors [BLOCK, HALF]."""
+    stride_s, stride_d = stride_s * UNIT, 1 if DENSE else stride_d
+    low, high = load_tile(x, tokens, used, stride_s, stride_d, D, HALF)
+    return transform_tile(
+        low, high, x, tokens, used, stride_s, stride_d, None, None, 0, 1, False, True, D, HALF, NO_ROPE, 0, HADAMARD
+    )
+
+
+@triton.jit
+def _sampled(keys, b, kv_len, first, size, length):
+    """Tokens of a sample from its ``first`` on, where they lie in the input, and which of them exist."""
+    tokens, used = sampled_tokens(first, size, length)
+    if keys is not None:
+        tokens = tl.load(keys + b * kv_len + tokens, mask=used, other=0).to(tl.int64)
+    return tokens, used
+
+
+@triton.jit
+def _used(keys, key_counts, flags, b, h, kv_len, rows, flag_b, flag_h, flag_s, PACKED: tl.constexpr):
+    """Where in the input the rows of k's or v's output are, and which of them are used."""
+    used = rows < kv_len
+    tokens = rows
+    if PACKED:
+        used = rows < tl.load(key_counts + b)
+        tokens = tl.load(keys + b * kv_len + rows, mask=used, other=0)
+    if flags is not None:
+        at = flags + b * flag_b + h * flag_h + rows.to(tl.int64) * flag_s
+        used = tl.load(at, mask=used, other=0) != 0
+    return tokens, used
+
+
+@triton.jit
+def _finite(x):
+    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
+
+
+@triton.jit
+def _largest(low, high):
+    """Largest finite magnitude per token."""
+    return tl.max(tl.maximum(tl.abs(_finite(low)), tl.abs(_finite(high))), 1)
+
+
+@triton.jit
+def _spoiled(low, high):
+    """Whether a token has an inf or NaN."""
+    return tl.max(((low * 0.0 != 0.0) | (high * 0.0 != 0.0)).to(tl.int32), 1)

@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 
 from lpattn.quantize.fused import layout
-from lpattn.quantize.fused.layout import ALL, FEW, PART, part_size, sample_size
+from lpattn.quantize.fused.layout import FEW, PART, part_size, sample_size
 from lpattn.quantize.fused.sample import estimated_scale, sampled_tokens, smoothing_constant
 from lpattn.quantize.fused.tile import (
     E4M3_MAX,
+    NO_ROPE,
     inverse_power_of_two,
     load_tile,
     scale_for,
@@ -66,7 +67,8 @@ def sample_heads(
     index, parts, in_batch, length, least, which = program, q_parts, heads, q_len, FEW, 0
     if program >= kv_all:
         x, stride_b, stride_h, stride_s, stride_d = v, v_b, v_h, v_s, v_d
-        index, parts, in_batch, length, least, which = program - kv_all, v_parts, kv_heads, kv_len, ALL, 2
+        index, parts, in_batch, length, which = program - kv_all, v_parts, kv_heads, kv_len, 2
+        least = layout.least_of_v(k_parts, v_parts)
     elif program >= q_all:
         x, stride_b, stride_h, stride_s, stride_d = k, k_b, k_h, k_s, k_d
         cos, sin, turn_b, turn_h, turn_s, turn_d = cos_k, sin_k, turn_k_b, turn_k_h, turn_k_s, turn_k_d
@@ -81,26 +83,55 @@ def sample_heads(
     if key_counts is not None:
         if which > 0:
             length = tl.load(key_counts + b)
+    scalars = layout.maxima(buffer, groups, LANES) + 2 * program
+    sums = layout.sums(buffer, groups, kv_all + groups * v_parts, LANES) + program.to(tl.int64) * LANES
+    x += (b * stride_b + h * stride_h) * UNIT
+    cos = None if ROPE == NO_ROPE else cos + (b * turn_b + h * turn_h) * TURN_UNIT
+    sin = None if ROPE == NO_ROPE else sin + (b * turn_b + h * turn_h) * TURN_UNIT
+    stride_s, stride_d = stride_s * UNIT, 1 if DENSE else stride_d
+    turn_s, turn_d = turn_s * TURN_UNIT, 1 if TURN_DENSE else turn_d
+    # A branch within the loop over the tokens would keep it from loading ahead.
+    if (ROPE != NO_ROPE) | (HADAMARD_QK != HADAMARD_V):
+        if which == 2:
+            _sample_part(
+                x, keys, None, None, scalars, sums, which, part, each, b, kv_len, length, least,
+                stride_s, stride_d, turn_s, turn_d, D, HALF, NO_ROPE, 0, HADAMARD_V,
+            )  # fmt: skip
+        else:
+            _sample_part(
+                x, keys, cos, sin, scalars, sums, which, part, each, b, kv_len, length, least,
+                stride_s, stride_d, turn_s, turn_d, D, HALF, ROPE, ROTARY, HADAMARD_QK,
+            )  # fmt: skip
+    else:
+        _sample_part(
+            x, keys, None, None, scalars, sums, which, part, each, b, kv_len, length, least,
+            stride_s, stride_d, turn_s, turn_d, D, HALF, NO_ROPE, 0, HADAMARD_V,
+        )  # fmt: skip
+
+
+@triton.jit
+def _sample_part(
+    x, keys, cos, sin, scalars, sums, which, part, each, b, kv_len, length, least, stride_s, stride_d, turn_s, turn_d,
+    D: tl.constexpr, HALF: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr, HADAMARD: tl.constexpr,
+):  # fmt: skip
+    """Sample tokens ``part * each`` and on of a head, whose token 0 is at x, cos and sin."""
     size = sample_size(length, least)
     # Dividing first keeps the sum of large values finite.
     weight = 1.0 / tl.maximum(size, 1).to(tl.float32)
-    x += (b * stride_b + h * stride_h) * UNIT
-    stride_s, stride_d = stride_s * UNIT, 1 if DENSE else stride_d
     largest, square = 0.0, 0.0
     low_sum = tl.zeros((HALF,), tl.float32)
     high_sum = tl.zeros((HALF,), tl.float32)
-    for first in range(part * each, tl.minimum(part * each + each, size), PART):
+    # Tiles that are loaded ahead do not fit into shared memory beside those of a wide Hadamard transform.
+    STAGES: tl.constexpr = 1 if HADAMARD else 3
+    for first in tl.range(part * each, tl.minimum(part * each + each, size), PART, num_stages=STAGES):
         tokens, used = sampled_tokens(first, size, length)
         if keys is not None:
             if which > 0:
                 tokens = tl.load(keys + b * kv_len + tokens, mask=used, other=0).to(tl.int64)
         low, high = load_tile(x, tokens, used, stride_s, stride_d, D, HALF)
         low, high = transform_tile(
-            low, high, x, tokens, used, stride_s, stride_d,
-            None if ROPE == 0 else cos + (b * turn_b + h * turn_h) * TURN_UNIT,
-            None if ROPE == 0 else sin + (b * turn_b + h * turn_h) * TURN_UNIT,
-            turn_s * TURN_UNIT, 1 if TURN_DENSE else turn_d, which < 2, True if HADAMARD_QK else which == 2,
-            D, HALF, ROPE, ROTARY, HADAMARD_V,
+            low, high, x, tokens, used, stride_s, stride_d, cos, sin, turn_s, turn_d, True, True,
+            D, HALF, ROPE, ROTARY, HADAMARD,
         )  # fmt: skip
         low = tl.where(tl.abs(low) < float("inf"), low, 0.0)
         high = tl.where(tl.abs(high) < float("inf"), high, 0.0)
@@ -108,11 +139,9 @@ def sample_heads(
         square += tl.sum(low * low * weight + high * high * weight)
         low_sum += tl.sum(low * weight, 0)
         high_sum += tl.sum(high * weight, 0)
-    scalars = layout.maxima(buffer, groups, LANES) + 2 * program
     tl.store(scalars, largest)
     tl.store(scalars + 1, square)
-    sums = layout.sums(buffer, groups, kv_all + groups * v_parts, LANES)
-    to = sums + program.to(tl.int64) * LANES + tl.arange(0, HALF)
+    to = sums + tl.arange(0, HALF)
     tl.store(to, low_sum)
     tl.store(to + HALF, high_sum)
 
@@ -132,39 +161,82 @@ def quantize_heads(
 
     With OVERLAPS it may start while ``sample_heads`` still runs.
     """
-    HALF: tl.constexpr = LANES // 2
     program = tl.program_id(0)
     groups = batch * kv_heads
     q_all, kv_all = (
         batch * heads * tl.cdiv(tl.cdiv(q_len, TOKENS), each),
         groups * tl.cdiv(tl.cdiv(kv_len, TOKENS), each),
     )
-    q_part_rows, k_part_rows = batch * heads * q_parts, groups * k_parts
     # The tensor that the program reads, and which tile of which head.
     x, out, stride_b, stride_h, stride_s, stride_d = q, q_out, q_b, q_h, q_s, q_d
     cos, sin, turn_b, turn_h, turn_s, turn_d = cos_q, sin_q, turn_q_b, turn_q_h, turn_q_s, turn_q_d
     index, in_batch, length, least, which, floor = program, heads, q_len, FEW, 0, QK_FLOOR
     if program >= q_all + kv_all:
         x, out, stride_b, stride_h, stride_s, stride_d = v, v_out, v_b, v_h, v_s, v_d
-        index, in_batch, length, least, which, floor = program - q_all - kv_all, kv_heads, kv_len, ALL, 2, V_FLOOR
+        index, in_batch, length, which, floor = program - q_all - kv_all, kv_heads, kv_len, 2, V_FLOOR
+        least = layout.least_of_v(k_parts, v_parts)
     elif program >= q_all:
         x, out, stride_b, stride_h, stride_s, stride_d = k, k_out, k_b, k_h, k_s, k_d
         cos, sin, turn_b, turn_h, turn_s, turn_d = cos_k, sin_k, turn_k_b, turn_k_h, turn_k_s, turn_k_d
         index, in_batch, length, least, which = program - q_all, kv_heads, kv_len, FEW, 1
+    factor = tl.where(which == 0, factor, 1.0)
     room = length
-    tiles = tl.cdiv(room, TOKENS)
-    programs = tl.cdiv(tiles, each)
-    chunk, row = index % programs, index // programs
-    b, h = (row // in_batch).to(tl.int64), row % in_batch
+    b = (index // (tl.cdiv(tl.cdiv(room, TOKENS), each) * in_batch)).to(tl.int64)
     if key_counts is not None:
         if which > 0:
             length = tl.load(key_counts + b)
-    group_heads = in_batch // kv_heads
-    group = (b * kv_heads + h // group_heads).to(tl.int32)
-
     x += b * stride_b * UNIT
     out += b * in_batch * room * D
     stride_h, stride_s, stride_d = stride_h * UNIT, stride_s * UNIT, 1 if DENSE else stride_d
+    # A branch within the loop over the tiles would keep it from loading ahead.
+    if (ROPE != NO_ROPE) | (HADAMARD_QK != HADAMARD_V):
+        if which == 2:
+            _quantize_tiles(
+                x, out, keys, None, None, buffer, lse_shift, which, index, b, length, room, least, floor,
+                batch, heads, kv_heads, in_batch, q_len, kv_len, q_parts, k_parts, v_parts,
+                stride_h, stride_s, stride_d, turn_b, turn_h, turn_s, turn_d, each, factor, key_counts,
+                TURN_UNIT, TURN_DENSE, D, LANES, NO_ROPE, 0, HADAMARD_V, TOKENS, Q_ROWS, OVERLAPS, INTERPRETED,
+            )  # fmt: skip
+        else:
+            _quantize_tiles(
+                x, out, keys, cos, sin, buffer, lse_shift, which, index, b, length, room, least, floor,
+                batch, heads, kv_heads, in_batch, q_len, kv_len, q_parts, k_parts, v_parts,
+                stride_h, stride_s, stride_d, turn_b, turn_h, turn_s, turn_d, each, factor, key_counts,
+                TURN_UNIT, TURN_DENSE, D, LANES, ROPE, ROTARY, HADAMARD_QK, TOKENS, Q_ROWS, OVERLAPS, INTERPRETED,
+            )  # fmt: skip
+    else:
+        _quantize_tiles(
+            x, out, keys, None, None, buffer, lse_shift, which, index, b, length, room, least, floor,
+            batch, heads, kv_heads, in_batch, q_len, kv_len, q_parts, k_parts, v_parts,
+            stride_h, stride_s, stride_d, turn_b, turn_h, turn_s, turn_d, each, factor, key_counts,
+            TURN_UNIT, TURN_DENSE, D, LANES, NO_ROPE, 0, HADAMARD_V, TOKENS, Q_ROWS, OVERLAPS, INTERPRETED,
+        )  # fmt: skip
+
+
+@triton.jit
+def _quantize_tiles(
+    x, out, keys, cos, sin, buffer, lse_shift, which, index, b, length, room, least, floor,
+    batch, heads, kv_heads, in_batch, q_len, kv_len, q_parts, k_parts, v_parts,
+    stride_h, stride_s, stride_d, turn_b, turn_h, turn_s, turn_d, each, factor, key_counts,
+    TURN_UNIT: tl.constexpr, TURN_DENSE: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr,
+    ROPE: tl.constexpr, ROTARY: tl.constexpr, HADAMARD: tl.constexpr,
+    TOKENS: tl.constexpr, Q_ROWS: tl.constexpr, OVERLAPS: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Quantize the ``index``-th chunk of tiles of a tensor; x and out are at batch entry b of it.
+
+    Args:
+        which: q (0), k (1) or v (2).
+        length: tokens that are used, of ``room``.
+        in_batch: heads of this tensor per batch entry.
+    """
+    HALF: tl.constexpr = LANES // 2
+    groups = batch * kv_heads
+    q_part_rows, k_part_rows = batch * heads * q_parts, groups * k_parts
+    tiles = tl.cdiv(room, TOKENS)
+    programs = tl.cdiv(tiles, each)
+    chunk, h = index % programs, index // programs % in_batch
+    group_heads = in_batch // kv_heads
+    group = (b * kv_heads + h // group_heads).to(tl.int32)
     # Some tiles of the group; the first of them is on its way while the sample is looked at.
     first_head = h // group_heads * group_heads
     start = h % group_heads * tiles + chunk * each
@@ -176,7 +248,6 @@ def quantize_heads(
         tl.extra.cuda.gdc_wait()
     maxima = layout.maxima(buffer, groups, LANES)
     sums = layout.sums(buffer, groups, q_part_rows + k_part_rows + groups * v_parts, LANES)
-    factor = tl.where(which == 0, factor, 1.0)
     low_c = tl.zeros((HALF,), tl.float32)
     high_c = tl.zeros((HALF,), tl.float32)
     if which == 0:
@@ -213,22 +284,21 @@ def quantize_heads(
         inverse = inverse_power_of_two(scale)
         low_shift, high_shift = -low_c * inverse, -high_c * inverse
         magnitudes = tl.zeros((TOKENS, HALF), tl.float32)
-        for index in range(start, end):
+        for tile in range(start, end):
             low, high = low_next, high_next
             low_next, high_next = _load(
-                x, keys, which, b, kv_len, first_head, index + 1, end, tiles, length,
+                x, keys, which, b, kv_len, first_head, tile + 1, end, tiles, length,
                 stride_h, stride_s, stride_d, TOKENS, D, HALF,
             )  # fmt: skip
-            head = (first_head + index // tiles).to(tl.int64)
-            rows = index % tiles * TOKENS + tl.arange(0, TOKENS)
+            head = (first_head + tile // tiles).to(tl.int64)
+            rows = tile % tiles * TOKENS + tl.arange(0, TOKENS)
             used = rows < length
             tokens = _tokens(keys, which, b, kv_len, rows, used)
             low, high = transform_tile(
                 low, high, x + head * stride_h, tokens, used, stride_s, stride_d,
-                None if ROPE == 0 else cos + (b * turn_b + head * turn_h) * TURN_UNIT,
-                None if ROPE == 0 else sin + (b * turn_b + head * turn_h) * TURN_UNIT,
-                turn_s * TURN_UNIT, 1 if TURN_DENSE else turn_d, which < 2, True if HADAMARD_QK else which == 2,
-                D, HALF, ROPE, ROTARY, HADAMARD_V,
+                None if ROPE == NO_ROPE else cos + (b * turn_b + head * turn_h) * TURN_UNIT,
+                None if ROPE == NO_ROPE else sin + (b * turn_b + head * turn_h) * TURN_UNIT,
+                turn_s * TURN_UNIT, 1 if TURN_DENSE else turn_d, True, True, D, HALF, ROPE, ROTARY, HADAMARD,
             )  # fmt: skip
             if lse_shift is not None:
                 products = tl.sum(low * low_k[None, :] + high * high_k[None, :], 1) * factor

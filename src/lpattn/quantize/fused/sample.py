@@ -17,7 +17,7 @@ _SIGNIFICANT_CHANNEL = tl.constexpr(30.0)
 """V has a mean if the square of the sampled one, in units of what chance would give, is larger: over all channels, or
 in one of them."""
 
-_ROWS = tl.constexpr(8)
+_ROWS = tl.constexpr(16)
 
 
 @triton.jit

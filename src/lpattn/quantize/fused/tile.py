@@ -18,6 +18,11 @@ HALF_SPLIT_PARTIAL = tl.constexpr(3)
 
 E4M3_MAX = tl.constexpr(448.0)
 
+V_UNIT = tl.constexpr(2.0**0.5)
+"""Scales of v are powers of two times this. Values of bfloat16 lie on e4m3's midpoints now and then; less a small
+constant, with a power of two for a scale, all of these would be rounded the same way, and a sum over many keys would
+show it."""
+
 
 @triton.jit
 def load_tile(x, rows, used, stride_s, stride_d, D: tl.constexpr, HALF: tl.constexpr):
@@ -128,14 +133,23 @@ def to_e4m3(x, INTERPRETED: tl.constexpr):
     """Round to e4m3, saturating at 448; what is inf or NaN becomes NaN."""
     x += x * 0.0
     if INTERPRETED:
-        # The interpreter's cast loses carries into the next power of two and does not saturate: round first.
+        # The interpreter's cast loses carries into the next power of two and does not saturate: round first. It takes a
+        # NaN for a number: 0x7FC00000, the usual one, becomes 384. e4m3's has all three bits of its mantissa set.
         x = tl.where(tl.abs(x) > E4M3_MAX, tl.where(x > 0, E4M3_MAX, -E4M3_MAX), x)
         bits = x.to(tl.int32, bitcast=True)
         normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
         # Adding 1.5 * 2^14 leaves multiples of 2^-9, the spacing below 2^-6.
         small = (x + 24576.0) - 24576.0
-        x = tl.where(tl.abs(x) < 0.015625, small, tl.where(x != x, x, normal))
+        nan = tl.where(x != x, 0x7FF00000, 0).to(tl.float32, bitcast=True)
+        x = tl.where(tl.abs(x) < 0.015625, small, tl.where(x != x, nan, normal))
     return x.to(tl.float8e4nv)
+
+
+@triton.jit
+def to_int8(x):
+    """Round to the nearest integer, ties to even, for |x| <= 127; NaN becomes anything."""
+    # Adding 1.5 * 2^23 leaves integers.
+    return ((x + 12582912.0) - 12582912.0).to(tl.int8)
 
 
 @triton.jit

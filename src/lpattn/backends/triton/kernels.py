@@ -1,0 +1,208 @@
+"""Which of lpattn's kernels runs a call, and how: the one place where they are told apart.
+
+All of them read what :func:`lpattn.quantize.fused.quantize_per_block` writes. Triton is imported when a call runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+
+from lpattn.backends.triton import packed
+from lpattn.kernels import hopper
+from lpattn.quantize import E4M3_MAX
+from lpattn.types import AttentionCall, CausalKind, HadamardMode
+
+if TYPE_CHECKING:
+    from lpattn.quantize.fused import Keys, PerBlock, Precision, Rotation
+
+LARGEST_HEAD_DIM = 256
+FIRST_WITH_E4M3 = (8, 9)
+"""The first architecture whose tensor cores multiply e4m3."""
+
+Result = tuple[torch.Tensor, torch.Tensor | None]
+
+
+class Kernel(ABC):
+    """Runs a call from tensors to the output."""
+
+    @abstractmethod
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        call: AttentionCall,
+        attn_mask: torch.Tensor | None,
+        rotation: Rotation | None,
+    ) -> Result:
+        """Quantize and attend: ([B, q_len, H, D_v], contiguous, in call.dtype; lse or None).
+
+        Keys that no query sees for their position are cut off already.
+        """
+
+    def quantize(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        call: AttentionCall,
+        rotation: Rotation | None,
+        precision: Precision,
+        qk_max: float,
+        keys: Keys | None,
+        used: torch.Tensor | None = None,
+    ) -> PerBlock:
+        """What the kernels read; the arguments are those of ``quantize_per_block``, or follow from the call."""
+        from lpattn.quantize.fused import quantize_per_block
+
+        return quantize_per_block(
+            query,
+            key,
+            value,
+            factor=call.softmax_scale * math.log2(math.e),
+            qk_max=qk_max,
+            precision=precision,
+            hadamard=call.hadamard,
+            rope=rotation,
+            keys=keys,
+            used=used,
+            with_lse_shift=call.return_lse,
+        )
+
+
+class HopperKernel(Kernel):
+    """The Gluon kernel: the fastest on sm_90, without masks but key padding.
+
+    Args:
+        exponential: how P is made (see :func:`lpattn.kernels.hopper.launch.attend`); None: the kernel's own choice.
+    """
+
+    def __init__(self, exponential: str | None) -> None:
+        self._exponential = exponential
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        call: AttentionCall,
+        attn_mask: torch.Tensor | None,
+        rotation: Rotation | None,
+    ) -> Result:
+        from lpattn.kernels.hopper.launch import QK_MAX, attend
+        from lpattn.quantize.fused import Precision, restore_output, used_keys
+
+        keys = None if attn_mask is None else used_keys(attn_mask, call.batch, key.shape[2])
+        quantized = self.quantize(query, key, value, call, rotation, Precision.E4M3, QK_MAX, keys)
+        # The transform's inverse runs on bfloat16, whatever the inputs are.
+        transformed = call.hadamard is not HadamardMode.NONE
+        dtype = torch.bfloat16 if transformed else call.dtype
+        causal = call.causal is CausalKind.TOP_LEFT
+        # The log-sum-exp wants sums without a bias, whatever the exponential.
+        exponential = None if call.return_lse else self._exponential
+        out, lse = attend(quantized, dtype, causal=causal, return_lse=call.return_lse, exponential=exponential)
+        return (restore_output(out, quantized, call.dtype) if transformed else out), lse
+
+
+class PortableKernel(Kernel):
+    """The kernel in plain Triton: everything that SDPA means, from sm_80 on.
+
+    Args:
+        int8: whether q and k become int8 and v float16, instead of all three e4m3.
+    """
+
+    def __init__(self, int8: bool) -> None:
+        self._int8 = int8
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        call: AttentionCall,
+        attn_mask: torch.Tensor | None,
+        rotation: Rotation | None,
+    ) -> Result:
+        from lpattn.kernels.attention import Band, attend
+        from lpattn.kernels.mask_tiles import list_mask_tiles
+        from lpattn.kernels.shapes import tile_shape
+        from lpattn.quantize.fused import Precision, used_keys
+        from lpattn.quantize.fused.operands import lanes_of
+
+        lanes = lanes_of(max(call.head_dim, call.head_dim_v))
+        if attn_mask is not None and attn_mask.dtype == torch.float64:
+            attn_mask = attn_mask.float()  # tiles of it would not fit into shared memory
+        biased = attn_mask is not None and attn_mask.dtype != torch.bool
+        shape = tile_shape(call.capability, lanes, biased)
+        keys = tiles = used = None
+        if attn_mask is not None and call.key_padding:
+            keys = used_keys(attn_mask, call.batch, key.shape[2])
+        elif attn_mask is not None:
+            tiles = list_mask_tiles(attn_mask, key.shape[2], shape.queries, shape.keys)
+            used = tiles.used_by(call.num_kv_heads, call.num_heads).expand(call.batch, -1, -1)
+        precision = Precision.INT8_F16 if self._int8 else Precision.E4M3
+        quantized = self.quantize(query, key, value, call, rotation, precision, E4M3_MAX, keys, used)
+        band = Band(after=0) if call.causal is CausalKind.TOP_LEFT else Band()
+        return attend(quantized, shape, call.dtype, band=band, mask=tiles, return_lse=call.return_lse)
+
+    def attend_packed(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        cu_seqlens_k: torch.Tensor,
+        call: AttentionCall,
+    ) -> Result:
+        """Quantize and attend: ([T_q, H, D_v] in call.dtype, lse [T_q, H] or None)."""
+        from lpattn.kernels.attention import Band, attend
+        from lpattn.kernels.shapes import tile_shape
+        from lpattn.quantize.fused import Precision
+        from lpattn.quantize.fused.operands import lanes_of
+
+        assert call.varlen is not None
+        before, after = (None if n < 0 else n for n in call.varlen.window)
+        total = query.shape[0]
+        max_q, max_k = min(call.q_len, total), min(call.kv_len, key.shape[0])
+        padded = packed.padded_queries(query, cu_seqlens_q, max_q)
+        key, value = (packed.as_batch(x, call.batch, max_k) for x in (key, value))
+        keys = packed.key_lists(cu_seqlens_k, max_k)
+        precision = Precision.INT8_F16 if self._int8 else Precision.E4M3
+        quantized = self.quantize(padded, key, value, call, None, precision, E4M3_MAX, keys)
+        out, lse = attend(
+            quantized,
+            tile_shape(call.capability, lanes_of(max(call.head_dim, call.head_dim_v))),
+            call.dtype,
+            band=Band(before, after, from_end=True),
+            q_counts=packed.lengths_of(cu_seqlens_q),
+            return_lse=call.return_lse,
+        )
+        of_tokens = None if lse is None else packed.pack(lse.transpose(1, 2), cu_seqlens_q, total, -torch.inf)
+        return packed.pack(out, cu_seqlens_q, total, 0.0), of_tokens
+
+
+def portable_for(call: AttentionCall, int8: bool) -> PortableKernel:
+    """The portable kernel with the recipe that the architecture has, or with int8 if that is asked for."""
+    return PortableKernel(int8 or (call.capability is not None and call.capability < FIRST_WITH_E4M3))
+
+
+@functools.lru_cache(maxsize=1024)
+def kernel_for(call: AttentionCall, int8: bool, exponential: str | None = None) -> Kernel:
+    """The kernel that runs a call of at most :data:`LARGEST_HEAD_DIM` lanes.
+
+    Args:
+        call: the call.
+        int8: whether q and k are to become int8 although the architecture has e4m3.
+        exponential: of the Hopper kernel, where that runs.
+    """
+    if call.capability == hopper.ARCHITECTURE and not int8:
+        # The pass that undoes the transform behind the Hopper kernel takes powers of two only.
+        transforms = call.hadamard is HadamardMode.NONE or not call.head_dim & (call.head_dim - 1)
+        if transforms and not hopper.reasons_against(call) and not hopper.reasons_against_triton():
+            return HopperKernel(exponential)
+    return portable_for(call, int8)

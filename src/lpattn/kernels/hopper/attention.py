@@ -1,0 +1,395 @@
+"""The kernel: one producer warp that loads tiles, and consumers of four warps, 64 query rows each, that attend.
+
+The grid is persistent. For each tile of queries the key tiles are gone through from the last one, where causal masks
+and the end of the keys lie, down to the first, so that the loop over most of them has no mask. An iteration starts
+S = Q K^T of one tile together with the P V of the tile before, and computes P from S while P V is in flight.
+
+Every tile's P V goes into an accumulator of its own and is added in float32: the tensor cores' own accumulation is
+coarser, and would lose a V with a mean. The row sum is a product of the rounded P with a tile of ones, so that it
+counts what P V consumes.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from lpattn.kernels.hopper.softmax import (
+    UNSEEN,
+    as_operand,
+    factor_of,
+    hide,
+    keep,
+    pair_up,
+    refer,
+    reference_of,
+    row_max,
+    to_codes,
+)
+
+# Renamed in Triton 3.8.
+load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
+KEYS = gl.constexpr(128)
+"""Keys that share a scale, and that V is stored by."""
+
+ROWS = gl.constexpr(64)
+"""Query rows of a consumer."""
+
+_LN2 = gl.constexpr(0.6931471805599453)
+
+
+@gluon.jit
+def _query_tile(index, sizes, CAUSAL: gl.constexpr):
+    """Which head (b * heads + h), which tile of its queries, and which KV head a program's ``index``-th tile is."""
+    heads, kv_heads, q_len, kv_len, q_tiles, tiles = sizes
+    if CAUSAL:
+        # The longest tiles of all heads first: what is left over at the end is short.
+        of_head = tiles // q_tiles
+        head, tile = index % of_head, q_tiles - 1 - index // of_head
+    else:
+        head, tile = index // q_tiles, index % q_tiles
+    b, h = head // heads, head % heads
+    return b, head, tile, b * kv_heads + h // (heads // kv_heads)
+
+
+@gluon.jit
+def _key_tiles(b, tile, counts, sizes, ALL_ROWS: gl.constexpr, BN: gl.constexpr, CAUSAL: gl.constexpr):
+    """Number of keys, of key tiles that a query tile sees, and of those that all of its rows see whole."""
+    heads, kv_heads, q_len, kv_len, q_tiles, tiles = sizes
+    keys = kv_len
+    if counts is not None:
+        keys = gl.load(counts + b)
+    last, first = keys, keys
+    if CAUSAL:
+        last = gl.minimum(keys, tile * ALL_ROWS + ALL_ROWS)
+        first = gl.minimum(keys, tile * ALL_ROWS + 1)
+    return keys, gl.maximum((last + BN - 1) // BN, 1), first // BN
+
+
+@gluon.jit
+def _produce(descriptors, buffers, barriers, counts, sizes, SHAPE: gl.constexpr):
+    """Load Q, and per iteration a tile of K and the tile of V that belongs to the K before."""
+    q_desc, k_desc, v_desc = descriptors
+    q_buffer, k_buffer, v_buffer, ones = buffers
+    q_full, q_empty, full, empty = barriers
+    heads, kv_heads, q_len, kv_len, q_tiles, tiles = sizes
+    BN: gl.constexpr = SHAPE[0]
+    D: gl.constexpr = SHAPE[1]
+    STAGES: gl.constexpr = SHAPE[2]
+    CONSUMERS: gl.constexpr = SHAPE[3]
+    CAUSAL: gl.constexpr = SHAPE[4]
+    DIM: gl.constexpr = SHAPE[8]
+    PARTS: gl.constexpr = KEYS // BN
+    ALL_ROWS: gl.constexpr = CONSUMERS * ROWS
+    blocks = (kv_len + KEYS - 1) // KEYS
+    step = 0
+    turn = 0
+    for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        b, head, tile, kv_head = _query_tile(index, sizes, CAUSAL)
+        keys, count, whole = _key_tiles(b, tile, counts, sizes, ALL_ROWS, BN, CAUSAL)
+        mbarrier.wait(q_empty, (turn & 1) ^ 1)
+        mbarrier.expect(q_full, ALL_ROWS * D)
+        for w in gl.static_range(CONSUMERS):
+            load_tile(q_desc, [head * q_len + tile * ALL_ROWS + w * ROWS, 0], q_full, q_buffer.index(w))
+        for i in range(count + 1):
+            stage = step % STAGES
+            k_tile = count - 1 - i
+            v_tile = k_tile + 1
+            has_k = i < count
+            has_v = i > 0
+            mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+            mbarrier.expect(full.index(stage), BN * D, pred=has_k != has_v)
+            mbarrier.expect(full.index(stage), 2 * BN * D, pred=has_k & has_v)
+            k_row = kv_head * blocks * KEYS + k_tile * BN
+            load_tile(k_desc, [k_row, 0], full.index(stage), k_buffer.index(stage), pred=has_k)
+            v_row = (kv_head * blocks + v_tile // PARTS) * DIM
+            load_tile(v_desc, [v_row, v_tile % PARTS * BN], full.index(stage), v_buffer.index(stage), pred=has_v)
+            step += 1
+        turn += 1
+
+
+@gluon.jit
+def _attend_values(p, values, ones, zero, zero_sum, PART: gl.constexpr, PARTS: gl.constexpr):
+    """Start P V, of a part of head_dim, and with the first part P times ones."""
+    WIDTH: gl.constexpr = zero.shape[1]
+    if PARTS > 1:
+        values = values.slice(PART * WIDTH, WIDTH, 0)
+    sums = zero_sum
+    if PART == 0:
+        LAYOUT: gl.constexpr = gl.DotOperandLayout(0, zero_sum.type.layout, 4)
+        again = gl.convert_layout(p, LAYOUT, assert_trivial=True)
+        sums = warpgroup_mma(again, ones.permute((1, 0)), zero_sum, use_acc=False, is_async=True)
+    return warpgroup_mma(p, values.permute((1, 0)), zero, use_acc=False, is_async=True), sums
+
+
+@gluon.jit
+def _add(acc, part, factor):
+    return acc * gl.convert_layout(factor, gl.SliceLayout(1, acc.type.layout))[:, None] + part
+
+
+@gluon.jit
+def _quotient(a, b):
+    """A / b of two powers of two."""
+    return (a.to(gl.int32, bitcast=True) - b.to(gl.int32, bitcast=True) + 0x3F800000).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes, SHAPE: gl.constexpr):
+    """Attend with 64 rows of every query tile."""
+    q_buffer, k_buffer, v_buffer, ones = buffers
+    q_full, q_empty, full, empty = barriers
+    heads, kv_heads, q_len, kv_len, q_tiles, tiles = sizes
+    q_scale, k_scale, v_scale, v_constant = scales
+    out, lse, lse_shift = outputs
+    BN: gl.constexpr = SHAPE[0]
+    D: gl.constexpr = SHAPE[1]
+    STAGES: gl.constexpr = SHAPE[2]
+    CONSUMERS: gl.constexpr = SHAPE[3]
+    CAUSAL: gl.constexpr = SHAPE[4]
+    KIND: gl.constexpr = SHAPE[5]
+    PARTS: gl.constexpr = SHAPE[6]
+    DIM: gl.constexpr = SHAPE[8]
+    LANES: gl.constexpr = SHAPE[9]
+    BLOCK_PARTS: gl.constexpr = KEYS // BN
+    ALL_ROWS: gl.constexpr = CONSUMERS * ROWS
+    WIDTH: gl.constexpr = D // PARTS
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32])
+    l_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 4)
+    s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+    blocks = (kv_len + KEYS - 1) // KEYS
+    s_zero = gl.zeros([ROWS, BN], gl.float16, s_layout)
+    o_zero = gl.zeros([ROWS, WIDTH], gl.float32, o_layout)
+    l_zero = gl.zeros([ROWS, 8], gl.float32, l_layout)
+    step = 0
+    turn = 0
+    for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        b, head, tile, kv_head = _query_tile(index, sizes, CAUSAL)
+        keys, count, whole = _key_tiles(b, tile, counts, sizes, ALL_ROWS, BN, CAUSAL)
+        k_scales = k_scale + kv_head * blocks
+        v_scales = v_scale + kv_head * blocks
+        start = tile * ALL_ROWS + w * ROWS
+        row = start + gl.arange(0, ROWS, layout=s_rows)
+        q_scales = gl.load(q_scale + head.to(gl.int64) * q_len + row, mask=row < q_len, other=1.0)
+        # How many keys each row sees.
+        seen = gl.full([ROWS], 0, gl.int32, s_rows) + keys
+        if CAUSAL:
+            seen = gl.minimum(seen, row + 1)
+        q = q_buffer.index(w)
+        k_tile = count - 1
+        mbarrier.wait(q_full, turn & 1)
+
+        # The first tile has no P V beside it.
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), step // STAGES & 1)
+        s = warpgroup_mma(q, k_buffer.index(stage).permute((1, 0)), s_zero, use_acc=False, is_async=True)
+        c = factor_of(q_scales, gl.load(k_scales + k_tile // BLOCK_PARTS))
+        v_unit = gl.load(v_scales + k_tile // BLOCK_PARTS)
+        s = warpgroup_mma_wait(0, deps=[s])
+        mbarrier.arrive(empty.index(stage), count=1)
+        step += 1
+        pairs = hide(pair_up(s, ROWS, BN), seen - k_tile * BN, ROWS, BN)
+        unseen = gl.full([ROWS], UNSEEN, gl.int32, s_rows)
+        c, offset, offset_value = refer(row_max(pairs, ROWS, BN // 2, s_rows), c, unseen, KIND, True)
+        codes = to_codes(pairs, offset, c, ROWS, BN, KIND)
+        acc = o_zero
+        high = o_zero
+        sums = l_zero
+        factor = gl.full([ROWS], 1.0, gl.float32, s_rows)
+        change = 1.0
+        next_k = gl.load(k_scales + gl.maximum(k_tile - 1, 0) // BLOCK_PARTS)
+        if CAUSAL & (ALL_ROWS > BN):
+            for i in range(1, gl.maximum(count - whole, 1)):
+                k_tile -= 1
+                acc, high, sums, codes, offset, offset_value, factor, change, v_unit, next_k = _iterate(
+                    q, buffers, barriers, k_scales, v_scales, q_scales, seen, step, k_tile,
+                    acc, high, sums, codes, offset, offset_value, factor, change, v_unit, next_k,
+                    s_zero, o_zero, l_zero, SHAPE, True,
+                )  # fmt: skip
+                step += 1
+        for i in range(gl.maximum(count - whole, 1), count):
+            k_tile -= 1
+            acc, high, sums, codes, offset, offset_value, factor, change, v_unit, next_k = _iterate(
+                q, buffers, barriers, k_scales, v_scales, q_scales, seen, step, k_tile,
+                acc, high, sums, codes, offset, offset_value, factor, change, v_unit, next_k,
+                s_zero, o_zero, l_zero, SHAPE, False,
+            )  # fmt: skip
+            step += 1
+        mbarrier.arrive(q_empty, count=1)
+
+        # The last tile's P V.
+        stage = step % STAGES
+        p = as_operand(codes, ROWS, BN, p_layout)
+        mbarrier.wait(full.index(stage), step // STAGES & 1)
+        part, part_sum = _attend_values(p, v_buffer.index(stage), ones, o_zero, l_zero, 0, PARTS)
+        part, part_sum = warpgroup_mma_wait(0, deps=[part, part_sum])
+        sums = _add(sums, part_sum, factor)
+        acc = _add(acc, part, factor * change)
+        if PARTS > 1:
+            part, part_sum = _attend_values(p, v_buffer.index(stage), ones, o_zero, l_zero, 1, PARTS)
+            part = warpgroup_mma_wait(0, deps=[part])
+            high = _add(high, part, factor * change)
+        mbarrier.arrive(empty.index(stage), count=1)
+        step += 1
+        turn += 1
+
+        total = gl.convert_layout(gl.max(sums, 1), s_rows)
+        # A row that sees no key is 0. NaN is not equal to 0.
+        empty_row = total == 0.0
+        inverse = gl.where(empty_row, 0.0, v_unit / total)
+        if lse is not None:
+            log = reference_of(offset_value, KIND) - 8.0 + gl.log2(total)
+            at = head.to(gl.int64) * q_len + row
+            if lse_shift is not None:
+                log += gl.load(lse_shift + at, mask=row < q_len, other=0.0)
+            gl.store(lse + at, gl.where(empty_row, -float("inf"), log * _LN2), mask=row < q_len)
+        inverse = gl.convert_layout(inverse, o_rows)
+        rows = gl.arange(0, ROWS, layout=o_rows)
+        base = out + ((b * q_len + start).to(gl.int64) * heads + head % heads) * DIM
+        for part_index in gl.static_range(PARTS):
+            value = acc if part_index == 0 else high
+            lanes = part_index * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, o_layout))
+            value = value * inverse[:, None]
+            if v_constant is not None:
+                constant = gl.load(v_constant + kv_head * LANES + lanes, mask=lanes < LANES, other=0.0)
+                value += constant[None, :]
+            if out.dtype.element_ty == gl.float16:
+                # Rounding of V must not make inf of what exact attention keeps finite; nor a number of NaN.
+                value = gl.where(gl.abs(value) > 65504.0, gl.where(value > 0.0, 65504.0, -65504.0), value)
+            at = base + rows[:, None] * (heads * DIM) + lanes[None, :]
+            gl.store(at, value.to(out.dtype.element_ty), mask=(start + rows < q_len)[:, None] & (lanes < DIM)[None, :])
+
+
+@gluon.jit
+def _iterate(
+    q, buffers, barriers, k_scales, v_scales, q_scales, seen, step, k_tile,
+    acc, high, sums, codes, offset, offset_value, factor, change, v_unit, k_unit,
+    s_zero, o_zero, l_zero, SHAPE: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """S of a key tile and P V of the one before; P of this one.
+
+    ``codes`` are P of the tile before, ``factor`` is what all that was added before it is multiplied with, and
+    ``change`` what V's unit did at that point.
+    """
+    q_buffer, k_buffer, v_buffer, ones = buffers
+    q_full, q_empty, full, empty = barriers
+    BN: gl.constexpr = SHAPE[0]
+    STAGES: gl.constexpr = SHAPE[2]
+    KIND: gl.constexpr = SHAPE[5]
+    PARTS: gl.constexpr = SHAPE[6]
+    LATE: gl.constexpr = SHAPE[7]
+    BLOCK_PARTS: gl.constexpr = KEYS // BN
+    s_rows: gl.constexpr = gl.SliceLayout(1, s_zero.type.layout)
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_zero.type.layout, 4)
+    stage = step % STAGES
+    p = as_operand(codes, ROWS, BN, p_layout)
+    mbarrier.wait(full.index(stage), step // STAGES & 1)
+    s = warpgroup_mma(q, k_buffer.index(stage).permute((1, 0)), s_zero, use_acc=False, is_async=True)
+    part, part_sum = _attend_values(p, v_buffer.index(stage), ones, o_zero, l_zero, 0, PARTS)
+    c = factor_of(q_scales, k_unit)
+    next_k = gl.load(k_scales + gl.maximum(k_tile - 1, 0) // BLOCK_PARTS)
+    next_v = gl.load(v_scales + k_tile // BLOCK_PARTS)
+    s = warpgroup_mma_wait(2, deps=[s])
+    pairs = pair_up(s, ROWS, BN)
+    if MASKED:
+        pairs = hide(pairs, seen - k_tile * BN, ROWS, BN)
+    c, offset, next_value = refer(row_max(pairs, ROWS, BN // 2, s_rows), c, offset, KIND, MASKED)
+    next_factor = gl.exp2(next_value - offset_value)
+    if PARTS > 1:
+        part, part_sum = warpgroup_mma_wait(0, deps=[part, part_sum])
+        sums = _add(sums, part_sum, factor)
+        acc = _add(acc, part, factor * change)
+        part, part_sum = _attend_values(p, v_buffer.index(stage), ones, o_zero, l_zero, 1, PARTS)
+    if LATE == 0:
+        codes = to_codes(pairs, offset, c, ROWS, BN, KIND)
+        # A branch: without one, ptxas moves the next wait in front of the lines above.
+        mbarrier.wait(full.index((step + 1) % STAGES), (step + 1) // STAGES & 1)
+    if PARTS > 1:
+        part = warpgroup_mma_wait(0, deps=[part])
+        mbarrier.arrive(empty.index(stage), count=1)
+        high = _add(high, part, factor * change)
+    else:
+        part, part_sum = warpgroup_mma_wait(0, deps=[part, part_sum])
+        mbarrier.arrive(empty.index(stage), count=1)
+        sums = _add(sums, part_sum, factor)
+        acc = _add(acc, part, factor * change)
+    if LATE == 0:
+        codes = keep(codes)
+    else:
+        codes = to_codes(pairs, offset, c, ROWS, BN, KIND)
+    return acc, high, sums, codes, offset, next_value, next_factor, _quotient(v_unit, next_v), next_v, next_k
+
+
+@gluon.jit(do_not_specialize=["heads", "kv_heads", "q_len", "kv_len", "q_tiles", "tiles"])
+def attention(
+    q_scale, k_scale, v_scale, v_constant, out, lse, lse_shift, counts, q_desc, k_desc, v_desc,
+    heads, kv_heads, q_len, kv_len, q_tiles, tiles,
+    BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, CAUSAL: gl.constexpr,
+    KIND: gl.constexpr, PARTS: gl.constexpr, LATE: gl.constexpr, DIM: gl.constexpr, LANES: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """Attention of quantized q, k and v; see :mod:`lpattn.kernels.hopper`.
+
+    Args:
+        q_scale: [B, H, q_len]. k_scale, v_scale: [B, Hkv, blocks]. v_constant: [B, Hkv, LANES] or None. All float32.
+        out: [B, q_len, H, DIM]. lse, lse_shift: float32 [B, H, q_len], or None. counts: int32 [B], or None.
+        q_desc: e4m3 [B * H * q_len, PITCH], tiles of [ROWS, D]. k_desc: [B * Hkv * blocks * KEYS, PITCH], of [BN, D].
+        v_desc: [B * Hkv * blocks * DIM, KEYS], of [D, BN].
+    """
+    q_buffer = gl.allocate_shared_memory(gl.float8e4nv, [CONSUMERS, ROWS, D], q_desc.layout)
+    k_buffer = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BN, D], k_desc.layout)
+    v_buffer = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, D, BN], v_desc.layout)
+    one_layout: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
+    # 0x38 is 1. ptxas 12.8 makes garbage of a cast of 1.0.
+    one = gl.full([8, BN], 0x38, gl.int8, one_layout).to(gl.float8e4nv, bitcast=True)
+    ones = gl.allocate_shared_memory(gl.float8e4nv, [8, BN], v_desc.layout, one)
+    barrier: gl.constexpr = mbarrier.MBarrierLayout()
+    q_full = gl.allocate_shared_memory(gl.int64, [1], barrier)
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], barrier)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    mbarrier.init(q_full, count=1)
+    mbarrier.init(q_empty, count=CONSUMERS)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=CONSUMERS)
+    fence_async_shared()
+    descriptors = (q_desc, k_desc, v_desc)
+    buffers = (q_buffer, k_buffer, v_buffer, ones)
+    barriers = (q_full, q_empty, full, empty)
+    scales = (q_scale, k_scale, v_scale, v_constant)
+    outputs = (out, lse, lse_shift)
+    sizes = (heads, kv_heads, q_len, kv_len, q_tiles, tiles)
+    SHAPE: gl.constexpr = (BN, D, STAGES, CONSUMERS, CAUSAL, KIND, PARTS, LATE, DIM, LANES)
+    # The second and third arguments: warps and registers of all but the first.
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (0, buffers, barriers, scales, outputs, counts, sizes, SHAPE)),
+                (_consume, (1, buffers, barriers, scales, outputs, counts, sizes, SHAPE)),
+                (_produce, (descriptors, buffers, barriers, counts, sizes, SHAPE)),
+            ],
+            [4, 1],
+            [REGISTERS, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (0, buffers, barriers, scales, outputs, counts, sizes, SHAPE)),
+                (_consume, (1, buffers, barriers, scales, outputs, counts, sizes, SHAPE)),
+                (_consume, (2, buffers, barriers, scales, outputs, counts, sizes, SHAPE)),
+                (_produce, (descriptors, buffers, barriers, counts, sizes, SHAPE)),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, 24],
+        )

@@ -1,0 +1,197 @@
+"""Launches the Hopper kernel: tile shapes by head_dim, descriptors, the grid."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from lpattn.kernels.hopper import softmax
+from lpattn.kernels.hopper.attention import KEYS, ROWS, attention
+from lpattn.quantize.fused import PerBlock
+from lpattn.quantize.fused.launcher import Launch
+from lpattn.quantize.fused.operands import lanes_of
+from lpattn.types import HadamardMode
+
+QK_MAX: float = softmax.QK_MAX.value
+"""What q and k are to be quantized to at most."""
+
+
+class Tile(NamedTuple):
+    """How a head_dim is attended; found by measuring on an H100.
+
+    Attributes:
+        keys: per tile of K and V.
+        stages: tiles of K and V in flight.
+        consumers: of 64 query rows and four warps each.
+        registers: per thread of a consumer.
+        mean_registers: per thread, over all warps.
+        parts: of head_dim, that P V is done in.
+        late: P is computed after the P V of the tile before has ended: fewer registers, less overlap.
+    """
+
+    keys: int
+    stages: int
+    consumers: int
+    registers: int
+    mean_registers: int
+    parts: int
+    late: bool
+
+
+TILES = {
+    64: Tile(keys=128, stages=4, consumers=3, registers=160, mean_registers=128, parts=1, late=True),
+    128: Tile(keys=128, stages=4, consumers=2, registers=240, mean_registers=168, parts=1, late=False),
+    256: Tile(keys=64, stages=4, consumers=2, registers=240, mean_registers=168, parts=2, late=True),
+}
+"""By head_dim, rounded up."""
+
+EXPONENTIALS = {"linear": softmax.LINEAR.value, "step": softmax.STEP.value, "quadratic": softmax.QUADRATIC.value}
+
+
+def tile_of(head_dim: int) -> tuple[int, Tile]:
+    """The head_dim that is computed with, and the tile."""
+    lanes = next(lanes for lanes in TILES if head_dim <= lanes)
+    return lanes, TILES[lanes]
+
+
+def attend(
+    quantized: PerBlock,
+    dtype: torch.dtype,
+    *,
+    causal: bool = False,
+    return_lse: bool = False,
+    exponential: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of quantized q, k and v, in one launch.
+
+    Args:
+        quantized: with q times the softmax scale times log2(e), and ``qk_max`` :data:`QK_MAX`.
+        dtype: of the output: float16, bfloat16 or float32.
+        causal: query i sees keys 0..i.
+        return_lse: also return the log-sum-exp.
+        exponential: how P is made: "step" (default), "quadratic" (default with return_lse, whose sums have no bias),
+            or "linear", the fastest and least exact; see :mod:`.softmax`.
+
+    Returns:
+        The output [B, q_len, H, D], contiguous, still without V's constant and transformed where V was (Hadamard); and
+        the natural log-sum-exp in float32 [B, H, q_len] or None.
+    """
+    plan = _plan(
+        quantized.query.shape,
+        quantized.num_kv_heads,
+        quantized.kv_len,
+        quantized.dim_v,
+        dtype,
+        causal,
+        EXPONENTIALS[exponential or ("quadratic" if return_lse else "step")],
+        # V's constant has been transformed with V, and is added before the transform is undone.
+        quantized.hadamard is HadamardMode.NONE,
+        quantized.v_constant.data_ptr() % 16 == 0,
+        quantized.key_counts is None,
+        return_lse,
+        quantized.query.device,
+    )
+    device = plan.device
+    out = torch.empty(plan.out_shape, dtype=dtype, device=device)
+    lse = torch.empty(plan.lse_shape, dtype=torch.float32, device=device) if return_lse else None
+    scales = (quantized.q_scale, quantized.k_scale, quantized.v_scale)
+    constant = quantized.v_constant if plan.adds_constant else None
+    shift = quantized.lse_shift if return_lse else None
+    operands = zip(plan.descriptors, (quantized.query, quantized.key, quantized.value), strict=True)
+    descriptors = [_descriptor(*how, of) for how, of in operands]
+    plan.launch((*scales, constant, out, lse, shift, quantized.key_counts, *descriptors))
+    return out, lse
+
+
+class _Plan(NamedTuple):
+    """What a launch for some shapes needs."""
+
+    device: torch.device
+    out_shape: tuple[int, ...]
+    lse_shape: tuple[int, ...]
+    adds_constant: bool
+    descriptors: tuple[tuple[list[int], list[int], list[int], gl.NVMMASharedLayout], ...]
+    launch: Launch
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    q_shape: tuple[int, ...],
+    kv_heads: int,
+    kv_len: int,
+    dim: int,
+    dtype: torch.dtype,
+    causal: bool,
+    kind: int,
+    adds_constant: bool,
+    aligned: bool,
+    all_keys: bool,
+    return_lse: bool,
+    device: torch.device,
+) -> _Plan:
+    batch, heads, q_len, pitch = q_shape
+    lanes, tile = tile_of(dim)
+    blocks = -(-kv_len // KEYS.value)
+    kv_rows = batch * kv_heads * blocks
+    q_tiles = -(-q_len // (tile.consumers * ROWS.value))
+    tiles = q_tiles * batch * heads
+    launch = Launch(
+        attention,
+        min(tiles, _multiprocessors(device)),
+        (heads, kv_heads, q_len, kv_len, q_tiles, tiles),
+        (
+            tile.keys,
+            lanes,
+            tile.stages,
+            tile.consumers,
+            causal,
+            kind,
+            tile.parts,
+            tile.late,
+            dim,
+            lanes_of(dim),
+            tile.registers,
+        ),
+        (dtype, adds_constant, aligned, all_keys, return_lse),
+        num_warps=4,
+        launch_pdl=False,
+        device=device,
+        maxnreg=tile.mean_registers,
+    )
+    return _Plan(
+        device=device,
+        out_shape=(batch, q_len, heads, dim),
+        lse_shape=(batch, heads, q_len),
+        adds_constant=adds_constant,
+        descriptors=(
+            ([batch * heads * q_len, pitch], [pitch, 1], [ROWS.value, lanes], layout_of(lanes)),
+            ([kv_rows * KEYS.value, pitch], [pitch, 1], [tile.keys, lanes], layout_of(lanes)),
+            ([kv_rows * dim, KEYS.value], [KEYS.value, 1], [lanes, tile.keys], layout_of(tile.keys)),
+        ),
+        launch=launch,
+    )
+
+
+def _descriptor(
+    shape: list[int], strides: list[int], block: list[int], layout: gl.NVMMASharedLayout, of: torch.Tensor
+) -> TensorDescriptor:
+    """A descriptor of memory whose plan is known to be right: its constructor would check it again at every call."""
+    made = object.__new__(TensorDescriptor)
+    made.base, made.shape, made.strides = of, shape, strides
+    made.block_shape, made.layout, made.padding = block, layout, "zero"
+    return made
+
+
+@functools.cache
+def layout_of(columns: int) -> gl.NVMMASharedLayout:
+    """The layout of a tile in shared memory."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=min(columns, 128), element_bitwidth=8, rank=2)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,54 @@
+"""Tile shapes of the portable kernel: a small table by architecture and head_dim, no search in a user's forward."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class TileShape(NamedTuple):
+    """What a program of the kernel works on.
+
+    Attributes:
+        queries: rows of a tile.
+        keys: columns of a tile; a divisor of the block of keys that share a scale.
+        warps: per program.
+        stages: key tiles that are loaded ahead, the one at hand included.
+        sum_by_product: whether the tensor cores sum the rows of P.
+    """
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    sum_by_product: bool = True
+
+
+# By the larger of the padded head_dims. Chosen so that nothing spills and shared memory suffices, as the compiler says
+# for each architecture (tests/kernels/test_compiled.py).
+_D256 = TileShape(64, 64, 8, 2, sum_by_product=False)
+_LARGE = {
+    **{lanes: TileShape(128, 128, 8, 3, sum_by_product=False) for lanes in (32, 64, 128)},
+    256: _D256,
+}
+_LARGE_BIASED = {lanes: shape._replace(stages=2) for lanes, shape in _LARGE.items()}
+_MEDIUM = {**{lanes: TileShape(128, 64, 8, 2, sum_by_product=False) for lanes in (32, 64, 128)}, 256: _D256}
+_SMALL = {32: TileShape(128, 64, 8, 3), 64: TileShape(128, 64, 8, 3), 128: TileShape(128, 64, 8, 2), 256: _D256}
+INTERPRETED_SHAPE = TileShape(32, 64, 4, 1)
+"""Small tiles, so that short inputs have several of them."""
+
+
+def tile_shape(capability: tuple[int, int] | None, lanes: int, biased: bool = False) -> TileShape:
+    """The shape for an architecture, a head_dim and a kind of mask.
+
+    Args:
+        capability: of the device; None: the interpreter.
+        lanes: the larger of the padded head_dims, a power of two from 32 to 256.
+        biased: whether there is an additive mask, which takes registers of its own.
+    """
+    if capability is None:
+        return INTERPRETED_SHAPE
+    if capability[0] == 9:
+        return (_LARGE_BIASED if biased else _LARGE)[lanes]
+    # From sm_100 on to sm_110, products have their accumulators outside of the registers; elsewhere, they take P from
+    # registers, and an SM has as little as 99 KiB of shared memory.
+    return (_MEDIUM if capability[0] in (10, 11) else _SMALL)[lanes]

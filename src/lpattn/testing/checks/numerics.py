@@ -1,0 +1,237 @@
+"""The output and the log-sum-exp against exact attention, on data that finds bugs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from lpattn.testing.budget import LSE_BIAS, LSE_TOLERANCE, require_close, require_unbiased
+from lpattn.testing.exact import worst_row_sqnr
+from lpattn.testing.inputs import KINDS, Problem
+from lpattn.testing.outcome import NotApplicable, check, require
+from lpattn.testing.subject import Subject
+
+
+@check
+def accuracy(subject: Subject) -> str:
+    """Every declared dtype and head_dim, and every kind of data, causal and not, within both budgets."""
+    problems: list[tuple[str, Problem]] = []
+    for causal in subject.causal_kinds:
+        problems += [("normal", subject.problem(dtype=dtype, causal=causal)) for dtype in subject.dtypes]
+        problems += [("normal", subject.problem(head_dim=dim, causal=causal)) for dim in subject.head_dims]
+        problems += [(kind, subject.problem(kind, causal=causal)) for kind in KINDS if kind != "normal"]
+    taken = subject.accepted(problem for _, problem in problems)
+    measured: dict[str, float] = {}
+    for kind, problem in problems:
+        if problem in taken:
+            quality = require_close(subject, problem, subject.run(problem), kind)
+            measured[kind] = min(quality, measured.get(kind, math.inf))
+    return ", ".join(f"{kind} {quality:.1f} dB" for kind, quality in measured.items())
+
+
+@check
+def scales_are_exact(subject: Subject) -> str:
+    """Outputs are neither too large nor too small, and softmax neither too sharp nor too soft, to half a per cent."""
+    # Many elements: the more there are, the less of the rounding is left.
+    problems = [subject.problem(kind, length=subject.fitting(256)) for kind in ("normal", "biased")]
+    found = [require_unbiased(problem, subject.run(problem)) for problem in subject.accepted(problems)]
+    return "; ".join(found)
+
+
+@check
+def small_weights_count(subject: Subject) -> str:
+    """Many weights of 1/4096 balance one of a half: none underflow, the large one is not clipped, the sum is theirs."""
+    many = subject.problem("peak_and_tails", q_len=16, kv_len=4096, num_heads=8, groups=1, num_kv_heads=8)
+    (problem,) = subject.accepted([many])
+    exact, _ = problem.exact()
+    off = float((subject.run(problem).double() - exact).mean())
+    require(
+        abs(off) <= 0.02,
+        f"{problem}: the output is off by {off:+.4f} on the average, where one large and many small weights balance; "
+        "the tolerance is 0.02. Small weights underflow, the large one is clipped, or the row sum counts other weights "
+        "than the product",
+    )
+    return f"balance {off:+.4f}"
+
+
+@check
+def weights_sum_to_one(subject: Subject) -> str:
+    """With a v of ones the output is 1, whatever the weights; with a constant v it is that constant."""
+    worst = 0.0
+    for kind in ("normal", "sharp", "soft", "peak_and_tails"):
+        for causal in subject.causal_kinds:
+            problem = subject.problem(kind, length=subject.fitting(200), causal=causal)
+            ones = problem.changed(value=torch.ones_like(problem.value), label=f"{kind}, v of ones")
+            for one in subject.accepted([ones]):
+                off = float((subject.run(one).double() - 1).abs().max())
+                worst = max(worst, off)
+                # e4m3 rounds P by up to 2^-4; where the row sum counts P before that, many small weights are needed
+                # for it to cancel, and rows with few visible keys have few.
+                limit = 1e-2 if subject.backend.exact else 0.07
+                require(off <= limit, f"{one}: the output is off 1 by {off:.4f}; the limit is {limit:g}")
+    return f"at most {worst:.4f} off"
+
+
+@check
+def keys_are_read_in_order(subject: Subject) -> None:
+    """Rows that attend to one key return that key's value: each key, the first and the last among them."""
+    lengths = dict.fromkeys((33, 129, subject.fitting(33), subject.fitting(129)))
+    for problem in subject.accepted(subject.problem("last_key", length=length) for length in lengths):
+        # Row i attends to key i + 7, modulo the length.
+        keys = problem.key.repeat_interleave(problem.query.shape[1] // problem.key.shape[1], 1)
+        strength = 10.0 / problem.query.shape[-1] ** 0.5
+        turned = problem.changed(query=keys.roll(-7, 2) * strength, label="each row attends to one key of its own")
+        exact, _ = turned.exact()
+        row = worst_row_sqnr(exact, subject.run(turned))
+        require(row >= 10.0, f"{turned}: some row has {row:.1f} dB, as if it had read another key; needs 10 dB")
+
+
+@check
+def kv_heads_are_grouped(subject: Subject) -> None:
+    """Query head h reads KV head h // group, for every group size and for one KV head."""
+    groups = [g for g in (2, 4, 8) if subject.capabilities.gqa]
+    if not groups:
+        raise NotApplicable("declares no GQA")
+    problems = [subject.problem(groups=1, num_heads=8, num_kv_heads=8 // g, length=subject.fitting(48)) for g in groups]
+    for problem in subject.accepted(problems):
+        kv_heads = problem.key.shape[1]
+        numbers = torch.arange(1.0, kv_heads + 1, device=problem.value.device)[None, :, None, None]
+        numbered = problem.changed(value=torch.ones_like(problem.value) * numbers.to(problem.value.dtype))
+        out = subject.run(numbered).double().mean((0, 2, 3))
+        expected = torch.arange(8, device=out.device) // (8 // kv_heads) + 1
+        off = (out - expected).abs()
+        require(
+            bool((off < 0.4).all()),
+            f"{numbered}: query heads read the KV heads {[round(float(x) - 1, 2) for x in out]}; "
+            f"they must read {[int(x) - 1 for x in expected]}",
+        )
+        require_close(subject, problem, subject.run(problem))
+
+
+@check
+def causal_is_top_left(subject: Subject) -> str:
+    """Query i sees keys 0..i and no other, also where q_len and kv_len differ."""
+    if not subject.capabilities.causal:
+        raise NotApplicable("declares no causal calls")
+    shapes = [(96, 96), (129, 129)]
+    if subject.capabilities.causal_rectangular:
+        shapes += [(48, 96), (96, 48), (1, 65), (65, 1)]
+    problems = [
+        (kind, subject.problem(kind, q_len=q_len, kv_len=kv_len, causal=True))
+        for q_len, kv_len in shapes
+        for kind in ("last_key", "past_the_last_key", "normal")
+    ]
+    taken = subject.accepted(problem for _, problem in problems)
+    for kind, problem in problems:
+        if problem in taken:
+            require_close(subject, problem, subject.run(problem), kind)
+            _require_counts(subject, problem)
+    return f"{len(taken)} calls"
+
+
+def _require_counts(subject: Subject, problem: Problem) -> None:
+    """With a q of zeros, row i is the mean of the values that it sees: v counts the keys."""
+    kv_len = problem.key.shape[2]
+    visible_from = (torch.arange(kv_len, device=problem.value.device) >= kv_len // 2)[None, None, :, None]
+    counting = problem.changed(
+        query=torch.zeros_like(problem.query),
+        value=visible_from.to(problem.value.dtype).expand_as(problem.value).contiguous(),
+        label="uniform weights over the visible keys",
+    )
+    exact, _ = counting.exact()
+    off = (subject.run(counting).double() - exact).abs()
+    # A key too many or too few moves row i by at least exact * (1 - exact) / i, and e4m3's v of ones is exact.
+    limit = 0.03
+    require(
+        float(off.max()) <= limit,
+        f"{counting}: row {int(off.amax((0, 1, 3)).argmax())} is off by {float(off.max()):.3f} (limit {limit}): "
+        "it does not see exactly the keys 0..i",
+    )
+
+
+@check
+def scale_is_applied(subject: Subject) -> str:
+    """``scale`` is the factor on q.k: given, 0 (uniform weights), negative, and large."""
+    problems = [subject.problem(scale=scale) for scale in (0.02, 0.5, 0.0, -0.1)]
+    taken = subject.accepted(problems)
+    for problem in taken:
+        require_close(subject, problem, subject.run(problem), "sharp")
+        if problem.scale:
+            # In a different way than another scale would.
+            exact, _ = problem.exact()
+            default, _ = problem.changed(scale=None).exact()
+            out = subject.run(problem).double()
+            require(
+                (out - exact).square().sum() < (out - default).square().sum(),
+                f"{problem}: the output is nearer to that of the default scale",
+            )
+    return f"scales {', '.join(f'{problem.scale:g}' for problem in taken)}"
+
+
+@check
+def head_dim_v_may_differ(subject: Subject) -> None:
+    """A head_dim of v that is smaller or larger than that of q and k."""
+    if not subject.capabilities.head_dim_v_differs:
+        raise NotApplicable("declares head_dim_v equal to head_dim")
+    dim = subject.head_dim
+    for problem in subject.accepted(subject.problem(head_dim_v=d) for d in (dim // 2, dim + 8, 3 * dim)):
+        require_close(subject, problem, subject.run(problem))
+
+
+_LSE_FACTORS = {"normal": 1.0, "biased": 2.0, "sharp": 3.0}
+"""What the kinds of data may cost the log-sum-exp: logits that are larger are rounded by more."""
+
+
+@check
+def lse_is_natural(subject: Subject) -> str:
+    """The log-sum-exp: natural logarithm, float32 [B, H, q_len], of scaled logits, beside an unchanged output."""
+    problems = list(_with_lse(subject))
+    worst = 0.0
+    for kind, problem in problems:
+        out, lse = subject.run_with_lse(problem)
+        _, exact = problem.exact()
+        error = lse.double() - exact
+        off, bias = float(error.abs().max()), float(error.mean())
+        worst = max(worst, off)
+        limit = 1e-2 if subject.backend.exact else LSE_TOLERANCE * _LSE_FACTORS[kind]
+        require(
+            off <= limit,
+            f"{problem}: lse is off by {off:.3g} (limit {limit:g}); it is {float(lse.flatten()[-1]):.4f} where it "
+            f"should be {float(exact.flatten()[-1]):.4f}",
+        )
+        require(abs(bias) <= LSE_BIAS, f"{problem}: lse is off by {bias:+.3g} on the average (limit {LSE_BIAS:g})")
+        require_close(subject, problem, out, kind)
+        if subject.emulate is not None:
+            recipe = subject.emulate(problem)[1]
+            limit = 2 * float((recipe.double() - exact).abs().max()) + 1e-3 * max(1.0, float(exact.abs().max()))
+            require(off <= limit, f"{problem}: lse is off by {off:.3g}; twice the recipe's is {limit:.3g}")
+    return f"at most {worst:.3g} off"
+
+
+def _with_lse(subject: Subject) -> Iterator[tuple[str, Problem]]:
+    if not subject.capabilities.lse:
+        raise NotApplicable("declares no lse")
+    # The constant of "biased" is invisible in the output and must come back in lse.
+    for causal in subject.causal_kinds:
+        for kind in _LSE_FACTORS:
+            problems = [subject.problem(kind, causal=causal), subject.problem(kind, causal=causal, scale=0.05)]
+            yield from ((kind, problem) for problem in subject.accepted(problems, return_lse=True))
+
+
+@check
+def lse_of_exact_logits(subject: Subject) -> str:
+    """With logits of zero, the log-sum-exp is the logarithm of the number of visible keys, to 1e-3."""
+    if not subject.capabilities.lse:
+        raise NotApplicable("declares no lse")
+    worst = 0.0
+    for causal in subject.causal_kinds:
+        problems = [subject.problem("biased", length=length, causal=causal) for length in (1, 64, 65, 127)]
+        zeros = [p.changed(query=torch.zeros_like(p.query), label="q of zeros") for p in problems]
+        for problem in subject.accepted(zeros, return_lse=True):
+            _, lse = subject.run_with_lse(problem)
+            off = float((lse.double() - problem.exact()[1]).abs().max())
+            worst = max(worst, off)
+            require(off <= 1e-3, f"{problem}: lse is off by {off:.3g} (limit 1e-3): a key too many or too few")
+    return f"at most {worst:.1e} off"

@@ -1,0 +1,240 @@
+"""Inputs that find bugs: uniform or merely random ones let a wrong kernel pass.
+
+A :class:`Problem` is what a call to ``low_precision_sdpa`` takes. The kinds of data are in :data:`KINDS`; all of them
+keep logits, weights and outputs in the range of float16.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lpattn.testing.exact import exact_attention
+from lpattn.types import HadamardMode
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a call; ``causal`` and ``scale`` (None: 1/sqrt(head_dim)) matter to where some kinds put weight."""
+
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    q_len: int
+    kv_len: int
+    head_dim: int
+    head_dim_v: int
+    causal: bool = False
+    scale: float | None = None
+
+    @property
+    def softmax_scale(self) -> float:
+        """The factor on q.k."""
+        return self.head_dim**-0.5 if self.scale is None else self.scale
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """The arguments of one attention call.
+
+    Attributes:
+        query, key, value: [B, H, q_len, D], [B, Hkv, kv_len, D], [B, Hkv, kv_len, D_v].
+        attn_mask, is_causal, scale: as ``scaled_dot_product_attention`` takes them.
+        hadamard: rotation that the backend is asked for.
+        label: what it is, for messages.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    attn_mask: torch.Tensor | None = None
+    is_causal: bool = False
+    scale: float | None = None
+    hadamard: HadamardMode = HadamardMode.NONE
+    label: str = ""
+
+    def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(output, lse) in float64, by the formula."""
+        return exact_attention(self.query, self.key, self.value, self.attn_mask, self.is_causal, self.scale)
+
+    def changed(self, **changes: Any) -> Problem:
+        """A copy with other values of some attributes."""
+        return dataclasses.replace(self, **changes)
+
+    def with_scale(self, factor: float) -> Problem:
+        """The same with the softmax scale times a factor."""
+        scale = self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
+        return self.changed(scale=scale * factor)
+
+    def __str__(self) -> str:
+        q, k, v = self.query, self.key, self.value
+        text = f"{self.label}: q {list(q.shape)} {str(q.dtype).removeprefix('torch.')}"
+        if k.shape != q.shape or v.shape != q.shape:
+            text += f", k {list(k.shape)}, v {list(v.shape)}"
+        text += ", causal" if self.is_causal else ""
+        if self.attn_mask is not None:
+            text += f", attn_mask {list(self.attn_mask.shape)} {str(self.attn_mask.dtype).removeprefix('torch.')}"
+        text += "" if self.scale is None else f", scale {self.scale:g}"
+        return text + ("" if self.hadamard is HadamardMode.NONE else f", hadamard {self.hadamard}")
+
+
+def _normal(sizes: Sizes, generator: torch.Generator) -> Tensors:
+    def make(heads: int, length: int, dim: int) -> torch.Tensor:
+        return torch.randn(sizes.batch, heads, length, dim, generator=generator)
+
+    q = make(sizes.num_heads, sizes.q_len, sizes.head_dim)
+    k = make(sizes.num_kv_heads, sizes.kv_len, sizes.head_dim)
+    return q, k, make(sizes.num_kv_heads, sizes.kv_len, sizes.head_dim_v)
+
+
+def _codes(*shape: int, generator: torch.Generator) -> torch.Tensor:
+    """Random signs: exact in every low-precision format, and all but orthogonal to each other."""
+    return torch.randint(0, 2, shape, generator=generator).float() * 2 - 1
+
+
+def _grouped(per_kv_head: torch.Tensor, sizes: Sizes) -> torch.Tensor:
+    return per_kv_head.repeat_interleave(sizes.num_heads // sizes.num_kv_heads, 1)
+
+
+def _soft(sizes: Sizes, generator: torch.Generator) -> Tensors:
+    """Logits with a standard deviation of 0.25: nearly uniform weights."""
+    q, k, v = _normal(sizes, generator)
+    return q * 0.25 / (sizes.softmax_scale * sizes.head_dim**0.5), k, v
+
+
+def _sharp(sizes: Sizes, generator: torch.Generator) -> Tensors:
+    """Logits with a standard deviation of 3: a few keys have most of the weight."""
+    q, k, v = _normal(sizes, generator)
+    return q * 3.0 / (sizes.softmax_scale * sizes.head_dim**0.5), k, v
+
+
+def _heads_of_different_scale(sizes: Sizes, generator: torch.Generator) -> Tensors:
+    q, k, v = _normal(sizes, generator)
+    size = 2.0 ** (torch.arange(sizes.num_kv_heads) % 7 - 3)[None, :, None, None]
+    batches = 2.0 ** (torch.arange(sizes.batch) % 3)[:, None, None, None]
+    return q / _grouped(size, sizes), k * size, v * size * batches
+
+
+def _outlier_channels(sizes: Sizes, generator: torch.Generator) -> Tensors:
+    """One channel of k and one of v ten times as large as the others; logits stay as they are."""
+    q, k, v = _normal(sizes, generator)
+    channel = sizes.head_dim // 3
+    q[..., channel] /= 10
+    k[..., channel] *= 10
+    v[..., sizes.head_dim_v // 2] *= 10
+    return q, k, v
+
+
+def _biased(sizes: Sizes, generator: torch.Generator) -> Tensors:
+    """A constant per channel on k, which softmax ignores but lse does not, and on v, which comes out as it is."""
+    q, k, v = _normal(sizes, generator)
+    k += torch.randn(sizes.batch, sizes.num_kv_heads, 1, sizes.head_dim, generator=generator) * 2
+    v += torch.randn(sizes.batch, sizes.num_kv_heads, 1, sizes.head_dim_v, generator=generator)
+    return q, k, v
+
+
+def _sink(sizes: Sizes, generator: torch.Generator) -> Tensors:
+    """The first key has about half of the weight of every row, as attention sinks have."""
+    q, k, v = _normal(sizes, generator)
+    direction = _codes(sizes.batch, sizes.num_kv_heads, 1, sizes.head_dim, generator=generator)
+    per_lane = math.log(max(sizes.kv_len, 2)) / (sizes.head_dim * sizes.softmax_scale)
+    q += _grouped(direction, sizes)
+    k[:, :, :1] = direction * per_lane
+    return q, k, v
+
+
+def _peak_and_tails(sizes: Sizes, generator: torch.Generator) -> Tensors:
+    """The first key has half of the weight, many small ones share the rest, and the two halves of v are opposed.
+
+    The small weights lie about 1 / kv_len below the peak, spread over a factor of 4: where they underflow, are clipped
+    against the peak, or enter the sum otherwise than the product, the output moves as a whole.
+    """
+    q, k, v = _normal(sizes, generator)
+    signs = _codes(sizes.batch, sizes.num_kv_heads, 1, sizes.head_dim, generator=generator)
+    q[:] = _grouped(signs, sizes)
+    # Lanes of many sizes, so that the rounding of k has no direction.
+    size = torch.rand(sizes.batch, sizes.num_kv_heads, sizes.kv_len, sizes.head_dim, generator=generator) + 0.5
+    size /= size.sum(-1, keepdim=True) * sizes.softmax_scale
+    depth = math.log(max(sizes.kv_len, 2))
+    spread = (torch.rand(sizes.batch, sizes.num_kv_heads, sizes.kv_len, 1, generator=generator) - 0.5) * math.log(4.0)
+    spread[:, :, 0] = depth
+    k[:] = signs * size * (spread - depth / 2)
+    v[:, :, :1] = 1.0 + 0.25 * v[:, :, :1]
+    v[:, :, 1:] = -1.0 + 0.25 * v[:, :, 1:]
+    return q, k, v
+
+
+def _needle(sizes: Sizes, generator: torch.Generator, offset: int) -> Tensors:
+    _, _, v = _normal(sizes, generator)
+    k = _codes(sizes.batch, sizes.num_kv_heads, sizes.kv_len, sizes.head_dim, generator=generator)
+    last = torch.full((sizes.q_len,), sizes.kv_len - 1)
+    if sizes.causal:
+        last = torch.arange(sizes.q_len).clamp_max(sizes.kv_len - 1)
+    target = (last + offset).clamp_max(sizes.kv_len - 1)
+    strength = 8.0 / (sizes.head_dim * sizes.softmax_scale)
+    return _grouped(k, sizes)[:, :, target] * strength, k, v
+
+
+def _last_key(sizes: Sizes, generator: torch.Generator) -> Tensors:
+    """Every row attends to the last key that it may see."""
+    return _needle(sizes, generator, 0)
+
+
+def _past_the_last_key(sizes: Sizes, generator: torch.Generator) -> Tensors:
+    """Every row would attend to the key after the last one that it may see."""
+    return _needle(sizes, generator, 1)
+
+
+def _large_values(sizes: Sizes, generator: torch.Generator) -> Tensors:
+    """Values past what e4m3 holds without a scale, with ordinary logits."""
+    q, k, v = _normal(sizes, generator)
+    return q / 64, k * 64, v * 700
+
+
+def _small_values(sizes: Sizes, generator: torch.Generator) -> Tensors:
+    """Values below what e4m3 holds without a scale, with ordinary logits."""
+    q, k, v = _normal(sizes, generator)
+    return q * 64, k / 64, v / 2048
+
+
+Kind = Callable[[Sizes, torch.Generator], Tensors]
+
+KINDS: dict[str, Kind] = {
+    "normal": _normal,
+    "soft": _soft,
+    "sharp": _sharp,
+    "heads_of_different_scale": _heads_of_different_scale,
+    "outlier_channels": _outlier_channels,
+    "biased": _biased,
+    "sink": _sink,
+    "peak_and_tails": _peak_and_tails,
+    "last_key": _last_key,
+    "past_the_last_key": _past_the_last_key,
+    "large_values": _large_values,
+    "small_values": _small_values,
+}
+"""Every kind of data by name."""
+
+
+def make_problem(
+    kind: str,
+    sizes: Sizes,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    attn_mask: torch.Tensor | None = None,
+    hadamard: HadamardMode = HadamardMode.NONE,
+    seed: int = 0,
+) -> Problem:
+    """A problem of one kind; the same arguments give the same values on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (x.to(device=device, dtype=dtype) for x in KINDS[kind](sizes, generator))
+    mask = None if attn_mask is None else attn_mask.to(device)
+    return Problem(q, k, v, mask, sizes.causal, sizes.scale, hadamard, kind.replace("_", " "))

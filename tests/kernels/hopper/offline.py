@@ -1,0 +1,112 @@
+"""Compiles the Hopper kernel on any machine and prints what ptxas made of it; a script, since tests are interpreted.
+
+`python offline.py 128:step 64:quadratic-causal-lse ...`: head_dim, then what is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from lpattn.kernels.hopper.attention import ROWS, attention
+from lpattn.kernels.hopper.launch import EXPONENTIALS, layout_of, tile_of
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def compile_kernel(dim: int, asked: set[str]) -> Any:
+    """The compiled kernel."""
+    lanes, tile = tile_of(dim)
+
+    def descriptor(rows: int, columns: int) -> str:
+        return f"tensordesc<fp8e4nv[{rows}, {columns}],{layout_of(columns)!r}>"
+
+    types = dict.fromkeys(("q_scale", "k_scale", "v_scale", "v_constant"), "*fp32")
+    types |= dict.fromkeys(("heads", "kv_heads", "q_len", "kv_len", "q_tiles", "tiles"), "i32")
+    types |= {"out": "*fp16" if "half" in asked else "*bf16", "lse": "*fp32", "lse_shift": "*fp32", "counts": "*i32"}
+    types |= {"q_desc": descriptor(ROWS.value, lanes), "k_desc": descriptor(tile.keys, lanes)}
+    types |= {"v_desc": descriptor(lanes, tile.keys)}
+    constants = {
+        "BN": tile.keys, "D": lanes, "STAGES": tile.stages, "CONSUMERS": tile.consumers, "CAUSAL": "causal" in asked,
+        "KIND": next(kind for name, kind in EXPONENTIALS.items() if name in asked), "PARTS": tile.parts,
+        "LATE": tile.late, "DIM": dim, "LANES": lanes, "REGISTERS": tile.registers,
+    }  # fmt: skip
+    if "lse" not in asked:
+        constants |= {"lse": None, "lse_shift": None}
+    if "keys" not in asked:
+        constants |= {"counts": None}
+    names = attention.arg_names
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    places = {(names.index(name),): value for name, value in constants.items()}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    source = GluonASTSource(fn=attention, signature=signature, constexprs=places, attrs=aligned)
+    options = {"num_warps": 4, "maxnreg": tile.mean_registers}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def run(tool: str | Path, *arguments: str, data: bytes, suffix: str) -> str:
+    """Output of one of the compiler's tools on a file."""
+    with tempfile.NamedTemporaryFile(suffix=suffix) as file:
+        file.write(data)
+        file.flush()
+        done = subprocess.run([tool, *arguments, file.name], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{tool} failed: {done.stderr[-2000:]}")
+    return done.stdout + done.stderr
+
+
+def main_loop(sass: str) -> list[str]:
+    """Instructions of the smallest loop with two products of scores and P: the one over most key tiles."""
+    rows = []
+    for line in sass.splitlines():
+        if found := re.match(r"\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)(.*)", line):
+            rows.append((int(found[1], 16), found[2], found[3]))
+    loops = []
+    for address, name, rest in rows:
+        target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
+        if target is not None and (start := int(target[1], 16)) < address:
+            body = [n for a, n, _ in rows if start <= a <= address]
+            # Packed arithmetic makes P; epilogues have none of it.
+            if sum(n.startswith("QGMMA") for n in body) >= 4 and sum(n.startswith("HFMA2") for n in body) >= 16:
+                loops.append(body)
+    return min(loops, key=len)
+
+
+def report(configuration: str) -> dict[str, Any]:
+    """What is to be known of one configuration."""
+    dim, asked = configuration.split(":")
+    compiled = compile_kernel(int(dim), set(asked.split("-")))
+    ptxas = run(
+        get_ptxas(90).path,
+        "-v",
+        "--gpu-name=sm_90a",
+        "-o",
+        "/dev/null",
+        data=compiled.asm["ptx"].encode(),
+        suffix=".ptx",
+    )
+    body = main_loop(run(TOOLS / "cuobjdump", "--dump-sass", data=compiled.asm["cubin"], suffix=".cubin"))
+    return {
+        "configuration": configuration,
+        "triton": triton.__version__,
+        "serialized": [line for line in ptxas.splitlines() if "C75" in line or "serializ" in line],
+        "instructions": len(body),
+        "spills_in_loop": sum(name.startswith(("LDL", "STL")) for name in body),
+        "exponentials_in_loop": sum(name.startswith("MUFU.EX2") for name in body),
+        "shared": compiled.metadata.shared,
+    }
+
+
+if __name__ == "__main__":
+    for configuration in sys.argv[1:]:
+        print(json.dumps(report(configuration)), flush=True)

@@ -1,0 +1,56 @@
+"""What the compiler makes of the Hopper kernel, on any machine: products overlap, and the main loop does not spill."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton, in which the kernel is written, is not installed")
+
+# A multiprocessor's shared memory that one program can have.
+SHARED = 227 * 1024
+
+CONFIGURATIONS = [
+    "64:step",
+    "64:quadratic-causal-lse-keys",
+    "128:linear",
+    "128:step",
+    "128:step-causal",
+    "80:quadratic-lse-keys-half",
+]
+
+
+def compiled(folder: Path, configurations: list[str]) -> list[dict[str, object]]:
+    """What the script says of each configuration, in a process in which nothing is interpreted or cached."""
+    script = Path(__file__).with_name("offline.py")
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-W", "ignore", str(script), *configurations]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [kernel["configuration"] for kernel in found] == configurations
+    return found
+
+
+@pytest.mark.slow
+def test_products_overlap_and_nothing_spills_in_the_main_loop(tmp_path, record_property) -> None:
+    for kernel in compiled(tmp_path, CONFIGURATIONS):
+        record_property(str(kernel["configuration"]), json.dumps(kernel))
+        assert kernel["serialized"] == [], kernel
+        assert kernel["spills_in_loop"] == 0, kernel
+        # P without MUFU; what is left are the factors between tiles, two rows to a thread.
+        assert 0 < kernel["exponentials_in_loop"] <= 2, kernel
+        assert kernel["shared"] <= SHARED, kernel
+
+
+@pytest.mark.slow
+def test_head_dim_256_compiles(tmp_path) -> None:
+    (kernel,) = compiled(tmp_path, ["256:step"])
+    assert kernel["serialized"] == []
+    assert kernel["shared"] <= SHARED

@@ -1,0 +1,158 @@
+"""Compiles the kernels for GPUs that are not there, and prints what came out; a script, since tests are interpreted.
+
+`python offline.py 90:128 89:64-causal 80:128-int8 ...` prints a line of JSON for every attention or mask kernel that
+these launch, compiled with the arguments, constants and warps that it would be launched with. A configuration is a
+compute capability, a head_dim, and what is asked for: causal, window, bool, additive, padding, int8, qkv, f16, lse.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lpattn.kernels import attention, mask_tiles, shapes
+from lpattn.quantize.fused import PerBlock, Precision
+from lpattn.types import HadamardMode
+
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+    torch.bool: "*i1",
+}
+LAUNCH = inspect.signature(attention.launch)
+
+
+def operands(dim: int, asked: set[str]) -> PerBlock:
+    """Operands as the quantization would write them."""
+    batch, heads, kv_heads, length = 1, 8, 2, 1024
+    precision = Precision.INT8_F16 if "int8" in asked else Precision.E4M3
+    hadamard = HadamardMode.QKV if "qkv" in asked else HadamardMode.NONE
+    lanes = max(1 << (dim - 1).bit_length(), 32)
+    stored = lanes if "qkv" in asked else -(-dim // 16) * 16
+    eight = torch.float8_e4m3fn if precision is Precision.E4M3 else torch.int8
+    value = torch.empty(batch, kv_heads, length // 128, stored if "qkv" in asked else dim, 128).to(eight)
+    if precision is Precision.INT8_F16:
+        value = torch.empty(batch, kv_heads, length, stored, dtype=torch.float16)
+    return PerBlock(
+        query=torch.empty(batch, heads, length, stored).to(eight),
+        q_scale=torch.empty(batch, heads, length),
+        key=torch.empty(batch, kv_heads, length, stored).to(eight),
+        k_scale=torch.empty(batch, kv_heads, length // 128),
+        value=value,
+        v_scale=torch.empty(batch, kv_heads, length // 128),
+        k_constant=torch.empty(batch, kv_heads, lanes),
+        v_constant=torch.empty(batch, kv_heads, lanes),
+        key_counts=torch.empty(batch, dtype=torch.int32) if "padding" in asked else None,
+        lse_shift=torch.empty(batch, heads, length) if "lse" in asked else None,
+        hadamard=hadamard,
+        kv_len=length,
+        dim_v=dim,
+        buffer=torch.empty(0),
+    )
+
+
+def launches(capability: int, dim: int, asked: set[str], shape: shapes.TileShape | None) -> list[dict[str, Any]]:
+    """The arguments of every launch, by name; nothing runs."""
+    recorded: list[dict[str, Any]] = []
+    for module in (attention, mask_tiles):
+        module.launch = lambda *args, **kwargs: recorded.append(LAUNCH.bind(*args, **kwargs).arguments)
+    shape = shape or shapes.tile_shape(
+        divmod(capability, 10), max(1 << (dim - 1).bit_length(), 32), "additive" in asked
+    )
+    mask, band = None, attention.Band()
+    if "causal" in asked:
+        band = attention.Band(after=0)
+    elif "window" in asked:
+        band = attention.Band(before=256, after=0)
+    elif asked & {"bool", "additive"}:
+        dense = torch.empty(1, 1, 1024, 1024, dtype=torch.bool if "bool" in asked else torch.bfloat16)
+        mask = mask_tiles.list_mask_tiles(dense, 1024, shape.queries, shape.keys)
+    dtype = torch.float16 if "f16" in asked else torch.bfloat16
+    attention.attend(operands(dim, asked), shape, dtype, band=band, mask=mask, return_lse="lse" in asked)
+    return recorded
+
+
+def compile_for(capability: int, launch: dict[str, Any]) -> Any:
+    """What the compiler makes of a launch."""
+    kernel = launch["kernel"]
+    values = dict(zip(kernel.arg_names, (*launch["tensors"], *launch["numbers"], *launch["constants"]), strict=True))
+    types, constants, aligned = {}, {}, {}
+    for index, (name, value) in enumerate(values.items()):
+        if isinstance(value, torch.Tensor):
+            types[name] = TYPES[value.dtype]
+            aligned[(index,)] = [["tt.divisibility", 16]]
+        elif value is None or name.isupper():
+            types[name], constants[name] = "constexpr", value
+        else:
+            types[name] = "fp32" if isinstance(value, float) else "i32"
+    constants["INTERPRETED"] = False
+    return triton.compile(
+        ASTSource(kernel, types, {k: v for k, v in constants.items() if k in types}, aligned),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": launch["num_warps"]},
+    )
+
+
+def described(compiled: Any) -> dict[str, Any]:
+    usage, code = dumped(compiled.asm["cubin"], "-res-usage"), dumped(compiled.asm["cubin"], "-sass")
+    return {
+        "registers": int(re.findall(r"\bREG:(\d+)", usage)[0]),
+        "stack": int(re.findall(r"\bSTACK:(\d+)", usage)[0]),
+        "shared": compiled.metadata.shared,
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        "hot_loop": hot_loop(code),
+    }
+
+
+def hot_loop(code: str) -> dict[str, int]:
+    """How often every kind of instruction occurs in the shortest loop that computes exponentials."""
+    rows = [
+        (int(at, 16), name, rest)
+        for at, name, rest in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)(.*)", code)
+    ]
+    best: list[str] = []
+    for at, name, rest in rows:
+        target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
+        if target and int(target[1], 16) < at:
+            inside = [other for place, other, _ in rows if int(target[1], 16) <= place <= at]
+            if sum(other.startswith("MUFU.EX2") for other in inside) >= 8 and (not best or len(inside) < len(best)):
+                best = inside
+    kinds = [re.sub(r"^((?:MUFU|F2FP|F2F|HADD2)\.\w+|\w+).*", r"\1", name) for name in best]
+    counts = {kind: kinds.count(kind) for kind in set(kinds)}
+    spills = sum(kind in ("STL", "LDL") for kind in kinds)
+    return {"all": len(kinds), "spills": spills, **dict(sorted(counts.items(), key=lambda item: -item[1])[:14])}
+
+
+def dumped(cubin: bytes, option: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+if __name__ == "__main__":
+    for configuration in sys.argv[1:]:
+        capability, asked = configuration.split(":")
+        dim, *options = asked.split("-")
+        sizes = [int(o) for o in options if o.isdigit()]
+        shape = shapes.TileShape(*sizes, sum_by_product="sum" not in options) if sizes else None
+        for launch in launches(int(capability), int(dim), set(options), shape):
+            found = described(compile_for(int(capability), launch))
+            name = launch["kernel"].fn.__name__
+            print(json.dumps({"configuration": configuration, "kernel": name, **found}), flush=True)

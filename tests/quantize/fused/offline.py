@@ -1,0 +1,117 @@
+"""Compiles the passes for GPUs that are not there, and prints what came out; a script, since tests are interpreted.
+
+`python offline.py 90:128-half 100:64 ...` prints a line of JSON for every kernel that these launch, compiled with the
+arguments, constants and options that it would be launched with. A configuration is a compute capability, a head_dim,
+and what is asked for: a rotation (half, interleaved, partial), a Hadamard mode (qkv, v_only), and keys, a padding mask
+with lse. Where Triton refuses a kernel, the line says so.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lpattn.quantize import fused
+from lpattn.quantize.fused import operands
+from lpattn.quantize.fused.launcher import Launch
+from lpattn.quantize.fused.layout import PART
+from lpattn.types import HadamardMode
+
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int32: "*i32",
+    torch.bool: "*i1",
+}
+
+Recorded = list[tuple[Launch, tuple[Any, ...]]]
+
+
+def launches(capability: int, dim: int, *asked: str) -> Recorded:
+    """Every launch with its tensors; nothing runs."""
+    recorded: Recorded = []
+    Launch.__call__ = lambda launch, tensors: recorded.append((launch, tensors))  # type: ignore[method-assign]
+    operands.overlaps_on = lambda device: capability >= 90
+    operands._plan.cache_clear()
+    operands._restore.cache_clear()
+    q = torch.zeros(2, 1024, 8, dim, dtype=torch.bfloat16).transpose(1, 2)
+    k = torch.zeros(2, 1024, 2, dim, dtype=torch.bfloat16).transpose(1, 2)
+    options: dict[str, Any] = {}
+    if {"half", "interleaved", "partial"} & set(asked):
+        table = torch.zeros(1, 1024, 1, dim // (2 if "partial" in asked else 1))
+        options["rope"] = fused.rotation_of(q, k, [table] * 4, "interleaved" in asked)
+    for mode in HadamardMode:
+        if mode.value in asked:
+            options["hadamard"] = mode
+    if "keys" in asked:
+        options["keys"] = fused.used_keys(torch.ones(2, 1, 1, 1024, dtype=torch.bool), 2, 1024)
+        options["with_lse_shift"] = True
+    quantized = fused.quantize_per_head(q, k, k, **options)
+    out = torch.zeros(2, 1024, 8, dim, dtype=torch.bfloat16)
+    fused.restore_output(out, quantized, torch.float16 if "keys" in asked else torch.bfloat16)
+    return recorded
+
+
+def compile_for(capability: int, launch: Launch, tensors: tuple[Any, ...]) -> dict[str, Any]:
+    """What the compiler made of a launch."""
+    kernel = launch._kernel
+    values = dict(zip(kernel.arg_names, (*tensors, *launch._rest), strict=True))
+    types, constants, aligned = {}, {}, {}
+    for index, (name, value) in enumerate(values.items()):
+        if isinstance(value, torch.Tensor):
+            types[name] = TYPES[value.dtype]
+            aligned[(index,)] = [["tt.divisibility", 16]]
+        elif value is None or name.isupper():
+            types[name], constants[name] = "constexpr", value
+        else:
+            types[name] = "fp32" if isinstance(value, float) else "i32"
+    options = {name: value for name, value in launch._options.items() if value is not None}
+    try:
+        compiled = triton.compile(
+            ASTSource(kernel, types, constants, aligned), target=GPUTarget("cuda", capability, 32), options=options
+        )
+    except triton.CompilationError as error:
+        return {"kernel": kernel.fn.__name__, "refused": str(error).strip().splitlines()[-1]}
+    ptx = compiled.asm["ptx"]
+    loads = re.findall(r"\bld\.global[.\w:]*|\bcp\.async\.c.*\b0x10\b", ptx)
+    usage = resources(compiled.asm["cubin"])
+    return {
+        "kernel": kernel.fn.__name__,
+        "registers": int(re.findall(r"\bREG:(\d+)", usage)[0]),
+        "stack": int(re.findall(r"\bSTACK:(\d+)", usage)[0]),
+        # Of 16 bytes; of the 2 bytes of one element.
+        "wide": sum(load.endswith((".v4.b32", ".v2.b64", "0x10")) for load in loads),
+        "narrow": sum(load.endswith((".b16", ".u16")) and ".v" not in load for load in loads),
+        # 16 bytes for each thread are so many loads of a tile.
+        "per_tile": constants.get("TOKENS", PART.value) * constants.get("D", 0) // (8 * 32 * options["num_warps"]),
+    }
+
+
+def resources(cubin: bytes) -> str:
+    """Registers and stack of a kernel, as cuobjdump prints them."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+
+
+if __name__ == "__main__":
+    for configuration in sys.argv[1:]:
+        capability, asked = configuration.split(":")
+        dim, *options = asked.split("-")
+        for launch, tensors in launches(int(capability), int(dim), *options):
+            found = compile_for(int(capability), launch, tensors)
+            print(json.dumps({"configuration": configuration, **found}), flush=True)

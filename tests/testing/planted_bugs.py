@@ -1,0 +1,634 @@
+"""A correct FP8 backend in small steps, and many with one bug each in one of the steps.
+
+``BUGS`` maps each bug's name to its class, to the check that must find it, and to a part of what the check must say.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from lpattn import Backend, Capabilities, CausalKind, HadamardMode, MaskKind, Reason, Rope
+from lpattn.quantize import Granularity, hadamard_transform, quantize_e4m3, round_e4m3
+from lpattn.rope import rotate_heads_first
+
+FLOATS = frozenset({torch.bfloat16, torch.float16, torch.float32})
+
+
+class Honest(Backend):
+    """e4m3 with a scale per head, k smoothed, P times 2^8, every step a method of its own."""
+
+    name = "honest"
+    automatic = False
+    capabilities = Capabilities(
+        dtypes=FLOATS,
+        head_dim_v_differs=True,
+        masks=frozenset(MaskKind),
+        causal_rectangular=True,
+        lse=True,
+        hadamard=frozenset(HadamardMode),
+        rope=True,
+    )
+    p_scale = 256.0
+
+    def probe(self, device: torch.device) -> list[Reason]:
+        return [] if device.type == "cpu" else [Reason("device", f"{device}: runs on the CPU")]
+
+    def attention(self, query, key, value, call, attn_mask=None, dropout_p=0.0):
+        visible, bias = self.visible(query, key, call, attn_mask)
+        hidden = ~visible.expand(*query.shape[:3], key.shape[2])
+        seen = ~hidden.all((1, 2))[:, None, :, None] if call.mask is not MaskKind.NONE else None
+        q, k, v = query.float(), self.expand(key, call).float(), self.expand(value, call).float()
+        if seen is not None:
+            k, v = self.without_hidden(k, seen), self.without_hidden(v, seen)
+        constant = k.nan_to_num(nan=0.0).mean(2, keepdim=True) if k.shape[2] else 0.0
+        wide_q, k = q, k - constant
+        if call.hadamard is HadamardMode.QKV:
+            q, k = self.rotate_qk(q, k)
+        if call.hadamard is not HadamardMode.NONE:
+            v = hadamard_transform(v)
+        q, k, v = self.quantize(q), self.quantize(k), self.quantize(v)
+        logits = q @ k.mT * self.scale(call)
+        if bias is not None:
+            logits = logits + bias.float()
+        logits = logits.masked_fill(hidden, -torch.inf)
+        top = logits.amax(-1, keepdim=True)
+        weights = (logits - top.masked_fill(top == -torch.inf, 0.0)).exp()
+        p, total = self.round_p(weights)
+        out = self.product(p, v) / total
+        lse = top + (total / self.p_scale).log()
+        if call.hadamard is not HadamardMode.NONE:
+            out = self.rotate_back(out)[..., : call.head_dim_v]
+        out = self.clean(out, (top == -torch.inf))
+        lse = self.correct_lse(lse, wide_q, constant, call).squeeze(-1)
+        lse = self.clean_lse(lse, (top == -torch.inf).squeeze(-1))
+        return (self.finish(out, call), lse) if call.return_lse else self.finish(out, call)
+
+    def rope_attention(self, query, key, value, cos, sin, call, attn_mask=None, dropout_p=0.0, cos_k=None, sin_k=None):
+        q, k = rotate_heads_first(query.float(), key.float(), cos, sin, cos_k, sin_k, call.rope.interleaved)
+        return self.attention(q, k, value.transpose(1, 2).float(), call, attn_mask)
+
+    # Steps
+
+    def visible(self, query, key, call, attn_mask):
+        seen = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool)
+        if call.causal is CausalKind.TOP_LEFT:
+            seen = seen.tril()
+        if attn_mask is None:
+            return seen, None
+        return (seen & attn_mask, None) if attn_mask.dtype == torch.bool else (seen, attn_mask)
+
+    def expand(self, x, call):
+        return x.repeat_interleave(call.num_heads // call.num_kv_heads, 1)
+
+    def without_hidden(self, x, seen):
+        return torch.where(seen, x, 0.0)
+
+    def rotate_qk(self, q, k):
+        return hadamard_transform(q), hadamard_transform(k)
+
+    def rotate_back(self, out):
+        return hadamard_transform(out)
+
+    def quantize(self, x):
+        made = quantize_e4m3(x.contiguous(), Granularity.PER_HEAD)
+        return made.data.float() * made.broadcast_scale()
+
+    def scale(self, call):
+        return call.softmax_scale
+
+    def round_p(self, weights):
+        p = round_e4m3(weights * self.p_scale).float()
+        return p, p.sum(-1, keepdim=True)
+
+    def product(self, p, v):
+        return p @ v
+
+    def clean(self, out, nothing):
+        return out.masked_fill(nothing, 0.0)
+
+    def clean_lse(self, lse, nothing):
+        return lse.masked_fill(nothing, -torch.inf)
+
+    def correct_lse(self, lse, q, constant, call):
+        return lse + (q * constant).sum(-1, keepdim=True) * call.softmax_scale
+
+    def finish(self, out, call):
+        return out.to(call.dtype)
+
+
+@dataclass(frozen=True)
+class Bug:
+    """A backend with a bug, the check that must find it, and a part of the check's message."""
+
+    backend: type[Backend]
+    check: str
+    says: str
+
+
+BUGS: dict[str, Bug] = {}
+
+
+def bug(check: str, says: str):
+    """Add a class to BUGS, under a name made of its own."""
+
+    def add(cls: type[Backend]) -> type[Backend]:
+        name = "".join(f"_{c.lower()}" if c.isupper() else c for c in cls.__name__).lstrip("_")
+        cls.name = f"planted_{name}"
+        BUGS[name] = Bug(cls, check, says)
+        return cls
+
+    return add
+
+
+# Where softmax looks
+
+
+@bug("causal_is_top_left", "it does not see exactly the keys 0..i")
+class CausalOnTheWrongSide(Honest):
+    def visible(self, query, key, call, attn_mask):
+        seen, bias = super().visible(query, key, call, attn_mask)
+        return (
+            seen.mT.contiguous() if call.causal is CausalKind.TOP_LEFT and call.q_len == call.kv_len else seen
+        ), bias
+
+
+@bug("causal_is_top_left", "it does not see exactly the keys 0..i")
+class CausalBottomRight(Honest):
+    def visible(self, query, key, call, attn_mask):
+        seen, bias = super().visible(query, key, call, attn_mask)
+        if call.causal is CausalKind.TOP_LEFT:
+            seen = torch.ones_like(seen).tril(call.kv_len - call.q_len)
+        return seen, bias
+
+
+@bug("causal_is_top_left", "dB against exact attention")
+class CausalSeesOneKeyTooMany(Honest):
+    def visible(self, query, key, call, attn_mask):
+        seen, bias = super().visible(query, key, call, attn_mask)
+        return (torch.ones_like(seen).tril(1) if call.causal is CausalKind.TOP_LEFT else seen), bias
+
+
+@bug("lse_of_exact_logits", "a key too many or too few")
+class LastKeyDropped(Honest):
+    def visible(self, query, key, call, attn_mask):
+        seen, bias = super().visible(query, key, call, attn_mask)
+        seen = seen.clone()
+        if call.kv_len > 1:
+            seen[..., -1] = False
+        return seen, bias
+
+
+@bug("keys_are_read_in_order", "as if it had read another key")
+class LastTileDropped(Honest):
+    def visible(self, query, key, call, attn_mask):
+        seen, bias = super().visible(query, key, call, attn_mask)
+        tail = call.kv_len % 64
+        if call.kv_len > 64 and tail:
+            seen = seen.clone()
+            seen[..., -tail:] = False
+        return seen, bias
+
+
+@bug("masks_are_honoured", "dB against exact attention")
+class MaskOfTheFirstHeadForAll(Honest):
+    def visible(self, query, key, call, attn_mask):
+        return super().visible(query, key, call, attn_mask if attn_mask is None else attn_mask[:, :1])
+
+
+@bug("masks_are_honoured", "dB against exact attention")
+class MaskOfTheFirstBatchEntryForAll(Honest):
+    def visible(self, query, key, call, attn_mask):
+        return super().visible(query, key, call, attn_mask if attn_mask is None else attn_mask[:1])
+
+
+@bug("masks_are_honoured", "dB against exact attention")
+class MaskOfTheFirstQueryForAll(Honest):
+    def visible(self, query, key, call, attn_mask):
+        return super().visible(query, key, call, attn_mask if attn_mask is None else attn_mask[:, :, :1])
+
+
+@bug("masks_are_honoured", "dB against exact attention")
+class AdditiveMaskScaled(Honest):
+    def visible(self, query, key, call, attn_mask):
+        seen, bias = super().visible(query, key, call, attn_mask)
+        return seen, None if bias is None else bias * call.softmax_scale
+
+
+@bug("masks_are_honoured", "dB against exact attention")
+class AdditiveMaskReadAsBool(Honest):
+    def visible(self, query, key, call, attn_mask):
+        return super().visible(query, key, call, None if attn_mask is None else attn_mask.to(torch.bool))
+
+
+@bug("masks_are_honoured", "dB against exact attention")
+class MaskIgnored(Honest):
+    def visible(self, query, key, call, attn_mask):
+        return super().visible(query, key, call, None)
+
+
+@bug("rows_without_keys", "must be 0")
+class RowsWithoutKeysAreMeans(Honest):
+    def clean(self, out, nothing):
+        return out.nan_to_num(nan=0.5)
+
+
+@bug("rows_without_keys", "lse of rows without keys must be -inf")
+class RowsWithoutKeysHaveALse(Honest):
+    def clean_lse(self, lse, nothing):
+        return lse.masked_fill(nothing, -1e4)
+
+
+@bug("hidden_keys_have_no_influence", "dB")
+class PaddingEntersTheScale(Honest):
+    def without_hidden(self, x, seen):
+        return x
+
+
+@bug("kv_heads_are_grouped", "they must read [0, 0, 1, 1, 2, 2, 3, 3]")
+class KvHeadsInterleaved(Honest):
+    def expand(self, x, call):
+        return x.repeat(1, call.num_heads // call.num_kv_heads, 1, 1)
+
+
+@bug("kv_heads_are_grouped", "they must read")
+class KvHeadZeroForAll(Honest):
+    def expand(self, x, call):
+        return x[:, :1].expand(-1, call.num_heads, -1, -1) if call.num_kv_heads < call.num_heads else x
+
+
+# Scales
+
+
+@bug("scales_are_exact", "times what it should be, far beyond what rounding explains")
+class ValueScaleOnePercentOff(Honest):
+    def product(self, p, v):
+        return p @ v * 1.01
+
+
+@bug("scales_are_exact", "times as sharp as it should be")
+class KeyScaleOnePercentOff(Honest):
+    def scale(self, call):
+        return call.softmax_scale * 1.01
+
+
+@bug("scale_is_applied", "dB against exact attention")
+class ScaleIgnored(Honest):
+    def scale(self, call):
+        return call.head_dim**-0.5
+
+
+@bug("scale_is_applied", "dB against exact attention")
+class ScaleZeroReadAsDefault(Honest):
+    def scale(self, call):
+        return call.softmax_scale or call.head_dim**-0.5
+
+
+@bug("accuracy", "large values")
+class NoScaleForValues(Honest):
+    def quantize(self, x):
+        return x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+
+
+@bug("small_weights_count", "Small weights underflow")
+class PNotScaled(Honest):
+    p_scale = 1.0
+
+
+@bug("small_weights_count", "the large one is clipped")
+class PClipped(Honest):
+    def round_p(self, weights):
+        p = round_e4m3((weights * 512.0).clamp_max(448.0)).float() / 2
+        return p, p.sum(-1, keepdim=True)
+
+
+@bug("weights_sum_to_one", "the output is off 1 by")
+class PClippedButNotInTheSum(Honest):
+    def round_p(self, weights):
+        p = round_e4m3((weights * 512.0).clamp_max(448.0)).float() / 2
+        return p, (weights * self.p_scale).sum(-1, keepdim=True)
+
+
+@bug("weights_sum_to_one", "the output is off 1 by")
+class RowSumSkipsTheLastKey(Honest):
+    def round_p(self, weights):
+        p, total = super().round_p(weights)
+        return p, total - p[..., -1:] if weights.shape[-1] > 1 else total
+
+
+@bug("accuracy", "dB against exact attention")
+class NoiseOfSixBits(Honest):
+    def quantize(self, x):
+        step = x.abs().amax((2, 3), keepdim=True).clamp_min(1e-30) / 15
+        return (x / step).round() * step
+
+
+@bug("unusual_values_stay_finite", "not finite")
+class ZeroChannelsDivideByZero(Honest):
+    def quantize(self, x):
+        amax = x.abs().amax((2, 3), keepdim=True)
+        return (x / amax * 448).to(torch.float8_e4m3fn).float() * amax / 448
+
+
+@bug("unusual_values_stay_finite", "not finite")
+class LogitsOverflowInFloat16(Honest):
+    def attention(self, query, key, value, call, attn_mask=None, dropout_p=0.0):
+        logits = query.float() @ self.expand(key, call).float().mT
+        overflow = bool((logits.abs() > 65504).any())
+        return super().attention(query, key, value * torch.inf if overflow else value, call, attn_mask, dropout_p)
+
+
+@bug("nan_stays_where_it_is", "rows became NaN that exact attention leaves alone")
+class NanSpreadsThroughTheScale(Honest):
+    def quantize(self, x):
+        amax = x.abs().amax((2, 3), keepdim=True).clamp_min(1e-30)
+        return round_e4m3(x / amax * 448).float() * amax / 448
+
+
+@bug("nan_stays_where_it_is", "came out as numbers")
+class NanIsLost(Honest):
+    def finish(self, out, call):
+        return super().finish(out.nan_to_num(), call)
+
+
+@bug("batch_entries_are_apart", "batch entry 0 has")
+class OneInt8ScaleForTheBatch(Honest):
+    def quantize(self, x):
+        step = x.abs().amax().clamp_min(1e-30) / 127
+        return (x / step).round() * step
+
+
+# lse
+
+
+@bug("lse_is_natural", "lse is off by")
+class LseInLog2(Honest):
+    def clean_lse(self, lse, nothing):
+        return super().clean_lse(lse * 1.4426950408889634, nothing)
+
+
+@bug("lse_is_natural", "lse is off by")
+class LseWithoutTheConstantOfK(Honest):
+    def correct_lse(self, lse, q, constant, call):
+        return lse
+
+
+@bug("lse_is_natural", "on the average")
+class LseSlightlyOff(Honest):
+    def correct_lse(self, lse, q, constant, call):
+        return super().correct_lse(lse, q, constant, call) + (0.03 if call.kv_len > 129 else 0.0)
+
+
+@bug("outputs", "returned lse")
+class LseInFloat64(Honest):
+    def clean_lse(self, lse, nothing):
+        return super().clean_lse(lse.double(), nothing)
+
+
+# Outputs and memory
+
+
+@bug("outputs", "the output of this call is")
+class OutputInFloat32(Honest):
+    def finish(self, out, call):
+        return out.float()
+
+
+@bug("outputs", "the output of this call is")
+class OutputOfTheWrongShape(Honest):
+    def finish(self, out, call):
+        return super().finish(out.transpose(1, 2), call)
+
+
+@bug("outputs", "the output shares memory with an input")
+class OutputOverTheQuery(Honest):
+    def finish(self, out, call):
+        if self.query.numel() != out.numel():
+            return super().finish(out, call)
+        # The layout that the public functions hand out without a copy.
+        shape = (call.batch, call.q_len, call.num_heads, call.head_dim_v)
+        memory = self.query.new_empty(0).set_(self.query.untyped_storage(), 0, shape)
+        return memory.copy_(out.transpose(1, 2)).transpose(1, 2)
+
+    def attention(self, query, key, value, call, attn_mask=None, dropout_p=0.0):
+        self.query = query
+        return super().attention(query, key, value, call, attn_mask, dropout_p)
+
+
+@bug("inputs_are_not_written_to", "the call changed key")
+class KeyIsSmoothedInPlace(Honest):
+    def attention(self, query, key, value, call, attn_mask=None, dropout_p=0.0):
+        key -= key.mean(2, keepdim=True)
+        return super().attention(query, key, value, call, attn_mask, dropout_p)
+
+
+@bug("layouts", "differs from that of plain tensors")
+class StridesIgnored(Honest):
+    def attention(self, query, key, value, call, attn_mask=None, dropout_p=0.0):
+        if key.stride(-1) == 1 and not key.is_contiguous() and key.stride(2) > key.shape[3]:
+            flat = key.as_strided((key.numel(),), (1,), 0) if key.storage_offset() == 0 else key.flatten()
+            key = flat[: key.numel()].view(key.shape)
+        return super().attention(query, key, value, call, attn_mask, dropout_p)
+
+
+@bug("memory_past_the_end", "differs from that of plain tensors")
+class ReadsPastTheLastToken(Honest):
+    def attention(self, query, key, value, call, attn_mask=None, dropout_p=0.0):
+        length, stride = key.shape[2], key.stride(2)
+        end = key.storage_offset() + sum((n - 1) * s for n, s in zip(key.shape, key.stride(), strict=True)) + stride
+        if key.numel() and end < key.untyped_storage().nbytes() // key.element_size():
+            # A tile that is filled up with what lies behind, and multiplied by a weight of zero.
+            behind = key.as_strided((*key.shape[:2], length + 1, key.shape[3]), key.stride(), key.storage_offset())
+            value = value + behind[:, :, -1:, :1] * 0
+        return super().attention(query, key, value, call, attn_mask, dropout_p)
+
+
+@bug("scratch_memory", "differs from that of plain tensors")
+class AddsToScratchThatIsNotCleared(Honest):
+    def product(self, p, v):
+        scratch = torch.empty(1)
+        # Fresh memory is mostly zero, which hides the bug from other tests.
+        return p @ v + (1e3 if scratch.isnan() else 0.0)
+
+
+@bug("repeated_calls", "two runs differ")
+class NotDeterministic(Honest):
+    count = itertools.count()
+
+    def scale(self, call):
+        return call.softmax_scale * (1 + 1e-5 * (next(self.count) % 2))
+
+
+@bug("repeated_calls", "another call in between changed the result")
+class ScaleOfThePreviousCall(Honest):
+    def __init__(self):
+        self.previous, self.turn = {}, itertools.cycle("qkv")
+
+    def quantize(self, x):
+        key = (next(self.turn), x.shape)
+        now = quantize_e4m3(x.contiguous(), Granularity.PER_HEAD).broadcast_scale()
+        scale = self.previous.get(key, now)
+        self.previous[key] = now
+        return round_e4m3(x / scale).float() * scale
+
+
+@bug("threads", "thread")
+class OneBufferForAllThreads(Honest):
+    def __init__(self):
+        self.buffer = {}
+
+    def product(self, p, v):
+        self.buffer["p"] = p
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.002)
+        p = self.buffer["p"]
+        return p @ v
+
+
+# Features
+
+
+@bug("fused_rotation", "interleaved rotation")
+class RotationAlwaysHalfSplit(Honest):
+    def rope_attention(self, query, key, value, cos, sin, call, *rest, **tables):
+        call = replace(call, rope=Rope(False, call.rope.rotary_dim))
+        return super().rope_attention(query, key, value, cos, sin, call, *rest, **tables)
+
+
+@bug("fused_rotation", "own tables for the keys")
+class KeysRotatedByTheTablesOfQueries(Honest):
+    def rope_attention(self, query, key, value, cos, sin, call, attn_mask=None, dropout_p=0.0, **tables):
+        return super().rope_attention(query, key, value, cos, sin, call, attn_mask)
+
+
+@bug("hadamard", "hadamard qkv")
+class HadamardOfQAlone(Honest):
+    def rotate_qk(self, q, k):
+        return hadamard_transform(q), k
+
+
+@bug("hadamard", "hadamard")
+class HadamardNotUndone(Honest):
+    def rotate_back(self, out):
+        return out
+
+
+@bug("dropout", "dropped the same weights")
+class DropoutIgnored(Honest):
+    capabilities = replace(Honest.capabilities, dropout=True)
+
+
+@bug("gradients", "the gradient of query has")
+class GradientsOfRoundedScores(Honest):
+    capabilities = replace(Honest.capabilities, backward=True)
+
+    def attention(self, query, key, value, call, attn_mask=None, dropout_p=0.0):
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query * 0.5 + query.detach() * 0.5,
+            key,
+            value,
+            is_causal=call.causal is CausalKind.TOP_LEFT,
+            scale=call.softmax_scale,
+            enable_gqa=True,
+        )
+        return out
+
+
+# What it says
+
+
+@bug("probe", "probe(cuda:99) raised RuntimeError")
+class ProbeRaises(Honest):
+    def probe(self, device):
+        if device.type == "cuda":
+            raise RuntimeError("no NVIDIA driver")
+        return []
+
+
+@bug("probe", "must return a list of lpattn.Reason")
+class ProbeReturnsText(Honest):
+    def probe(self, device):
+        return [] if device.type == "cpu" else ["no such device"]
+
+
+@bug("undeclared_is_refused", "Extend super().supports(call)")
+class SupportsForgetsTheData(Honest):
+    def supports(self, call):
+        return []
+
+
+@bug("undeclared_is_refused", "must name 'float64'")
+class ReasonsWithoutValues(Honest):
+    def supports(self, call):
+        return [Reason(r.code, "not supported") for r in super().supports(call)]
+
+
+@bug("declared_is_taken", "capabilities declare lse, but supports() refuses all such calls")
+class DeclaresWhatItNeverTakes(Honest):
+    def supports(self, call):
+        extra = [Reason("lse", "return_lse: not yet")] if call.return_lse else []
+        return super().supports(call) + extra
+
+
+@bug("decisions", "set exact_lengths = True")
+class ReasonsThatDependOnTheExactLength(Honest):
+    def supports(self, call):
+        odd = [Reason("length", f"kv_len {call.kv_len}: takes even lengths")] if call.kv_len % 2 else []
+        return super().supports(call) + odd
+
+
+@bug("decisions", "gave two answers")
+class ReasonsThatChange(Honest):
+    count = itertools.count()
+
+    def supports(self, call):
+        return [Reason("busy", f"try {next(self.count)}")]
+
+
+@bug("decisions", "must be one finite number")
+class RankIsNotANumber(Honest):
+    def rank(self, call):
+        return float("nan")
+
+
+@bug("decisions", "the limit is 1 ms")
+class SlowDecisions(Honest):
+    def supports(self, call):
+        time.sleep(0.0015)
+        return super().supports(call)
+
+
+@bug("registration", "masks must contain MaskKind.NONE")
+class NoCallsWithoutAMask(Honest):
+    capabilities = replace(Honest.capabilities, masks=frozenset({MaskKind.BOOL}))
+
+
+@bug("registration", "dtypes must be floating point")
+class DtypesOfItsKernel(Honest):
+    capabilities = replace(Honest.capabilities, dtypes=frozenset({torch.bfloat16, torch.int8}))
+
+
+@bug("head_dim_v_may_differ", "returned [2, 4, 160, 64]")
+class HeadDimOfQForTheOutput(Honest):
+    def finish(self, out, call):
+        return super().finish(torch.nn.functional.pad(out, (0, max(call.head_dim - out.shape[3], 0))), call)
+
+
+@bug("lengths_at_the_edges", "raised")
+class NeedsWholeTiles(Honest):
+    exact_lengths = True
+
+    def attention(self, query, key, value, call, attn_mask=None, dropout_p=0.0):
+        if call.kv_len == 129:
+            raise ValueError("kv_len must be a multiple of 128")
+        return super().attention(query, key, value, call, attn_mask, dropout_p)
+
+
+@bug("strict_compile", "the compiled result differs")
+class AsksWhetherGradientsAreOn(Honest):
+    def scale(self, call):
+        return call.softmax_scale * (1.0 if torch.is_grad_enabled() else 1.2)
