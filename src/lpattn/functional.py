@@ -407,7 +407,9 @@ def _unfit_for_graph(
 
 @constant_while_tracing
 def _look_for_rope() -> None:
-    """Have the compilation that traces this call look for rotations in front of it."""
+    """Have the compilation that traces this call look for rotations in front of it. An export compiles nothing."""
+    if torch.compiler.is_exporting():
+        return
     from lpattn.compile.install import install  # imports inductor
 
     install()

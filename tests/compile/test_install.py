@@ -99,6 +99,16 @@ def test_nor_after_a_compilation_that_failed(model, inputs):
     assert present() is None
 
 
+@pytest.mark.parametrize("strict", [False, True])
+# The settings in force are kept per thread while a layer runs, and put back.
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects happened:UserWarning")
+def test_nor_after_an_export(strict, model, inputs):
+    lpattn.apply_low_precision_attention(model, "bf16_reference")
+    exported = torch.export.export(model, inputs, strict=strict)
+    assert "lpattn.sdpa" in str(exported.graph)
+    assert present() is None
+
+
 @pytest.mark.parametrize("form", ["object", "function", "list", "tuple"])
 def test_the_users_pass_keeps_working(form, model, inputs, compiled, spy, slot):
     if form in ("list", "tuple") and not install._TAKES_SEVERAL:
