@@ -137,7 +137,7 @@ def _add(acc, part, factor):
 
 @gluon.jit
 def _quotient(a, b):
-    """A / b of two powers of two."""
+    """A / b, where that is a power of two: both are one, times the same factor."""
     return (a.to(gl.int32, bitcast=True) - b.to(gl.int32, bitcast=True) + 0x3F800000).to(gl.float32, bitcast=True)
 
 
