@@ -202,7 +202,7 @@ def kernel_for(call: AttentionCall, int8: bool, exponential: str | None = None) 
     """
     if call.capability == hopper.ARCHITECTURE and not int8:
         # The pass that undoes the transform behind the Hopper kernel has no more lanes than the output.
-        transforms = call.hadamard is HadamardMode.NONE or call.head_dim == lanes_of(call.head_dim)
+        transforms = call.hadamard is HadamardMode.NONE or call.head_dim in (32, 64, 128, 256)
         if transforms and not hopper.reasons_against(call) and not hopper.reasons_against_triton():
             return HopperKernel(exponential)
     return portable_for(call, int8)
