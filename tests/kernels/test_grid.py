@@ -20,7 +20,7 @@ from lpattn.rope import rotate
 from lpattn.types import HadamardMode, MaskKind, Rope
 
 BACKENDS = {backend.name: backend for backend in (TritonBackend(), Int8TritonBackend())}
-# In the interpreter, which takes a second for most of them; on a GPU, which compiles for each; all that are marked slow.
+# In the interpreter, which takes a second for most of them; on a GPU, for each of which it compiles; marked slow.
 FEW, MANY, SLOW = 20, 100, 1000
 
 

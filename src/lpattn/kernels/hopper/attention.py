@@ -5,7 +5,8 @@ and the end of the keys lie, down to the first, so that the loop over most of th
 S = Q K^T of one tile together with the P V of the tile before, and computes P from S while P V is in flight.
 
 Every tile's P V goes into an accumulator of its own and is added in float32: the tensor cores' own accumulation is
-coarser, and would lose a V with a mean.
+coarser, and would lose a V with a mean. The row sum is a product of the rounded P with a tile of ones, so that it
+counts what P V consumes.
 """
 
 from __future__ import annotations
@@ -46,6 +47,20 @@ _LN2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
+def _stage(step, STAGES: gl.constexpr):
+    """Where a step's tiles are, and the parity of its turn there."""
+    number = step.to(gl.uint32)
+    return (number % STAGES).to(gl.int32), (number // STAGES & 1).to(gl.int32)
+
+
+@gluon.jit
+def _release(empty, step, STAGES: gl.constexpr):
+    """Say that a step's tiles may be overwritten."""
+    stage, _ = _stage(step, STAGES)
+    mbarrier.arrive(empty.index(stage), count=1)
+
+
+@gluon.jit
 def _query_tile(index, sizes, CAUSAL: gl.constexpr):
     """Which head (b * heads + h), which tile of its queries, and which KV head a program's ``index``-th tile is."""
     heads, kv_heads, q_len, kv_len, q_tiles, tiles = sizes
@@ -77,7 +92,7 @@ def _key_tiles(b, tile, counts, sizes, ALL_ROWS: gl.constexpr, BN: gl.constexpr,
 def _produce(descriptors, buffers, barriers, counts, sizes, SHAPE: gl.constexpr):
     """Load Q, and per iteration a tile of K and the tile of V that belongs to the K before."""
     q_desc, k_desc, v_desc = descriptors
-    q_buffer, k_buffer, v_buffer = buffers
+    q_buffer, k_buffer, v_buffer, ones = buffers
     q_full, q_empty, full, empty = barriers
     heads, kv_heads, q_len, kv_len, q_tiles, tiles = sizes
     BN: gl.constexpr = SHAPE[0]
@@ -99,12 +114,12 @@ def _produce(descriptors, buffers, barriers, counts, sizes, SHAPE: gl.constexpr)
         for w in gl.static_range(CONSUMERS):
             load_tile(q_desc, [head * q_len + tile * ALL_ROWS + w * ROWS, 0], q_full, q_buffer.index(w))
         for i in range(count + 1):
-            stage = step % STAGES
+            stage, parity = _stage(step, STAGES)
             k_tile = count - 1 - i
             v_tile = k_tile + 1
             has_k = i < count
             has_v = i > 0
-            mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+            mbarrier.wait(empty.index(stage), parity ^ 1)
             mbarrier.expect(full.index(stage), BN * D, pred=has_k != has_v)
             mbarrier.expect(full.index(stage), 2 * BN * D, pred=has_k & has_v)
             k_row = kv_head * blocks * KEYS + k_tile * BN
@@ -116,12 +131,17 @@ def _produce(descriptors, buffers, barriers, counts, sizes, SHAPE: gl.constexpr)
 
 
 @gluon.jit
-def _attend_values(p, values, zero, PART: gl.constexpr, PARTS: gl.constexpr):
-    """Start P V, of a part of head_dim."""
+def _attend_values(p, values, ones, zero, zero_sum, PART: gl.constexpr, PARTS: gl.constexpr):
+    """Start P V, of a part of head_dim, and with the first part P times ones."""
     WIDTH: gl.constexpr = zero.shape[1]
     if PARTS > 1:
         values = values.slice(PART * WIDTH, WIDTH, 0)
-    return warpgroup_mma(p, values.permute((1, 0)), zero, use_acc=False, is_async=True)
+    sums = zero_sum
+    if PART == 0:
+        LAYOUT: gl.constexpr = gl.DotOperandLayout(0, zero_sum.type.layout, 4)
+        again = gl.convert_layout(p, LAYOUT, assert_trivial=True)
+        sums = warpgroup_mma(again, ones.permute((1, 0)), zero_sum, use_acc=False, is_async=True)
+    return warpgroup_mma(p, values.permute((1, 0)), zero, use_acc=False, is_async=True), sums
 
 
 @gluon.jit
@@ -138,7 +158,7 @@ def _quotient(a, b):
 @gluon.jit
 def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes, SHAPE: gl.constexpr):
     """Attend with 64 rows of every query tile."""
-    q_buffer, k_buffer, v_buffer = buffers
+    q_buffer, k_buffer, v_buffer, ones = buffers
     q_full, q_empty, full, empty = barriers
     heads, kv_heads, q_len, kv_len, q_tiles, tiles = sizes
     q_scale, k_scale, v_scale, v_constant = scales
@@ -150,6 +170,7 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes,
     CAUSAL: gl.constexpr = SHAPE[4]
     KIND: gl.constexpr = SHAPE[5]
     PARTS: gl.constexpr = SHAPE[6]
+    LATE: gl.constexpr = SHAPE[7]
     DIM: gl.constexpr = SHAPE[8]
     LANES: gl.constexpr = SHAPE[9]
     BLOCK_PARTS: gl.constexpr = KEYS // BN
@@ -157,12 +178,14 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes,
     WIDTH: gl.constexpr = D // PARTS
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32])
+    l_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 4)
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
     blocks = (kv_len + KEYS - 1) // KEYS
     s_zero = gl.zeros([ROWS, BN], gl.float16, s_layout)
     o_zero = gl.zeros([ROWS, WIDTH], gl.float32, o_layout)
+    l_zero = gl.zeros([ROWS, 8], gl.float32, l_layout)
     step = 0
     turn = 0
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
@@ -182,30 +205,33 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes,
         mbarrier.wait(q_full, turn & 1)
 
         # The first tile has no P V beside it.
-        stage = step % STAGES
-        mbarrier.wait(full.index(stage), step // STAGES & 1)
+        stage, parity = _stage(step, STAGES)
+        mbarrier.wait(full.index(stage), parity)
         s = warpgroup_mma(q, k_buffer.index(stage).permute((1, 0)), s_zero, use_acc=False, is_async=True)
         c = factor_of(q_scales, gl.load(k_scales + k_tile // BLOCK_PARTS))
         v_unit = gl.load(v_scales + k_tile // BLOCK_PARTS)
         s = warpgroup_mma_wait(0, deps=[s])
-        mbarrier.arrive(empty.index(stage), count=1)
         step += 1
         pairs = hide(pair_up(s, ROWS, BN), seen - k_tile * BN, ROWS, BN)
         unseen = gl.full([ROWS], UNSEEN, gl.int32, s_rows)
         c, offset, offset_value = refer(row_max(pairs, ROWS, BN // 2, s_rows), c, unseen, KIND, True)
-        codes, sums = to_codes(pairs, offset, c, ROWS, BN, KIND)
+        codes = to_codes(pairs, offset, c, ROWS, BN, KIND)
         acc = o_zero
         high = o_zero
+        sums = l_zero
         factor = gl.full([ROWS], 1.0, gl.float32, s_rows)
         change = 1.0
         next_k = gl.load(k_scales + gl.maximum(k_tile - 1, 0) // BLOCK_PARTS)
+        if LATE == 0:
+            stage, parity = _stage(step, STAGES)
+            mbarrier.wait(full.index(stage), parity)
         if CAUSAL & (ALL_ROWS > BN):
             for i in range(1, gl.maximum(count - whole, 1)):
                 k_tile -= 1
                 acc, high, sums, codes, offset, offset_value, factor, change, v_unit, next_k = _iterate(
                     q, buffers, barriers, k_scales, v_scales, q_scales, seen, step, k_tile,
                     acc, high, sums, codes, offset, offset_value, factor, change, v_unit, next_k,
-                    s_zero, o_zero, SHAPE, True,
+                    s_zero, o_zero, l_zero, SHAPE, True,
                 )  # fmt: skip
                 step += 1
         for i in range(gl.maximum(count - whole, 1), count):
@@ -213,32 +239,35 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes,
             acc, high, sums, codes, offset, offset_value, factor, change, v_unit, next_k = _iterate(
                 q, buffers, barriers, k_scales, v_scales, q_scales, seen, step, k_tile,
                 acc, high, sums, codes, offset, offset_value, factor, change, v_unit, next_k,
-                s_zero, o_zero, SHAPE, False,
+                s_zero, o_zero, l_zero, SHAPE, False,
             )  # fmt: skip
             step += 1
         mbarrier.arrive(q_empty, count=1)
 
         # The last tile's P V.
-        stage = step % STAGES
+        stage, parity = _stage(step, STAGES)
         p = as_operand(codes, ROWS, BN, p_layout)
-        mbarrier.wait(full.index(stage), step // STAGES & 1)
-        part = _attend_values(p, v_buffer.index(stage), o_zero, 0, PARTS)
-        part = warpgroup_mma_wait(0, deps=[part])
+        _release(empty, step - 1, STAGES)
+        if LATE:
+            mbarrier.wait(full.index(stage), parity)
+        part, part_sum = _attend_values(p, v_buffer.index(stage), ones, o_zero, l_zero, 0, PARTS)
+        part, part_sum = warpgroup_mma_wait(0, deps=[part, part_sum])
+        sums = _add(sums, part_sum, factor)
         acc = _add(acc, part, factor * change)
         if PARTS > 1:
-            part = _attend_values(p, v_buffer.index(stage), o_zero, 1, PARTS)
+            part, part_sum = _attend_values(p, v_buffer.index(stage), ones, o_zero, l_zero, 1, PARTS)
             part = warpgroup_mma_wait(0, deps=[part])
             high = _add(high, part, factor * change)
-        mbarrier.arrive(empty.index(stage), count=1)
+        _release(empty, step, STAGES)
         step += 1
         turn += 1
 
-        total = gl.convert_layout(gl.sum(sums, 1), s_rows)
+        total = gl.convert_layout(gl.max(sums, 1), s_rows)
         # A row that sees no key is 0. NaN is not equal to 0.
         empty_row = total == 0.0
-        inverse = gl.where(empty_row, 0.0, v_unit / (total * 256.0))
+        inverse = gl.where(empty_row, 0.0, v_unit / total)
         if lse is not None:
-            log = reference_of(offset_value, KIND) + gl.log2(total)
+            log = reference_of(offset_value, KIND) - 8.0 + gl.log2(total)
             at = head.to(gl.int64) * q_len + row
             if lse_shift is not None:
                 log += gl.load(lse_shift + at, mask=row < q_len, other=0.0)
@@ -264,14 +293,14 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes,
 def _iterate(
     q, buffers, barriers, k_scales, v_scales, q_scales, seen, step, k_tile,
     acc, high, sums, codes, offset, offset_value, factor, change, v_unit, k_unit,
-    s_zero, o_zero, SHAPE: gl.constexpr, MASKED: gl.constexpr,
+    s_zero, o_zero, l_zero, SHAPE: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """S of a key tile and P V of the one before; P of this one.
 
     ``codes`` are P of the tile before, ``factor`` is what all that was added before it is multiplied with, and
     ``change`` what V's unit did at that point.
     """
-    q_buffer, k_buffer, v_buffer = buffers
+    q_buffer, k_buffer, v_buffer, ones = buffers
     q_full, q_empty, full, empty = barriers
     BN: gl.constexpr = SHAPE[0]
     STAGES: gl.constexpr = SHAPE[2]
@@ -281,41 +310,46 @@ def _iterate(
     BLOCK_PARTS: gl.constexpr = KEYS // BN
     s_rows: gl.constexpr = gl.SliceLayout(1, s_zero.type.layout)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_zero.type.layout, 4)
-    stage = step % STAGES
+    stage, parity = _stage(step, STAGES)
     p = as_operand(codes, ROWS, BN, p_layout)
-    mbarrier.wait(full.index(stage), step // STAGES & 1)
+    if LATE:
+        _release(empty, step - 1, STAGES)
+        mbarrier.wait(full.index(stage), parity)
     s = warpgroup_mma(q, k_buffer.index(stage).permute((1, 0)), s_zero, use_acc=False, is_async=True)
-    part = _attend_values(p, v_buffer.index(stage), o_zero, 0, PARTS)
+    part, part_sum = _attend_values(p, v_buffer.index(stage), ones, o_zero, l_zero, 0, PARTS)
     c = factor_of(q_scales, k_unit)
     next_k = gl.load(k_scales + gl.maximum(k_tile - 1, 0) // BLOCK_PARTS)
     next_v = gl.load(v_scales + k_tile // BLOCK_PARTS)
-    s = warpgroup_mma_wait(1, deps=[s])
+    s = warpgroup_mma_wait(2, deps=[s])
     pairs = pair_up(s, ROWS, BN)
     if MASKED:
         pairs = hide(pairs, seen - k_tile * BN, ROWS, BN)
     c, offset, next_value = refer(row_max(pairs, ROWS, BN // 2, s_rows), c, offset, KIND, MASKED)
     next_factor = gl.exp2(next_value - offset_value)
     if PARTS > 1:
-        part = warpgroup_mma_wait(0, deps=[part])
+        part, part_sum = warpgroup_mma_wait(0, deps=[part, part_sum])
+        sums = _add(sums, part_sum, factor)
         acc = _add(acc, part, factor * change)
-        part = _attend_values(p, v_buffer.index(stage), o_zero, 1, PARTS)
+        part, part_sum = _attend_values(p, v_buffer.index(stage), ones, o_zero, l_zero, 1, PARTS)
     if LATE == 0:
-        codes, part_sum = to_codes(pairs, offset, c, ROWS, BN, KIND)
-        # A branch: without one, ptxas moves the next wait in front of the lines above.
-        mbarrier.wait(full.index((step + 1) % STAGES), (step + 1) // STAGES & 1)
+        codes = to_codes(pairs, offset, c, ROWS, BN, KIND)
+        # What the step before has read is released as late as here, next to a wait: the compiler has the warps meet in
+        # front of either, and once less if these are neighbours. A wait is a branch: without one, ptxas would move the
+        # end of P V in front of the lines above.
+        _release(empty, step - 1, STAGES)
+        after, parity = _stage(step + 1, STAGES)
+        mbarrier.wait(full.index(after), parity)
     if PARTS > 1:
         part = warpgroup_mma_wait(0, deps=[part])
-        mbarrier.arrive(empty.index(stage), count=1)
         high = _add(high, part, factor * change)
     else:
-        part = warpgroup_mma_wait(0, deps=[part])
-        mbarrier.arrive(empty.index(stage), count=1)
+        part, part_sum = warpgroup_mma_wait(0, deps=[part, part_sum])
+        sums = _add(sums, part_sum, factor)
         acc = _add(acc, part, factor * change)
     if LATE == 0:
         codes = keep(codes)
     else:
-        codes, part_sum = to_codes(pairs, offset, c, ROWS, BN, KIND)
-    sums = _add(sums, part_sum, next_factor)
+        codes = to_codes(pairs, offset, c, ROWS, BN, KIND)
     return acc, high, sums, codes, offset, next_value, next_factor, _quotient(v_unit, next_v), next_v, next_k
 
 
@@ -338,6 +372,10 @@ def attention(
     q_buffer = gl.allocate_shared_memory(gl.float8e4nv, [CONSUMERS, ROWS, D], q_desc.layout)
     k_buffer = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BN, D], k_desc.layout)
     v_buffer = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, D, BN], v_desc.layout)
+    one_layout: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
+    # 0x38 is 1. ptxas 12.8 makes garbage of a cast of 1.0.
+    one = gl.full([8, BN], 0x38, gl.int8, one_layout).to(gl.float8e4nv, bitcast=True)
+    ones = gl.allocate_shared_memory(gl.float8e4nv, [8, BN], v_desc.layout, one)
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [1], barrier)
     q_empty = gl.allocate_shared_memory(gl.int64, [1], barrier)
@@ -350,7 +388,7 @@ def attention(
         mbarrier.init(empty.index(i), count=CONSUMERS)
     fence_async_shared()
     descriptors = (q_desc, k_desc, v_desc)
-    buffers = (q_buffer, k_buffer, v_buffer)
+    buffers = (q_buffer, k_buffer, v_buffer, ones)
     barriers = (q_full, q_empty, full, empty)
     scales = (q_scale, k_scale, v_scale, v_constant)
     outputs = (out, lse, lse_shift)

@@ -12,9 +12,6 @@ where float16 has 64 steps per unit. The last instruction makes t * 8 - 128 a *s
 point with the unit 2^-24, so that it rounds to an integer whose bits are at the bottom of the word. Tiny P would be
 negative, and are cut off at 0 by the same instruction. NaN is all ones, which is e4m3's NaN.
 
-A code that is shifted left by 7 bits is P * 2^-8 in float16, so that the row sum counts what P V consumes. Pairs, then
-pairs of these, are added in float16: with as many terms as a tile has, the roundings come to 2^-12 of the sum.
-
 What is exact: c is a power of two and 31 - m is a float16 by construction (:func:`offset_of`), so that t is rounded
 once; and the factors between tiles follow from the rounded offsets, so that all tiles of a row are weighted alike.
 """
@@ -139,27 +136,6 @@ def row_max(pairs, BM: gl.constexpr, N: gl.constexpr, row_layout: gl.constexpr):
 
 
 @gluon.jit
-def sum_up(pairs, BM: gl.constexpr, N: gl.constexpr):
-    """What a thread's pairs of float16 of each row, int32 [BM, N], add up to: float32 [BM, 4]."""
-    if N > 4:
-        left, right = gl.split(pairs.reshape([BM, 2, N // 2]).permute([0, 2, 1]))
-        both = gl.inline_asm_elementwise(
-            "add.rn.f16x2 $0, $1, $2;", "=r,r,r", [left, right], dtype=gl.int32, is_pure=True, pack=1
-        )
-        return sum_up(both, BM, N // 2)
-    else:
-        # The last four are in four lanes.
-        return gl.inline_asm_elementwise(
-            """{ .reg .b16 low, high; .reg .f32 first, second;
-            mov.b32 {low, high}, $1;
-            cvt.f32.f16 first, low;
-            cvt.f32.f16 second, high;
-            add.rn.f32 $0, first, second; }""",
-            "=f,r", [pairs], dtype=gl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
-
-
-@gluon.jit
 def _over(x, N: gl.constexpr, layout: gl.constexpr):
     """[BM] to [BM, N] in a layout."""
     return gl.convert_layout(x, gl.SliceLayout(1, layout))[:, None].broadcast_to([x.shape[0], N])
@@ -167,16 +143,12 @@ def _over(x, N: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def to_codes(pairs, offset, c, BM: gl.constexpr, BN: gl.constexpr, KIND: gl.constexpr):
-    """P of a tile in e4m3, and its sums.
+    """P of a tile in e4m3: int32 [BM, BN / 4], each the codes of four keys, in the order of a permuted V.
 
     Args:
         pairs: scores, int32 [BM, BN / 2].
         offset: 31 - m of each row, twice as float16 in int32 [BM].
         c: powers of two per row, such that the logits are S * c.
-
-    Returns:
-        (int32 [BM, BN / 4], each the codes of four keys, in the order of a permuted V;
-        float32 [BM, 4], what the lanes that share a row have of the sum of P, as it was rounded, times 2^-8)
     """
     # Of 16 keys, a thread has 2t, 2t+1, 8+2t and 9+2t: four bytes that V's permutation makes neighbours.
     grouped = pairs.reshape([BM, BN // 16, 2, 4]).permute([0, 1, 3, 2]).reshape([BM, BN // 4, 2])
@@ -186,70 +158,61 @@ def to_codes(pairs, offset, c, BM: gl.constexpr, BN: gl.constexpr, KIND: gl.cons
     factor = _over(twice, BN // 4, layout)
     offset = _over(offset, BN // 4, layout)
     if KIND == LINEAR:
-        codes, sums = gl.inline_asm_elementwise(
+        codes = gl.inline_asm_elementwise(
             """{ .reg .b32 a, b, eight, start;
             mov.b32 eight, 0x00080008;
             mov.b32 start, 0x80808080;
-            fma.rn.f16x2 a, $2, $4, $5;
+            fma.rn.f16x2 a, $1, $3, $4;
             fma.rn.relu.f16x2 a, a, eight, start;
-            fma.rn.f16x2 b, $3, $4, $5;
+            fma.rn.f16x2 b, $2, $3, $4;
             fma.rn.relu.f16x2 b, b, eight, start;
-            prmt.b32 $0, a, b, 0x6420;
-            shl.b32 a, a, 7;
-            shl.b32 b, b, 7;
-            add.rn.f16x2 $1, a, b; }""",
-            "=&r,=r,r,r,r,r", [low, high, factor, offset], dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
+            prmt.b32 $0, a, b, 0x6420; }""",
+            "=r,r,r,r,r", [low, high, factor, offset], dtype=gl.int32, is_pure=True, pack=1,
         )  # fmt: skip
     elif KIND == STEP:
         # Bit 5, a half, is set in the middle half of an octave: there 3 steps of 64 are taken off.
-        codes, sums = gl.inline_asm_elementwise(
+        codes = gl.inline_asm_elementwise(
             """{ .reg .b32 a, b, bit, three, eight, start;
             mov.b32 three, 0xf600f600;
             mov.b32 eight, 0x00080008;
             mov.b32 start, 0x80828082;
-            fma.rn.f16x2 a, $2, $4, $5;
+            fma.rn.f16x2 a, $1, $3, $4;
             and.b32 bit, a, 0x00200020;
             fma.rn.f16x2 a, bit, three, a;
             fma.rn.relu.f16x2 a, a, eight, start;
-            fma.rn.f16x2 b, $3, $4, $5;
+            fma.rn.f16x2 b, $2, $3, $4;
             and.b32 bit, b, 0x00200020;
             fma.rn.f16x2 b, bit, three, b;
             fma.rn.relu.f16x2 b, b, eight, start;
-            prmt.b32 $0, a, b, 0x6420;
-            shl.b32 a, a, 7;
-            shl.b32 b, b, 7;
-            add.rn.f16x2 $1, a, b; }""",
-            "=&r,=r,r,r,r,r", [low, high, factor, offset], dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
+            prmt.b32 $0, a, b, 0x6420; }""",
+            "=r,r,r,r,r", [low, high, factor, offset], dtype=gl.int32, is_pure=True, pack=1,
         )  # fmt: skip
     else:
         # To integers with 128 per octave: the lower 7 bits are the place f in the octave. 0x797d is 0.3431 * 2^17,
         # 0xb57d is -0.3431.
-        codes, sums = gl.inline_asm_elementwise(
+        codes = gl.inline_asm_elementwise(
             """{ .reg .b32 a, b, f, u, fine, start, slope, top, sixteenth;
             mov.b32 fine, 0x00800080;
             mov.b32 start, 0x88008800;
             mov.b32 slope, 0x797d797d;
             mov.b32 top, 0xb57db57d;
             mov.b32 sixteenth, 0x2c002c00;
-            fma.rn.f16x2 a, $2, $4, $5;
+            fma.rn.f16x2 a, $1, $3, $4;
             fma.rn.relu.f16x2 a, a, fine, start;
             and.b32 f, a, 0x007f007f;
             fma.rn.f16x2 u, f, slope, top;
             fma.rn.f16x2 a, f, u, a;
             mul.rn.f16x2 a, a, sixteenth;
-            fma.rn.f16x2 b, $3, $4, $5;
+            fma.rn.f16x2 b, $2, $3, $4;
             fma.rn.relu.f16x2 b, b, fine, start;
             and.b32 f, b, 0x007f007f;
             fma.rn.f16x2 u, f, slope, top;
             fma.rn.f16x2 b, f, u, b;
             mul.rn.f16x2 b, b, sixteenth;
-            prmt.b32 $0, a, b, 0x6420;
-            shl.b32 a, a, 7;
-            shl.b32 b, b, 7;
-            add.rn.f16x2 $1, a, b; }""",
-            "=&r,=r,r,r,r,r", [low, high, factor, offset], dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
+            prmt.b32 $0, a, b, 0x6420; }""",
+            "=r,r,r,r,r", [low, high, factor, offset], dtype=gl.int32, is_pure=True, pack=1,
         )  # fmt: skip
-    return codes, sum_up(sums, BM, BN // 4)
+    return codes
 
 
 @gluon.jit
