@@ -276,6 +276,19 @@ class KeyScaleOnePercentOff(Honest):
         return call.softmax_scale * 1.01
 
 
+@bug("scales_are_exact", "with lse: the output is 1.02")
+class ValueScaleOffBesideLse(Honest):
+    def finish(self, out, call):
+        return super().finish(out * 1.025 if call.return_lse else out, call)
+
+
+@bug("outputs", "with lse: the output differs by")
+class CoarserBesideLse(Honest):
+    def finish(self, out, call):
+        noise = torch.where(torch.arange(out.numel()) % 2 == 0, 0.075, -0.075).view(out.shape)
+        return super().finish(out * (1 + noise) if call.return_lse else out, call)
+
+
 @bug("scale_is_applied", "dB against exact attention")
 class ScaleIgnored(Honest):
     def scale(self, call):
