@@ -1,4 +1,4 @@
-"""fp8_fa3 and fp8_triton on a machine without a GPU, with nothing behind their launches: what is left is the host's part.
+"""fp8_fa3 and fp8_triton on a machine without a GPU, with nothing behind their launches: lpattn's part of the host time.
 
 Triton's launchers, the descriptors that they make, and FlashAttention-3's operator are left out with what they launch.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import types
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -63,26 +64,43 @@ class _NoKernels(dict[Any, Any]):
     """In place of the compiled kernels: launches of all of them do nothing."""
 
     def get(self, key: Any, default: Any = None) -> Any:
-        return (_nothing, 0, None, _nothing, None)
+        return (_nothing, 0, None, None)
 
 
 def _nothing(*args: object) -> int:
     return 0
 
 
+def _no_index() -> None:
+    return None
+
+
+def _hopper(*device: object) -> tuple[int, int]:
+    return HOPPER
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return MULTIPROCESSORS
+
+
 @contextlib.contextmanager
 def registered() -> Iterator[None]:
     """Both are registered inside, and the CPU passes for a Hopper GPU."""
+    import triton
+
     from lpattn.kernels.hopper import launch
     from lpattn.quantize.fused import launcher
 
     if launcher.INTERPRETED:
         raise RuntimeError("Triton's interpreter runs kernels on this machine: unset TRITON_INTERPRET")
+    # Plain functions: mocks would take as long as what is measured. Tensors of the CPU have a device without an index.
+    driver = types.SimpleNamespace(active=types.SimpleNamespace(get_current_stream=_nothing))
     patches = (
-        mock.patch("lpattn.calls.device_capability", lambda *of: HOPPER),
-        mock.patch.object(launch, "_multiprocessors", lambda device: MULTIPROCESSORS),
-        mock.patch.object(launcher, "_compiled", _NoKernels()),
-        mock.patch.object(torch.cuda, "current_device", lambda: None),
+        mock.patch("lpattn.calls.device_capability", new=_hopper),
+        mock.patch.object(launch, "_multiprocessors", new=_multiprocessors),
+        mock.patch.object(launcher, "_compiled", new=_NoKernels()),
+        mock.patch.object(torch.cuda, "current_device", new=_no_index),
+        mock.patch.object(triton.runtime, "driver", new=driver),
     )
     backends = (HostOfFA3(), HostOfTriton())
     with contextlib.ExitStack() as stack:

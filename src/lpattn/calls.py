@@ -232,7 +232,7 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether grad is enabled and any of the tensors requires it."""
     if not torch.is_grad_enabled():
         return False
-    for tensor in tensors:  # not by any(): a generator takes as long as the rest of the dispatch
+    for tensor in tensors:  # noqa: SIM110 - a generator takes longer than everything else here
         if tensor is not None and tensor.requires_grad:
             return True
     return False

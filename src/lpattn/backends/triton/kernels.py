@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,9 +59,7 @@ class Kernel(ABC):
         used: torch.Tensor | None = None,
     ) -> PerBlock:
         """What the kernels read; the arguments are those of ``quantize_per_block``, or follow from the call."""
-        from lpattn.quantize.fused import quantize_per_block
-
-        return quantize_per_block(
+        return self._fused.quantize_per_block(
             query,
             key,
             value,
@@ -73,6 +72,13 @@ class Kernel(ABC):
             used=used,
             with_lse_shift=call.return_lse,
         )
+
+    @functools.cached_property
+    def _fused(self) -> ModuleType:
+        # At the first call, since `import lpattn` must not wait for Triton; kept, since an import statement takes time.
+        from lpattn.quantize import fused
+
+        return fused
 
 
 class HopperKernel(Kernel):
@@ -94,19 +100,24 @@ class HopperKernel(Kernel):
         attn_mask: torch.Tensor | None,
         rotation: Rotation | None,
     ) -> Result:
-        from lpattn.kernels.hopper.launch import QK_MAX, attend
-        from lpattn.quantize.fused import Precision, restore_output, used_keys
-
-        keys = None if attn_mask is None else used_keys(attn_mask, call.batch, key.shape[2])
-        quantized = self.quantize(query, key, value, call, rotation, Precision.E4M3, QK_MAX, keys)
+        fused, kernel = self._fused, self._kernel
+        keys = None if attn_mask is None else fused.used_keys(attn_mask, call.batch, key.shape[2])
+        precision = fused.Precision.E4M3
+        quantized = self.quantize(query, key, value, call, rotation, precision, kernel.QK_MAX, keys)
         # The transform's inverse runs on bfloat16, whatever the inputs are.
         transformed = call.hadamard is not HadamardMode.NONE
         dtype = torch.bfloat16 if transformed else call.dtype
         causal = call.causal is CausalKind.TOP_LEFT
         # The log-sum-exp wants sums without a bias, whatever the exponential.
         exponential = None if call.return_lse else self._exponential
-        out, lse = attend(quantized, dtype, causal=causal, return_lse=call.return_lse, exponential=exponential)
-        return (restore_output(out, quantized, call.dtype) if transformed else out), lse
+        out, lse = kernel.attend(quantized, dtype, causal=causal, return_lse=call.return_lse, exponential=exponential)
+        return (fused.restore_output(out, quantized, call.dtype) if transformed else out), lse
+
+    @functools.cached_property
+    def _kernel(self) -> ModuleType:
+        from lpattn.kernels.hopper import launch
+
+        return launch
 
 
 class PortableKernel(Kernel):

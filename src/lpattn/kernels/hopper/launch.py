@@ -12,7 +12,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from lpattn.kernels.hopper import softmax
 from lpattn.kernels.hopper.attention import KEYS, ROWS, attention
 from lpattn.quantize.fused import PerBlock
-from lpattn.quantize.fused.launcher import Launch
+from lpattn.quantize.fused.blocks import Layout
+from lpattn.quantize.fused.launcher import Launch, short_way
 from lpattn.quantize.fused.operands import lanes_of
 from lpattn.types import HadamardMode
 
@@ -80,37 +81,63 @@ def attend(
         The output [B, q_len, H, D], contiguous, still without V's constant and transformed where V was (Hadamard); and
         the natural log-sum-exp in float32 [B, H, q_len] or None.
     """
-    plan = _plan(
-        quantized.query.shape,
-        quantized.num_kv_heads,
-        quantized.kv_len,
-        quantized.dim_v,
-        dtype,
-        causal,
-        EXPONENTIALS[exponential or ("quadratic" if return_lse else "step")],
-        # V's constant has been transformed with V, and is added before the transform is undone.
-        quantized.hadamard is HadamardMode.NONE,
-        quantized.v_constant.data_ptr() % 16 == 0,
-        quantized.key_counts is None,
-        return_lse,
-        quantized.query.device,
-    )
-    device = plan.device
+    layout, key_counts = quantized.layout, quantized.key_counts
+    kind = EXPONENTIALS[exponential or ("quadratic" if return_lse else "step")]
+    plan = _plan(layout, dtype, causal, kind, key_counts is None, return_lse)
+    device = layout.device
     out = torch.empty(plan.out_shape, dtype=dtype, device=device)
     lse = torch.empty(plan.lse_shape, dtype=torch.float32, device=device) if return_lse else None
-    scales = (quantized.q_scale, quantized.k_scale, quantized.v_scale)
-    constant = quantized.v_constant if plan.adds_constant else None
-    shift = quantized.lse_shift if return_lse else None
-    operands = zip(plan.descriptors, (quantized.query, quantized.key, quantized.value), strict=True)
-    descriptors = [_descriptor(*how, of) for how, of in operands]
-    plan.launch((*scales, constant, out, lse, shift, quantized.key_counts, *descriptors))
+
+    # By the addresses of what it takes, and by the tensors themselves, in the same order.
+    start = quantized.address
+    q, k, v = plan.descriptors
+    plan.launch.on(
+        short_way(device),
+        (
+            start + layout.q_scale.start,
+            start + layout.k_scale.start,
+            start + layout.v_scale.start,
+            start + layout.v_constant.start if plan.adds_constant else None,
+            out.data_ptr(),
+            None if lse is None else lse.data_ptr(),
+            None if layout.lse_shift is None or not return_lse else start + layout.lse_shift.start,
+            None if key_counts is None else key_counts.data_ptr(),
+            _descriptor(*q, _Address(start + layout.query.start)),
+            _descriptor(*k, _Address(start + layout.key.start)),
+            _descriptor(*v, _Address(start + layout.value.start)),
+        ),
+        lambda: (
+            quantized.q_scale,
+            quantized.k_scale,
+            quantized.v_scale,
+            quantized.v_constant if plan.adds_constant else None,
+            out,
+            lse,
+            quantized.lse_shift if return_lse else None,
+            key_counts,
+            _descriptor(*q, quantized.query),
+            _descriptor(*k, quantized.key),
+            _descriptor(*v, quantized.value),
+        ),
+    )
     return out, lse
+
+
+class _Address:
+    """All that Triton asks the tensor of a descriptor for, when it launches a kernel that is compiled."""
+
+    __slots__ = ("_address",)
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+
+    def data_ptr(self) -> int:
+        return self._address
 
 
 class _Plan(NamedTuple):
     """What a launch for some shapes needs."""
 
-    device: torch.device
     out_shape: tuple[int, ...]
     lse_shape: tuple[int, ...]
     adds_constant: bool
@@ -120,20 +147,18 @@ class _Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
-    q_shape: tuple[int, ...],
-    kv_heads: int,
-    kv_len: int,
-    dim: int,
+    layout: Layout,
     dtype: torch.dtype,
     causal: bool,
     kind: int,
-    adds_constant: bool,
-    aligned: bool,
     all_keys: bool,
     return_lse: bool,
-    device: torch.device,
 ) -> _Plan:
-    batch, heads, q_len, pitch = q_shape
+    batch, heads, q_len, pitch = layout.query.shape
+    kv_heads, kv_len, dim, device = layout.key.shape[1], layout.kv_len, layout.dim_v, layout.device
+    # V's constant has been transformed with V, and is added before the transform is undone.
+    adds_constant = layout.hadamard is HadamardMode.NONE
+    aligned = layout.v_constant.start % 16 == 0
     lanes, tile = tile_of(dim)
     blocks = -(-kv_len // KEYS.value)
     kv_rows = batch * kv_heads * blocks
@@ -163,7 +188,6 @@ def _plan(
         maxnreg=tile.mean_registers,
     )
     return _Plan(
-        device=device,
         out_shape=(batch, q_len, heads, dim),
         lse_shape=(batch, heads, q_len),
         adds_constant=adds_constant,
@@ -177,7 +201,7 @@ def _plan(
 
 
 def _descriptor(
-    shape: list[int], strides: list[int], block: list[int], layout: gl.NVMMASharedLayout, of: torch.Tensor
+    shape: list[int], strides: list[int], block: list[int], layout: gl.NVMMASharedLayout, of: torch.Tensor | _Address
 ) -> TensorDescriptor:
     """A descriptor of memory whose plan is known to be right: its constructor would check it again at every call."""
     made = object.__new__(TensorDescriptor)

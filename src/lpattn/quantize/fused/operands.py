@@ -12,7 +12,7 @@ import torch
 from lpattn.errors import InvalidArgumentError
 from lpattn.quantize.fused import layout
 from lpattn.quantize.fused.keys import list_used
-from lpattn.quantize.fused.launcher import INTERPRETED, Launch, kinds_of, launch
+from lpattn.quantize.fused.launcher import INTERPRETED, Launch, kinds_of, launch, short_way
 from lpattn.quantize.fused.output import restore
 from lpattn.quantize.fused.per_head import quantize_heads, sample_heads
 from lpattn.quantize.fused.tile import HALF_SPLIT, HALF_SPLIT_PARTIAL, INTERLEAVED, NO_ROPE
@@ -191,6 +191,7 @@ def quantize_per_head(
     cos_q, sin_q, cos_k, sin_k, turns = tables_of(rope)
     indices, counts = (None, None) if keys is None else (keys.indices, keys.counts)
     more = (indices, counts, cos_q, sin_q, cos_k, sin_k)
+    q_at, k_at, v_at = query.data_ptr(), key.data_ptr(), value.data_ptr()
     plan = _plan(
         query.shape,
         key.shape,
@@ -202,20 +203,27 @@ def quantize_per_head(
         factor,
         with_lse_shift,
         # What kinds_of says, in a quarter of its time: q, k and v have one dtype, and plain calls bring nothing else.
-        (query.dtype, query.data_ptr() % 16, key.data_ptr() % 16, value.data_ptr() % 16),
+        (query.dtype, q_at % 16, k_at % 16, v_at % 16),
         None if rope is None and keys is None else kinds_of(more),
         query.device,
     )
-    data = torch.empty(plan.bytes, dtype=torch.float8_e4m3fn, device=plan.device)
+    device = plan.device
+    data = torch.empty(plan.bytes, dtype=torch.float8_e4m3fn, device=device)
     q_out = data.as_strided(plan.q_shape, plan.q_strides)
     k_out = data.as_strided(plan.kv_shape, plan.kv_strides, plan.k_start)
     v_out = data.as_strided(plan.kv_shape, plan.kv_strides, plan.v_start)
-    buffer = torch.empty(plan.floats, dtype=torch.float32, device=plan.device)
-    shift = torch.empty(plan.shift_shape, dtype=torch.float32, device=plan.device) if with_lse_shift else None
+    buffer = torch.empty(plan.floats, dtype=torch.float32, device=device)
+    shift = torch.empty(plan.shift_shape, dtype=torch.float32, device=device) if with_lse_shift else None
+
+    stream = short_way(device)
     read = (query, key, value, *more, buffer)
-    plan.sample(read)
-    plan.quantize((*read, q_out, k_out, v_out, shift))
-    return PerHead(q_out, k_out, v_out, buffer[0], buffer[1], buffer[2], shift, hadamard, buffer)
+    read_at = (q_at, k_at, v_at, *addresses_of(more), buffer.data_ptr())
+    plan.sample.on(stream, read_at, lambda: read)
+    out_at = data.data_ptr()
+    written_at = (out_at, out_at + plan.k_start, out_at + plan.v_start, None if shift is None else shift.data_ptr())
+    plan.quantize.on(stream, (*read_at, *written_at), lambda: (*read, q_out, k_out, v_out, shift))
+    q_descale, k_descale, v_descale = [buffer.as_strided(*part) for part in plan.descales]
+    return PerHead(q_out, k_out, v_out, q_descale, k_descale, v_descale, shift, hadamard, buffer)
 
 
 class _Plan(NamedTuple):
@@ -230,6 +238,7 @@ class _Plan(NamedTuple):
     k_start: int
     v_start: int
     floats: tuple[int, ...]
+    descales: tuple[tuple[tuple[int, int], tuple[int, int], int], ...]
     shift_shape: tuple[int, ...]
     sample: Launch
     quantize: Launch
@@ -299,8 +308,9 @@ def _plan(
         kv_strides=(kv_heads * kv_len * dim, dim, kv_len * dim, 1),
         k_start=k_start,
         v_start=v_start,
-        # The first three rows are the descales: see layout.py.
         floats=(-(-layout.size(groups, lanes, parts) // max(groups, 1)), batch, kv_heads),
+        # The first three rows: see layout.py.
+        descales=tuple(((batch, kv_heads), (kv_heads, 1), row * groups) for row in range(3)),
         shift_shape=(batch, heads, q_len),
         sample=sample,
         quantize=quantize,
@@ -346,9 +356,13 @@ def restore_output(out: torch.Tensor, quantized: Quantized, dtype: torch.dtype) 
         largest where that is the dtype.
     """
     to = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
-    kinds = (out.dtype, dtype, out.data_ptr() % 16, to.data_ptr() % 16)
+    buffer = quantized.buffer
+    from_at, to_at = out.data_ptr(), to.data_ptr()
+    kinds = (out.dtype, dtype, from_at % 16, to_at % 16)
     hadamard = quantized.hadamard is not HadamardMode.NONE
-    _restore(out.shape, quantized.num_kv_heads, hadamard, kinds, out.device)((out, to, quantized.buffer))
+    device = out.device
+    undo = _restore(out.shape, quantized.num_kv_heads, hadamard, kinds, device)
+    undo.on(short_way(device), (from_at, to_at, buffer.data_ptr()), lambda: (out, to, buffer))
     return to
 
 
@@ -395,6 +409,11 @@ def tables_of(
     cos_q, sin_q = _alike(rope.cos, rope.sin)
     cos_k, sin_k = _alike(rope.cos_k, rope.sin_k)
     return cos_q, sin_q, cos_k, sin_k, (rope.interleaved, cos_q.shape[-1], cos_q.stride(), cos_k.stride())
+
+
+def addresses_of(tensors: tuple[torch.Tensor | None, ...]) -> list[int | None]:
+    """As a launch takes them; None for none."""
+    return [None if t is None else t.data_ptr() for t in tensors]
 
 
 def _alike(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
