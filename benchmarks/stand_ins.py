@@ -1,4 +1,4 @@
-"""fp8_fa3 and fp8_triton on a machine without a GPU, with nothing behind their launches: lpattn's part of the host time.
+"""fp8_fa3 and fp8_triton on a machine without a GPU, with nothing behind their launches: the host time of lpattn.
 
 Triton's launchers, the descriptors that they make, and FlashAttention-3's operator are left out with what they launch.
 """

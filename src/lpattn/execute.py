@@ -218,6 +218,12 @@ def _finish(result: Any, plan: Plan) -> Any:
 
 def in_bshd_memory(out: torch.Tensor) -> torch.Tensor:
     """The same [B, H, S, D] values in [B, S, H, D]-contiguous memory; no copy where they already are."""
-    strides = bshd_strides(*out.shape[1:])
-    # Not by transpose and contiguous: each operator less counts on a decode step.
-    return out if out.stride() == strides else out.new_empty_strided(out.shape, strides).copy_(out)
+    _, heads, length, dim = out.shape
+    strides = bshd_strides(heads, length, dim)
+    if out.stride() == strides:
+        return out
+    if 1 in (heads, length) and out.is_contiguous():
+        # As on a decode step: the memory is right, and only the stride of a dimension of size 1 is another.
+        return out.as_strided(out.shape, strides)
+    # Not by transpose and contiguous, which would be an operator more.
+    return out.new_empty_strided(out.shape, strides).copy_(out)

@@ -222,8 +222,7 @@ def quantize_per_head(
     out_at = data.data_ptr()
     written_at = (out_at, out_at + plan.k_start, out_at + plan.v_start, None if shift is None else shift.data_ptr())
     plan.quantize.on(stream, (*read_at, *written_at), lambda: (*read, q_out, k_out, v_out, shift))
-    q_descale, k_descale, v_descale = [buffer.as_strided(*part) for part in plan.descales]
-    return PerHead(q_out, k_out, v_out, q_descale, k_descale, v_descale, shift, hadamard, buffer)
+    return PerHead(q_out, k_out, v_out, buffer[0], buffer[1], buffer[2], shift, hadamard, buffer)
 
 
 class _Plan(NamedTuple):
@@ -238,7 +237,6 @@ class _Plan(NamedTuple):
     k_start: int
     v_start: int
     floats: tuple[int, ...]
-    descales: tuple[tuple[tuple[int, int], tuple[int, int], int], ...]
     shift_shape: tuple[int, ...]
     sample: Launch
     quantize: Launch
@@ -308,9 +306,8 @@ def _plan(
         kv_strides=(kv_heads * kv_len * dim, dim, kv_len * dim, 1),
         k_start=k_start,
         v_start=v_start,
+        # The first three rows are the descales: see layout.py.
         floats=(-(-layout.size(groups, lanes, parts) // max(groups, 1)), batch, kv_heads),
-        # The first three rows: see layout.py.
-        descales=tuple(((batch, kv_heads), (kv_heads, 1), row * groups) for row in range(3)),
         shift_shape=(batch, heads, q_len),
         sample=sample,
         quantize=quantize,
