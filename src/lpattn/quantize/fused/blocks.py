@@ -16,17 +16,19 @@ from typing import NamedTuple
 
 import torch
 
-from lpattn.quantize.fused.launcher import INTERPRETED, Launch, kinds_of, short_way
+from lpattn.quantize.fused.launcher import INTERPRETED, Launch, short_way
 from lpattn.quantize.fused.operands import (
+    NO_MORE,
     Keys,
+    More,
     Rotation,
     Turns,
     addresses_of,
     check_device,
     how_to_read,
     lanes_of,
+    more_of,
     overlaps_on,
-    tables_of,
     used_keys,
 )
 from lpattn.quantize.fused.per_block import quantize_blocks, sample_blocks
@@ -244,78 +246,146 @@ def quantize_per_block(
         batch, kv_heads, kv_len, _ = key.shape
         sampled = used_keys(used.any(1, keepdim=True)[:, :, None], batch, kv_len)
         flags = used.expand(batch, kv_heads, kv_len)
-    indices, counts = (None, None) if sampled is None else (sampled.indices, sampled.counts)
-    cos_q, sin_q, cos_k, sin_k, turns = tables_of(rope)
-    more = (indices, counts, cos_q, sin_q, cos_k, sin_k)
-    q_at, k_at, v_at = query.data_ptr(), key.data_ptr(), value.data_ptr()
-    layout, sample, quantize = _plan(
+    more = None if rope is None and sampled is None else more_of(rope, sampled)
+    at = (query.data_ptr(), key.data_ptr(), value.data_ptr())
+    plan = plan_per_block(
+        query,
+        key,
+        value,
+        at,
+        factor=factor,
+        qk_max=qk_max,
+        precision=precision,
+        hadamard=hadamard,
+        more=more,
+        packed=keys is not None,
+        flags=flags,
+        with_lse_shift=with_lse_shift,
+    )
+    return plan.run(query, key, value, at, short_way(plan.layout.device), more, flags)
+
+
+def plan_per_block(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    at: tuple[int, int, int],
+    *,
+    factor: float,
+    qk_max: float,
+    precision: Precision,
+    hadamard: HadamardMode,
+    more: More | None = None,
+    packed: bool = False,
+    flags: torch.Tensor | None = None,
+    with_lse_shift: bool = False,
+) -> Quantization:
+    """How :func:`quantize_per_block` quantizes such tensors. It holds for all that are alike.
+
+    They are alike with the same shapes, strides, dtype, device and alignment to 16 bytes, where ``more`` has the same
+    kinds, and flags the same strides.
+
+    Args:
+        query, key, value, factor, qk_max, precision, hadamard, with_lse_shift: of :func:`quantize_per_block`.
+        at: addresses of q, k and v.
+        more: what :func:`lpattn.quantize.fused.operands.more_of` makes of ``rope`` and ``keys``.
+        packed: whether keys that are used come first.
+        flags: bool [B, Hkv, kv_len], which tokens are used, where they stay in their places.
+    """
+    q_at, k_at, v_at = at
+    return _plan(
         query.shape,
         value.shape,
         query.stride(),
         key.stride(),
         value.stride(),
-        turns,
+        None if more is None else more.turns,
         hadamard,
         factor,
         qk_max,
         precision,
         with_lse_shift,
-        keys is not None,
+        packed,
         None if flags is None else flags.stride(),
-        # What kinds_of says, in a quarter of its time: q, k and v have one dtype, and plain calls bring nothing else.
+        # What kinds_of says, in a quarter of its time: q, k and v have one dtype.
         (query.dtype, q_at % 16, k_at % 16, v_at % 16),
-        None if rope is None and sampled is None else kinds_of(more),
+        None if more is None else more.kinds,
         query.device,
     )
-    device = layout.device
-    memory = torch.empty(layout.bytes, dtype=torch.uint8, device=device)
-    found = PerBlock(layout, memory, None if keys is None else keys.counts)
 
-    # Each launch by the addresses of what it takes, and by the tensors themselves, in the same order.
-    stream = short_way(device)
-    start = found.address
-    constants_at = (start + layout.k_constant.start, start + layout.v_constant.start)
-    more_at = addresses_of(more)
-    sample.on(
-        stream,
-        (k_at, v_at, *more_at[:2], *more_at[4:], *constants_at),
-        lambda: (key, value, indices, counts, cos_k, sin_k, found.k_constant, found.v_constant),
-    )
-    quantize.on(
-        stream,
-        (
-            q_at,
-            k_at,
-            v_at,
-            *more_at,
-            None if flags is None else flags.data_ptr(),
-            *constants_at,
-            start + layout.query.start,
-            start + layout.key.start,
-            start + layout.value.start,
-            start + layout.q_scale.start,
-            start + layout.k_scale.start,
-            start + layout.v_scale.start,
-            None if layout.lse_shift is None else start + layout.lse_shift.start,
-        ),
-        lambda: (
-            query,
-            key,
-            value,
-            *more,
-            flags,
-            found.k_constant,
-            found.v_constant,
-            found.query,
-            found.key,
-            found.value,
-            found.q_scale,
-            found.k_scale,
-            found.v_scale,
-            found.lse_shift,
-        ),
-    )
-    return found
+
+class Quantization(NamedTuple):
+    """The launches for tensors that are alike, and what they write.
+
+    Attributes:
+        layout: of what they write.
+        packed: whether keys that are used come first.
+        sample, quantize: the launches.
+    """
+
+    layout: Layout
+    packed: bool
+    sample: Launch
+    quantize: Launch
+
+    def run(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        at: tuple[int, int, int],
+        stream: int | None,
+        more: More | None = None,
+        flags: torch.Tensor | None = None,
+    ) -> PerBlock:
+        """Quantize. ``stream`` is what :func:`.launcher.short_way` says; the rest as of :func:`plan_per_block`."""
+        layout, packed, sample, quantize = self
+        extra = NO_MORE if more is None else more.tensors
+        extra_at = NO_MORE if more is None else addresses_of(more.tensors)
+        memory = torch.empty(layout.bytes, dtype=torch.uint8, device=layout.device)
+        found = PerBlock(layout, memory, extra[1] if packed else None)
+        start = found.address
+        k_constant, v_constant = start + layout.k_constant.start, start + layout.v_constant.start
+        # Each launch by the addresses of what it takes, and by the tensors themselves, in the same order.
+        sample.on(
+            stream,
+            (*at[1:], *extra_at[:2], *extra_at[4:], k_constant, v_constant),
+            lambda: (key, value, *extra[:2], *extra[4:], found.k_constant, found.v_constant),
+        )
+        quantize.on(
+            stream,
+            (
+                *at,
+                *extra_at,
+                None if flags is None else flags.data_ptr(),
+                k_constant,
+                v_constant,
+                start + layout.query.start,
+                start + layout.key.start,
+                start + layout.value.start,
+                start + layout.q_scale.start,
+                start + layout.k_scale.start,
+                start + layout.v_scale.start,
+                None if layout.lse_shift is None else start + layout.lse_shift.start,
+            ),
+            lambda: (
+                query,
+                key,
+                value,
+                *extra,
+                flags,
+                found.k_constant,
+                found.v_constant,
+                found.query,
+                found.key,
+                found.value,
+                found.q_scale,
+                found.k_scale,
+                found.v_scale,
+                found.lse_shift,
+            ),
+        )
+        return found
 
 
 @functools.lru_cache(maxsize=1024)
@@ -336,8 +406,7 @@ def _plan(
     kinds: Hashable,
     more_kinds: Hashable,
     device: torch.device,
-) -> tuple[Layout, Launch, Launch]:
-    """What the two launches for some shapes and strides write, and themselves: the sample's and the quantization's."""
+) -> Quantization:
     e4m3 = precision is Precision.E4M3
     if e4m3:
         check_device(device)
@@ -403,7 +472,7 @@ def _plan(
         overlaps,
         device,
     )
-    return layout, sample, quantize
+    return Quantization(layout, packed, sample, quantize)
 
 
 def _laid_out(
