@@ -1,7 +1,7 @@
 # make demo      show on this machine what lpattn does to a small model
 # make test      the test suite; needs no GPU
 # make check     formatting, lint, types, import graph
-# make test-gpu  the tests that need a GPU, with $(PYTHON) as it is: nothing is installed
+# make test-gpu  the tests that need a GPU, with $(PYTHON) as it is: nothing is installed; ARGS="-m slow": the longest
 # make bench     what lpattn costs outside attention
 # make docs      the documentation as a site, in site/; warnings are errors
 # make setup     create .venv; every target but test-gpu does so first, and again when what it needs has changed
@@ -60,7 +60,7 @@ test: $(STAMP)
 test-gpu:
 	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch " + torch.__version__ \
 	    + " sees no CUDA device, and these tests need one. make test runs the others.")'
-	$(TEST_ENV) PYTHONPATH="$(SOURCE_PATH)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m pytest -m gpu $(ARGS)
+	$(TEST_ENV) PYTHONPATH="$(SOURCE_PATH)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m pytest -m "gpu and not slow" $(ARGS)
 
 demo: $(STAMP)
 	@$(BIN)/lpattn demo

@@ -19,10 +19,14 @@ from labels import EXACT
 from variants import KernelAlone, exact_variants, options
 
 import lpattn
+from lpattn.backends.triton.kernels import PortableKernel
+from lpattn.calls import build_call
+from lpattn.types import HadamardMode
 
 SHAPES = [
     LONG,
     FLUX,
+    Shape(1, 32, 32, 4096, 128, False),
     Shape(1, 32, 8, 8192, 128, True),
     Shape(1, 32, 8, 32768, 128, True),
     Shape(1, 32, 32, 16384, 64, False),
@@ -74,6 +78,10 @@ def whole_calls(qkv: Tensors, shape: Shape) -> dict[str, Run]:
         found[WHOLE + backend] = functools.partial(
             lpattn.low_precision_sdpa, *qkv, **options(shape, "cuda"), backend=backend, on_unsupported="raise"
         )
+    # On Hopper fp8_triton runs it for what its own kernel there cannot.
+    call = build_call(*qkv, None, 0.0, shape.causal, None, HadamardMode.NONE, False, None)
+    kernel = PortableKernel(int8=False)
+    found[WHOLE + "portable"] = lambda: kernel.attend(*qkv, call, None, None)[0].transpose(1, 2)
     return found
 
 

@@ -112,7 +112,7 @@ def test_ten_lengths_are_one_graph(fa3, tools, like) -> None:
     assert rope(model) == "fused"
 
 
-def test_models_of_transformers(fa3, tools) -> None:
+def test_models_of_transformers(tools) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=128,
@@ -127,12 +127,11 @@ def test_models_of_transformers(fa3, tools) -> None:
         if "_proj" in name:
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
     ids = torch.randint(128, (1, 1024), device="cuda")
-    # Positions that are given: no mask is made of packed sequences.
-    positions = torch.arange(1024, device="cuda")[None]
-    run = {"input_ids": ids, "position_ids": positions, "use_cache": False, "attention_mask": None}
+    run = {"input_ids": ids, "use_cache": False}
     want = model(**run).last_hidden_state
-    lpattn.apply_low_precision_attention(model, "fp8_fa3", on_unsupported="fallback")
+    # While it is traced, the model makes a mask of what is causal, which fp8_fa3 does not take.
+    lpattn.apply_low_precision_attention(model, "fp8_triton")
     got = torch.compile(model)(**run).last_hidden_state
     report = lpattn.attention_report(model)
     assert tools.sqnr(want, got) > 15, str(report)
-    assert all(layer.rope == "fused" for layer in report.values() if layer.low), str(report)
+    assert all(layer.low and layer.rope == "fused" for layer in report.values()), str(report)

@@ -105,7 +105,8 @@ def test_tables_of_any_strides(fa3, tools) -> None:
     turned = [x.squeeze(1).t().contiguous().t()[:, None] for x in (cos, sin)]
     wide = [torch.stack((x, x), -1)[..., 0] for x in (cos, sin)]
     for layout in (turned, wide, (cos, turned[1]), [x.expand(2, LENGTH, 4, 128)[:, :, :1] for x in (cos, sin)]):
-        assert torch.equal(lpattn.low_precision_rope_sdpa(*qkv, *layout, **options), want)
+        # Other loads are other code, in which the compiler may fuse other products with sums.
+        assert tools.sqnr(want, lpattn.low_precision_rope_sdpa(*qkv, *layout, **options)) > 40
 
 
 class Rotated(nn.Module):

@@ -123,16 +123,16 @@ def test_v_of_ones_gives_one(backend, tools) -> None:
 # Whole calls beside exact attention
 
 
-# At head_dim 128 torchao's FP8 has 25.4, 18.6 and 13.3 dB, with Hadamard 25.4, 27.2 and 13.3; on normal data FP8 has
-# 24.9 to 26.5, by chance. A transform of 64 lanes spreads an outlier over half as many.
+# At head_dim 128 torchao's FP8 has 25.4, 18.6 and 13.3 dB, with Hadamard 25.4, 27.2 and 13.3. By chance, normal data
+# has 24.9 to 26.5, and outliers 2 dB more or less. A transform of 64 lanes spreads an outlier over half as many.
 @pytest.mark.parametrize(
     ("kind", "hadamard", "floors"),
     [
         ("randn", "none", (24.5, 24.5, 24.5)),
-        ("outliers", "none", (17.0, 18.5, 18.5)),
+        ("outliers", "none", (15.5, 17.0, 17.0)),
         ("bias", "none", (45.0, 45.0, 45.0)),
         ("randn", "qkv", (24.5, 24.5, 24.5)),
-        ("outliers", "qkv", (23.0, 26.0, 26.0)),
+        ("outliers", "qkv", (21.5, 24.5, 24.5)),
         ("bias", "qkv", (45.0, 45.0, 45.0)),
     ],
 )

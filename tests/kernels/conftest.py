@@ -232,6 +232,7 @@ class Kernel:
         if quantized.hadamard is not HadamardMode.NONE:
             want = hadamard_transform(want)
         want = want[..., : quantized.dim_v]
+        narrow = self.lost_in_sums(quantized)
         for b, count in enumerate(q_counts or [out.shape[1]] * out.shape[0]):
             if count == 0:
                 continue
@@ -244,8 +245,8 @@ class Kernel:
             # A weight that is rounded the other way is off by 2^-4 of itself; few are.
             typical = wanted.nan_to_num(0.0).square().mean().sqrt()
             rounding = torch.finfo(out.dtype).eps * wanted.abs().nan_to_num(0.0)
-            assert error.square().mean().sqrt() <= 2e-3 * typical + rounding.max()
-            assert (error.abs() <= 2e-2 * typical + rounding).all()
+            assert error.square().mean().sqrt() <= (2e-3 + narrow) * typical + rounding.max()
+            assert (error.abs() <= (2e-2 + 8 * narrow) * typical + rounding).all()
             if lse is None:
                 continue
             got_lse, wanted_lse = lse[b, :, :count].cpu().double(), want_lse[b, :, :count]
@@ -254,8 +255,21 @@ class Kernel:
             finite = wanted_lse.isfinite()
             off = ((got_lse - wanted_lse)[finite].abs() - 1e-6 * wanted_lse[finite].abs()).clamp_min(0.0)
             # A large weight may be rounded the other way: float32 and float64 see ties differently.
-            assert (off > 1e-4).sum() <= 1 + off.numel() // 50
-            assert (off <= 1e-2).all()
+            assert (off > 1e-4 + narrow).sum() <= 1 + off.numel() // 50
+            assert (off <= 1e-2 + narrow).all()
+
+    @staticmethod
+    def lost_in_sums(quantized: Any) -> float:
+        """What a logit may lose where Hopper adds up products of e4m3; 0 elsewhere.
+
+        Its tensor cores keep about 14 bits (DeepSeek-V3, arXiv:2412.19437, 3.3.2).
+        """
+        query, key = quantized.query, quantized.key
+        if not query.is_cuda or query.dtype != torch.float8_e4m3fn or torch.cuda.get_device_capability()[0] != 9:
+            return 0.0
+        norms = query.float().norm(dim=-1) * quantized.q_scale, key.float().norm(dim=-1).unflatten(2, (-1, BLOCK))
+        reach = norms[0].nan_to_num(0, 0, 0).max() * (norms[1] * quantized.k_scale[..., None]).nan_to_num(0, 0, 0).max()
+        return float(reach) * math.log(2) * 16 * 2.0**-13
 
 
 @pytest.fixture(scope="session")

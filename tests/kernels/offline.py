@@ -116,7 +116,19 @@ def described(compiled: Any) -> dict[str, Any]:
         "shared": compiled.metadata.shared,
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
         "hot_loop": hot_loop(code),
+        "moved": moved(compiled.asm["ttgir"]),
     }
+
+
+def moved(code: str) -> list[str]:
+    """Tiles of scores or of P that change their layout for anything but a product: through shared memory, then.
+
+    Beside what that costs, Triton 3.6 gets a tile of e4m3 wrong on its way.
+    """
+    found = re.findall(
+        r"ttg\.convert_layout %\w+(?:#\d+)? : tensor<(\d+x\d+xf(?:32|8\w+)), #\w+> -> tensor<[^#]*(#.*)>", code
+    )
+    return [tile for tile, to in found if "dot_op" not in to and not re.search(r"x1xf32", tile)]
 
 
 def hot_loop(code: str) -> dict[str, int]:

@@ -19,7 +19,16 @@ pytest.importorskip("triton", reason="triton, in which the kernel is written, is
 
 # KiB of a multiprocessor's shared memory that one program can have, by compute capability.
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-SOME = ["80:128-int8", "86:64-int8-bool", "89:128-bool", "90:128-causal-lse", "90:128-bool", "100:128", "120:128"]
+SOME = [
+    "80:128-int8",
+    "86:64-int8-bool",
+    "89:128-bool",
+    "90:128-causal-lse",
+    "90:128-bool",
+    "90:128-additive",
+    "100:128",
+    "120:128",
+]
 EVERY = [
     f"{capability}:{dim}{kind}{options}"
     for capability, dim, options in itertools.product(SHARED, (64, 80, 128, 256), ("", "-causal", "-bool", "-qkv-lse"))
@@ -45,6 +54,7 @@ def check(kernel: dict[str, Any]) -> None:
     capability, _, asked = kernel["configuration"].partition(":")
     assert kernel["shared"] <= SHARED[int(capability)] * 1024, kernel
     assert kernel["hot_loop"]["all"] > 0, kernel
+    assert not kernel["moved"], kernel
     if int(asked.split("-")[0]) <= 128:
         assert kernel["hot_loop"]["spills"] == 0, kernel
         # P stays in registers. Byte by byte, a tile would take as many loads as there are exponentials.

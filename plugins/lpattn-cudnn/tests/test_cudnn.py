@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import lpattn
-from lpattn import AttentionCall, MaskKind
+from lpattn import AttentionCall, CausalKind, MaskKind
 from lpattn.quantize import round_e4m3
 from lpattn.testing import BackendTests, run_checks
-from lpattn_cudnn import CudnnBackend, graphs, lpattn_backends
+from lpattn_cudnn import CudnnBackend, _signature, graphs, lpattn_backends
+from lpattn_cudnn.operands import quantize
 
 
 class Tensor:
@@ -98,7 +99,15 @@ class Graph:
         p = round_e4m3(weights * read["scale_s"]).float() * read["descale_s"]
         output, stats, amax_s, amax_o = self.outputs
         total = weights.sum(-1, keepdim=True)
-        pack[output].copy_(((p @ v) / total).transpose(1, 2))
+        result = ((p @ v) / total).transpose(1, 2)
+        if output.data_type == "e4m3":
+            assert pack[output].dtype == torch.float8_e4m3fn
+            result = result * read["scale_o"]
+            # Clipping would be silent.
+            assert result.isnan().any() or result.numel() == 0 or result.abs().max() <= 448
+        else:
+            assert (output.data_type, pack[output].dtype, read["scale_o"]) == ("bf16", torch.bfloat16, 1.0)
+        pack[output].copy_(result)
         assert tuple(pack[output].transpose(1, 2).stride()) == output.stride or pack[output].numel() == 0
         pack[amax_s].fill_(1.0)
         pack[amax_o].fill_(1.0)
@@ -115,13 +124,15 @@ class Graph:
 
 MODULE = types.SimpleNamespace(
     pygraph=Graph,
+    create_handle=lambda: "handle",
+    set_stream=lambda handle, stream: None,
     data_type=types.SimpleNamespace(FP8_E4M3="e4m3", FLOAT="float", BFLOAT16="bf16"),
     heur_mode=types.SimpleNamespace(A="a", FALLBACK="fallback"),
 )
 
 
 class OnTheCPU(CudnnBackend):
-    """The adapter as it is, on the CPU."""
+    """The adapter as it is, on the CPU; the output is bfloat16, as from sm_100 on."""
 
     name = "cudnn_on_cpu"
     capabilities = dataclasses.replace(CudnnBackend.capabilities, device_types=frozenset({"cpu"}), architectures=None)
@@ -136,12 +147,21 @@ class OnTheCPU(CudnnBackend):
         return reasons
 
 
-@pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[OnTheCPU]:
+class HopperOnTheCPU(OnTheCPU):
+    """The output is e4m3, as on sm_90."""
+
+    def attention(self, query, key, value, call, attn_mask=None, dropout_p=0.0):
+        call = dataclasses.replace(call, capability=(9, 0))
+        return super().attention(query, key, value, call, attn_mask, dropout_p)
+
+
+@pytest.fixture(params=[OnTheCPU, HopperOnTheCPU], ids=["bfloat16 output", "e4m3 output"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[OnTheCPU]:
     monkeypatch.setattr(graphs, "_cudnn", lambda: MODULE)
-    monkeypatch.setattr(graphs.Graphs, "_handle", lambda self, index: "handle")
+    monkeypatch.setattr(graphs, "_place", lambda index: torch.device("cpu"))
+    monkeypatch.setattr(graphs, "_current_stream", lambda index: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    made = OnTheCPU()
+    made = request.param()
     lpattn.register_backend(made)
     yield made
     lpattn.unregister_backend(made.name)
@@ -180,11 +200,64 @@ def test_the_cache_is_bounded(backend, monkeypatch) -> None:
 
 
 def test_what_cudnn_says_is_the_reason(backend) -> None:
-    assert backend._graphs.refusal(0, 192) == "RuntimeError: No valid engine configs for Matmul"
-    assert backend._graphs.refusal(0, 128) == ""
+    plain = AttentionCall(1, 1, 1, 256, 256, 128, 128, torch.float32, "cpu")
+    assert backend._graphs.refusal(_signature(plain)) == ""
+    refused = dataclasses.replace(plain, head_dim=192, head_dim_v=192)
+    assert backend._graphs.refusal(_signature(refused)) == "RuntimeError: No valid engine configs for Matmul"
     q = torch.randn(1, 1, 8, 192)
     with pytest.raises(lpattn.BackendError, match=r"cuDNN builds no graph for Signature.*No valid engine configs"):
         backend.attention(q, q, q, AttentionCall(1, 1, 1, 8, 8, 192, 192, torch.float32, "cpu"))
+
+
+def test_nothing_is_built_while_a_cuda_graph_is_captured(backend, monkeypatch) -> None:
+    q = torch.randn(1, 1, 8, 64)
+    attend(backend, q, q, q)
+    monkeypatch.setattr(graphs, "_is_capturing", lambda: True)
+    Graph.built = 0
+    attend(backend, q, q, q)
+    with pytest.raises(lpattn.BackendError, match="run the call once before capturing"):
+        attend(backend, q, q, q, is_causal=True)
+    unknown = AttentionCall(1, 1, 1, 256, 256, 192, 192, torch.float32, "cpu")
+    assert backend._graphs.refusal(_signature(unknown)) == ""
+    assert Graph.built == 0
+    monkeypatch.setattr(graphs, "_is_capturing", lambda: False)
+    assert "No valid engine" in backend._graphs.refusal(_signature(unknown))  # asked, once it can be
+
+
+def test_one_trial_stands_for_a_kind_of_call(backend) -> None:
+    plain = AttentionCall(1, 1, 1, 256, 256, 128, 128, torch.float32, "cpu")
+    same = ({"batch": 7}, {"q_len": 100, "kv_len": 100}, {"softmax_scale": 0.3}, {"num_heads": 8, "num_kv_heads": 8})
+    other = (
+        {"num_heads": 8},
+        {"q_len": 1},
+        {"q_len": 100},
+        {"head_dim": 64, "head_dim_v": 64},
+        {"return_lse": True},
+        {"causal": CausalKind.TOP_LEFT},
+        {"capability": (9, 0)},
+    )
+
+    def trials(changes):
+        return {_signature(dataclasses.replace(plain, **change)).typical for change in changes}
+
+    assert trials(same) == trials([{}])
+    assert len(trials([{}, *other])) == 1 + len(other)
+
+
+def test_the_words_of_a_refusal_are_those_of_cudnn() -> None:
+    long = "no engine proposed a plan (the backend declined: not on\nthis GPU; python engines declined: a; b)"
+    assert graphs.words(RuntimeError(long)) == "RuntimeError: not on this GPU"
+    assert graphs.words(RuntimeError("plain; words")) == "RuntimeError: plain; words"
+
+
+def test_outputs_in_e4m3_are_not_clipped() -> None:
+    """All weights round up, all of v's tokens are its largest: the output exceeds them by 1/16."""
+    v = torch.full((1, 1, 64, 64), 3.0)
+    v[:, :, ::2] = -3.0
+    operands = quantize(v, v, v, AttentionCall(1, 1, 1, 64, 64, 64, 64, torch.float32, "cpu"))
+    largest = float(operands.value.float().abs().max() * operands.v_descale)
+    assert largest == pytest.approx(3.0)
+    assert 448 / 1.25 < largest * (1 + 2**-4) * float(operands.o_scale) < 448
 
 
 @pytest.mark.parametrize(

@@ -201,23 +201,25 @@ def _sweep(
         factor = of_row * tl.load(k_scale + block)
         if NATURAL:
             factor *= _LN2
+        column = start + columns
+        if MASK != NO_MASK:
+            mask_at = mask + rows[:, None].to(tl.int64) * (mask_q * MASK_UNIT)
+            mask_at += column[None, :].to(tl.int64) * (1 if MASK_DENSE else mask_k)
+            exists = (column < keys)[None, :] & (rows < queries)[:, None]
+            of_mask = tl.load(mask_at, mask=exists, other=0 if MASK == BOOL_MASK else float("-inf"))
         s = tl.dot(q, k_tile).to(tl.float32)
         if LOOKS:
             s = s * factor[:, None]
-            column = start + columns
             seen = (column < keys)[None, :]
             if BAND != NO_BAND:
                 seen = seen & (column[None, :] <= rows[:, None] + after)
                 if BAND == BOTH:
                     seen = seen & (column[None, :] >= rows[:, None] - before)
             if MASK != NO_MASK:
-                of_mask = mask + rows[:, None].to(tl.int64) * (mask_q * MASK_UNIT)
-                of_mask += column[None, :].to(tl.int64) * (1 if MASK_DENSE else mask_k)
-                exists = seen & (rows < queries)[:, None]
                 if MASK == BOOL_MASK:
-                    seen = tl.load(of_mask, mask=exists, other=0) != 0
+                    seen = of_mask != 0
                 else:
-                    bias = tl.load(of_mask, mask=exists, other=float("-inf")).to(tl.float32)
+                    bias = of_mask.to(tl.float32)
                     seen = bias != float("-inf")
                     s += bias
             s = tl.where(seen, s, float("-inf"))

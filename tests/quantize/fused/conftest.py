@@ -278,7 +278,7 @@ class Fused:
                     check_descale(tokens, rest, constant[b, h], float(descale[b, h]), FLOORS[which], whole)
             off = steps_between(data.cpu().transpose(1, 2), want.flatten(1, 2))
             assert off.max() <= (0 if exact else 1), f"{(off > exact).sum()} elements of {'qkv'[which]} are wrong"
-            assert (off > 0).sum() <= off.numel() // 500
+            assert (off > 0).sum() <= off.numel() // 400
 
         if not with_lse_shift:
             assert found.lse_shift is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import importlib.metadata
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from lpattn import BackendError, Reason
+from lpattn_cudnn.operands import Operands
 
 P_SCALE = 256.0
 """Factor on P before it is rounded to e4m3. P is at most 1; without the factor, weights below 2^-10 vanish."""
@@ -26,7 +28,12 @@ _SCALARS = ("descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scal
 
 @dataclass(frozen=True)
 class Signature:
-    """What a graph is built for; the names are those of an :class:`lpattn.AttentionCall`."""
+    """What a graph is built for; the names are those of an :class:`lpattn.AttentionCall`.
+
+    Attributes:
+        with_stats: whether the log-sum-exp is an output.
+        fp8_output: whether the output is e4m3 with a scale; else it is bfloat16.
+    """
 
     device_index: int
     batch: int
@@ -38,109 +45,160 @@ class Signature:
     softmax_scale: float
     causal: bool
     with_stats: bool
+    fp8_output: bool
+
+    @property
+    def typical(self) -> Signature:
+        """A small one that stands for all that differ in batch, number of heads, scale and ordinary lengths."""
+        heads = 1 if self.num_heads == self.num_kv_heads else 2
+        q_len, kv_len = (length if length == 1 else 256 for length in (self.q_len, self.kv_len))
+        if q_len == kv_len and self.q_len != self.kv_len:
+            kv_len = 512
+        return dataclasses.replace(
+            self, batch=1, num_heads=heads, num_kv_heads=1, q_len=q_len, kv_len=kv_len, softmax_scale=1.0
+        )
 
 
+@dataclass(frozen=True)
 class _Built:
-    """A graph with its tensors and the size of its workspace."""
+    """A graph with its tensors by name and the size of its workspace in bytes."""
 
-    def __init__(self, graph: Any, tensors: dict[str, Any], workspace: int) -> None:
-        self.graph, self.tensors, self.workspace = graph, tensors, workspace
+    graph: Any
+    tensors: dict[str, Any]
+    workspace: int
+
+
+@dataclass(frozen=True)
+class _Device:
+    """A device's handle, and the numbers that every graph reads there: float32 [1]."""
+
+    handle: Any
+    s_descale: torch.Tensor
+    s_scale: torch.Tensor
+    one: torch.Tensor
 
 
 class Graphs:
-    """The graphs of one process. Thread-safe: one lock for building and launching, since handles hold the stream."""
+    """The graphs of one process. Thread-safe: one lock for building and launching, since handles hold the stream.
+
+    Nothing is built and no memory is kept while a CUDA graph is captured: cuDNN loads kernels when it builds, and what
+    a capture allocates and writes is only there after a replay.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._handles: dict[int, Any] = {}
+        self._devices: dict[int, _Device] = {}
         self._built: OrderedDict[Signature, _Built] = OrderedDict()
-        self._refusals: dict[tuple[int, int], str] = {}
-        self._constants: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self._refusals: dict[Signature, str] = {}
 
-    def refusal(self, device_index: int, head_dim: int) -> str:
-        """Why cuDNN has no plan for a plain call with this head_dim on the device, in its words; empty if it has."""
-        key = (device_index, head_dim)
+    def refusal(self, signature: Signature) -> str:
+        """Why cuDNN has no plan for calls like this one, in its words; empty if it has, or cannot be asked now."""
+        typical = signature.typical
         with self._lock:
-            if key not in self._refusals:
-                signature = Signature(device_index, 1, 1, 1, 256, 256, head_dim, head_dim**-0.5, False, True)
+            if typical not in self._refusals:
+                if _is_capturing():
+                    return ""
                 try:
-                    self._get(signature)
-                    self._refusals[key] = ""
+                    self._get(typical)
+                    self._refusals[typical] = ""
                 except Exception as error:
-                    self._refusals[key] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-            return self._refusals[key]
+                    self._refusals[typical] = words(error)
+            return self._refusals[typical]
 
-    def run(
-        self,
-        signature: Signature,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        q_descale: torch.Tensor,
-        k_descale: torch.Tensor,
-        v_descale: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def run(self, signature: Signature, operands: Operands) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Launch on the current stream.
 
         Args:
             signature: of the call.
-            query, key, value: e4m3, [B, S, H, D] contiguous.
-            q_descale, k_descale, v_descale: float32 [1].
+            operands: on the signature's device.
 
         Returns:
-            (output, stats): bfloat16 [B, q_len, H, D], and the natural log-sum-exp float32 [B, H, q_len, 1] or None.
+            (output, stats): [B, q_len, H, D] in bfloat16, or in e4m3 (value = data / o_scale) where the signature has
+            ``fp8_output``; and the natural log-sum-exp float32 [B, H, q_len, 1] or None.
 
         Raises:
-            BackendError: cuDNN has no plan for this shape; with its words.
+            BackendError: cuDNN has no plan for this shape; with its words. Or a graph would have to be built while
+                PyTorch captures a CUDA graph.
         """
-        device = query.device
+        device = operands.query.device
         with self._lock, torch.cuda.device(device):
+            if signature not in self._built and _is_capturing():
+                raise BackendError(
+                    f"no cuDNN graph was built for {signature} before the capture of a CUDA graph began, and none can "
+                    "be built during it: run the call once before capturing"
+                )
             try:
                 built = self._get(signature)
             except Exception as error:
-                raise BackendError(f"cuDNN builds no graph for {signature}: {type(error).__name__}: {error}") from error
-            batch, q_len, heads, dim = query.shape
-            out = torch.empty(batch, q_len, heads, dim, dtype=torch.bfloat16, device=device)
+                raise BackendError(f"cuDNN builds no graph for {signature}: {words(error)}") from error
+            batch, q_len, heads, dim = operands.query.shape
+            dtype = torch.float8_e4m3fn if signature.fp8_output else torch.bfloat16
+            out = torch.empty(batch, q_len, heads, dim, dtype=dtype, device=device)
             stats = torch.empty(batch, heads, q_len, 1, device=device) if signature.with_stats else None
             # The largest magnitudes of P and of the output are outputs that nobody reads.
             unread = torch.empty(2, device=device)
             workspace = torch.empty(max(built.workspace, 1), dtype=torch.uint8, device=device)
-            s_descale, s_scale, one = self._constants_of(device)
-            buffers = {"q": query, "k": key, "v": value, "o": out, "amax_s": unread[:1], "amax_o": unread[1:]}
-            buffers |= {"descale_q": q_descale, "descale_k": k_descale, "descale_v": v_descale}
-            buffers |= {"descale_s": s_descale, "scale_s": s_scale, "scale_o": one}
+            shared = self._device(signature.device_index)
+            buffers = {
+                "q": operands.query,
+                "k": operands.key,
+                "v": operands.value,
+                "descale_q": operands.q_descale,
+                "descale_k": operands.k_descale,
+                "descale_v": operands.v_descale,
+                "descale_s": shared.s_descale,
+                "scale_s": shared.s_scale,
+                "scale_o": operands.o_scale if signature.fp8_output else shared.one,
+                "o": out,
+                "amax_s": unread[:1],
+                "amax_o": unread[1:],
+            }
             if stats is not None:
                 buffers["stats"] = stats
             pack = {built.tensors[name]: buffer for name, buffer in buffers.items()}
-            built.graph.execute(pack, workspace, handle=self._handle(device.index))
+            built.graph.execute(pack, workspace, handle=shared.handle)
             return out, stats
 
-    def _constants_of(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if device.index not in self._constants:
-            values = (1.0 / P_SCALE, P_SCALE, 1.0)
-            made = tuple(torch.full((1,), value, device=device) for value in values)
-            self._constants[device.index] = made  # type: ignore[assignment]
-        return self._constants[device.index]
-
-    def _handle(self, device_index: int) -> Any:
-        """The device's handle, set to PyTorch's current stream."""
-        cudnn = _cudnn()
-        if device_index not in self._handles:
-            self._handles[device_index] = cudnn.create_handle()
-        handle = self._handles[device_index]
-        cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream(device_index).cuda_stream)
-        return handle
+    def _device(self, index: int) -> _Device:
+        """The device's handle, set to PyTorch's current stream, and its constants."""
+        if index not in self._devices:
+            # Copies from the host are complete when torch.tensor returns: any stream may read them.
+            numbers = [torch.tensor([x], device=_place(index)) for x in (1.0 / P_SCALE, P_SCALE, 1.0)]
+            self._devices[index] = _Device(_cudnn().create_handle(), *numbers)
+        device = self._devices[index]
+        _cudnn().set_stream(handle=device.handle, stream=_current_stream(index))
+        return device
 
     def _get(self, signature: Signature) -> _Built:
         built = self._built.get(signature)
         if built is None:
             with torch.cuda.device(signature.device_index):
-                built = build(_cudnn(), signature, self._handle(signature.device_index))
+                built = build(_cudnn(), signature, self._device(signature.device_index).handle)
             self._built[signature] = built
             if len(self._built) > _CACHE_SIZE:
                 self._built.popitem(last=False)
         self._built.move_to_end(signature)
         return built
+
+
+def words(error: Exception) -> str:
+    """What cuDNN objects to, on one line; without the frontend's account of the other engines that it asked."""
+    text = " ".join(str(error).split())
+    _, declined, rest = text.partition("the backend declined: ")
+    text = rest.partition("; python engines")[0] if declined else text
+    return f"{type(error).__name__}: {text}"[:300]
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _place(index: int) -> torch.device:
+    return torch.device("cuda", index)
+
+
+def _current_stream(index: int) -> int:
+    return torch.cuda.current_stream(index).cuda_stream
 
 
 def build(cudnn: Any, signature: Signature, handle: Any) -> _Built:
@@ -180,7 +238,8 @@ def build(cudnn: Any, signature: Signature, handle: Any) -> _Built:
         name="lpattn_sdpa_fp8",
     )
     shape = (s.batch, s.num_heads, s.q_len, s.head_dim)
-    output.set_output(True).set_dim(shape).set_stride(_bshd(*shape)).set_data_type(types.BFLOAT16)
+    output_type = types.FP8_E4M3 if s.fp8_output else types.BFLOAT16
+    output.set_output(True).set_dim(shape).set_stride(_bshd(*shape)).set_data_type(output_type)
     tensors["o"] = output
     if s.with_stats:
         rows = (s.batch, s.num_heads, s.q_len, 1)

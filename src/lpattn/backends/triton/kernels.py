@@ -281,8 +281,8 @@ def kernel_for(call: AttentionCall, int8: bool, exponential: str | None = None) 
         exponential: of the Hopper kernel, where that runs.
     """
     if call.capability == hopper.ARCHITECTURE and not int8:
-        # The pass that undoes the transform behind the Hopper kernel takes powers of two only.
-        transforms = call.hadamard is HadamardMode.NONE or not call.head_dim & (call.head_dim - 1)
+        # The pass that undoes the transform behind the Hopper kernel has no more lanes than the output.
+        transforms = call.hadamard is HadamardMode.NONE or call.head_dim in (32, 64, 128, 256)
         if transforms and not hopper.reasons_against(call) and not hopper.reasons_against_triton():
             return HopperKernel(exponential)
     return portable_for(call, int8)

@@ -32,6 +32,7 @@ class Tile(NamedTuple):
         mean_registers: per thread, over all warps.
         parts: of head_dim, that P V is done in.
         late: P is computed after the P V of the tile before has ended: fewer registers, less overlap.
+        sums: the cores add up P; otherwise the tensor cores do.
     """
 
     keys: int
@@ -41,12 +42,13 @@ class Tile(NamedTuple):
     mean_registers: int
     parts: int
     late: bool
+    sums: bool
 
 
 TILES = {
-    64: Tile(keys=128, stages=4, consumers=3, registers=160, mean_registers=128, parts=1, late=True),
-    128: Tile(keys=128, stages=4, consumers=2, registers=240, mean_registers=168, parts=1, late=False),
-    256: Tile(keys=64, stages=4, consumers=2, registers=240, mean_registers=168, parts=2, late=True),
+    64: Tile(keys=128, stages=4, consumers=3, registers=160, mean_registers=128, parts=1, late=True, sums=False),
+    128: Tile(keys=128, stages=4, consumers=2, registers=240, mean_registers=168, parts=1, late=False, sums=False),
+    256: Tile(keys=64, stages=4, consumers=2, registers=240, mean_registers=168, parts=2, late=True, sums=True),
 }
 """By head_dim, rounded up."""
 
@@ -218,6 +220,7 @@ def _plan(
             tile.late,
             dim,
             lanes_of(dim),
+            tile.sums,
             tile.registers,
         ),
         (dtype, adds_constant, aligned, all_keys, return_lse),

@@ -44,7 +44,7 @@ def restore(
             low = low.to(tl.float32) + low_c[None, :]
             high = high.to(tl.float32) + high_c[None, :]
             if HADAMARD:
-                low, high = hadamard(low.to(out.dtype.element_ty), high.to(out.dtype.element_ty), HALF)
+                low, high = hadamard(low, high, out.dtype.element_ty, HALF)
             if limit > 0.0:
                 # A clamp alone would turn NaN into the limit.
                 low = tl.where(low == low, tl.clamp(low, -limit, limit), low)

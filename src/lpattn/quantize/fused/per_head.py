@@ -121,8 +121,9 @@ def _sample_part(
     largest, square = 0.0, 0.0
     low_sum = tl.zeros((HALF,), tl.float32)
     high_sum = tl.zeros((HALF,), tl.float32)
-    # Tiles that are loaded ahead do not fit into shared memory beside those of a wide Hadamard transform.
-    STAGES: tl.constexpr = 1 if HADAMARD else 3
+    # Tiles that are loaded ahead do not fit into shared memory beside those of a Hadamard transform or of cos and sin.
+    light: tl.constexpr = 2 * HALF * x.dtype.element_ty.primitive_bitwidth <= 4096
+    STAGES: tl.constexpr = 3 if light and ROPE == NO_ROPE and not HADAMARD else 1
     for first in tl.range(part * each, tl.minimum(part * each + each, size), PART, num_stages=STAGES):
         tokens, used = sampled_tokens(first, size, length)
         if keys is not None:

@@ -70,7 +70,7 @@ def transform_tile(
             high = high * cos_high + turned_high * sin_high
     if HADAMARD:
         if transforms:
-            low, high = hadamard(low.to(dtype), high.to(dtype), HALF)
+            low, high = hadamard(low, high, dtype, HALF)
     return low, high
 
 
@@ -91,8 +91,8 @@ def _partner(start, lanes, turns, stride_d, ROTARY: tl.constexpr):
 
 
 @triton.jit
-def hadamard(low, high, HALF: tl.constexpr):
-    """Orthonormal Hadamard transform of the 2 * HALF lanes (natural order), in float32.
+def hadamard(low, high, dtype: tl.constexpr, HALF: tl.constexpr):
+    """Orthonormal Hadamard transform of the 2 * HALF lanes (natural order) of float32 tiles, in ``dtype``, to float32.
 
     H_2n = [[H_n, H_n], [H_n, -H_n]]: two products with H_n, whose entries are 1 and -1, then sums and differences.
     """
@@ -101,11 +101,25 @@ def hadamard(low, high, HALF: tl.constexpr):
     parity ^= parity >> 4
     parity ^= parity >> 2
     parity ^= parity >> 1
-    matrix = (1 - 2 * (parity & 1)).to(low.dtype)
-    a = tl.dot(low, matrix, input_precision="tf32x3")
-    b = tl.dot(high, matrix, input_precision="tf32x3")
+    signs = 1 - 2 * (parity & 1)
     norm: tl.constexpr = (2 * HALF) ** -0.5
-    return (a + b) * norm, (a - b) * norm
+    if dtype == tl.float32:
+        # As the sum of two numbers of float16, in rows with a largest value of 1: the tf32 that takes float32 as it is
+        # would fill the shared memory.
+        largest = tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 1)
+        unit = power_of_two_above(tl.maximum(largest, 2.0**-100))[:, None]
+        low *= inverse_power_of_two(unit)
+        high *= inverse_power_of_two(unit)
+        coarse_low, coarse_high = low.to(tl.float16), high.to(tl.float16)
+        signs = signs.to(tl.float16)
+        a = tl.dot((low - coarse_low).to(tl.float16), signs, tl.dot(coarse_low, signs))
+        b = tl.dot((high - coarse_high).to(tl.float16), signs, tl.dot(coarse_high, signs))
+        unit *= norm
+        return (a + b) * unit, (a - b) * unit
+    else:
+        a = tl.dot(low.to(dtype), signs.to(dtype))
+        b = tl.dot(high.to(dtype), signs.to(dtype))
+        return (a + b) * norm, (a - b) * norm
 
 
 @triton.jit
