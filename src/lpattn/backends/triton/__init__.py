@@ -89,10 +89,10 @@ class TritonBackend(Backend):
     def rank(self, call: AttentionCall) -> float:
         if call.varlen is not None:
             return 0.0
-        # What was measured on sm_90 is the Hopper kernel, and no call with a mask that the portable one must look at.
+        # What was measured on sm_90 without a dense mask is the Hopper kernel.
         dense = call.mask is not MaskKind.NONE and not call.key_padding
         other = call.capability == (9, 0) and not isinstance(kernel_for(call, self.int8), HopperKernel)
-        return 0.0 if dense or (other and not self.int8) else measured_speedup(self.name, call)
+        return 0.0 if other and not dense and not self.int8 else measured_speedup(self.name, call)
 
     def attention(
         self,
