@@ -35,7 +35,12 @@ NOTHING = _Nothing()
 
 def outside_redirection() -> Any:
     """A context manager in which SDPA calls of this thread are not redirected, whether or not they are outside."""
-    return excluded() if torch._C._dispatch_tls_is_dispatch_key_included(_key) else NOTHING
+    return excluded() if is_redirecting() else NOTHING
+
+
+def is_redirecting() -> bool:
+    """Whether SDPA calls of this thread are redirected by the dispatch key."""
+    return torch._C._dispatch_tls_is_dispatch_key_included(_key)
 
 
 class Layer(Protocol):

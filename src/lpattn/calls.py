@@ -230,7 +230,12 @@ def device_capability(device_type: str, index: int | None) -> tuple[int, int] | 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether grad is enabled and any of the tensors requires it."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if not torch.is_grad_enabled():
+        return False
+    for tensor in tensors:  # noqa: SIM110 - a generator takes longer than everything else here
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

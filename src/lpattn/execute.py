@@ -8,19 +8,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lpattn.active import NOTHING, outside_redirection
+from lpattn.active import NOTHING, is_redirecting, outside_redirection
 from lpattn.calls import autocast_dtype, cast_like_autocast, narrowed_mask, needs_grad
-from lpattn.dispatch import ASKED_CODES, POLICY_CODES, reason_lines
+from lpattn.dispatch import reason_lines
 from lpattn.errors import BackendError, InvalidArgumentError, warn
 from lpattn.ledger import Ledger
-from lpattn.plan import make_plan, outside_plan
-from lpattn.registry import registry
+from lpattn.plan import QUIET_CODES, Plan, bshd_strides, make_plan, outside_plan
 from lpattn.rope import rotate_heads_first
 from lpattn.settings import Settings
 from lpattn.types import AttentionCall, Choice, HadamardMode, Reason, Rope
 
 _warned: set[tuple[int, str, str]] = set()
-_QUIET_CODES = POLICY_CODES | ASKED_CODES | {"empty"}
 
 
 def attend(
@@ -55,13 +53,16 @@ def attend(
         InvalidArgumentError: ``check`` found the inputs to be wrong.
     """
     gradient = needs_grad(query, key, value, attn_mask)
-    call, choice = make_plan(
+    plan = make_plan(
         query, key, value, attn_mask, dropout_p, is_causal, scale, settings, return_lse, gradient, check=check
     )
-    account(call, choice, settings, ledger)
-    if call is None:
-        return _outside_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse, choice)
-    return _run(query, key, value, attn_mask, dropout_p, call, choice)
+    if ledger is not None or not plan.quiet:
+        account(plan.call, plan.choice, settings, ledger)
+    if plan.call is None:
+        return _outside_sdpa(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse, plan.choice
+        )
+    return _run(query, key, value, attn_mask, dropout_p, plan, plan.call)
 
 
 def attend_rope(
@@ -89,10 +90,9 @@ def attend_rope(
     rope = Rope(interleaved, cos.shape[-1])
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     gradient = needs_grad(query, key, value, attn_mask, cos, sin, cos_k, sin_k)
-    call, choice = make_plan(q, k, v, attn_mask, dropout_p, is_causal, scale, settings, return_lse, gradient, rope)
+    plan = make_plan(q, k, v, attn_mask, dropout_p, is_causal, scale, settings, return_lse, gradient, rope)
+    call, choice, backend = plan.call, plan.choice, plan.backend
     account(call, choice, settings, ledger)
-    backend = registry.get(choice.backend)
-    assert backend is not None
     # Under autocast the rotation comes before the cast, as in the code that this function stands for.
     if call is None or not backend.capabilities.rope or autocast_dtype(query.device) is not None:
         q, k = rotate_heads_first(query, key, cos, sin, cos_k, sin_k, interleaved)
@@ -102,13 +102,14 @@ def attend_rope(
         if call is None:
             grouped = query.shape[2] != key.shape[2]
             return _outside_sdpa(q, k, v, attn_mask, dropout_p, is_causal, scale, grouped, return_lse, choice)
-        return _run(q, k, v, attn_mask, dropout_p, dataclasses.replace(call, rope=None), choice)
+        return _run(q, k, v, attn_mask, dropout_p, plan, dataclasses.replace(call, rope=None))
     if ledger is not None:
         ledger.rope = "fused"
-    query, key, value, attn_mask = _for_backends(query, key, value, attn_mask)
-    with outside_redirection(), no_autocast(call):
+    if attn_mask is not None:
+        attn_mask = narrowed_mask(attn_mask)
+    with outside_redirection():
         out = backend.rope_attention(query, key, value, cos, sin, call, attn_mask, dropout_p, cos_k=cos_k, sin_k=sin_k)
-        return _finish(out, call, choice)
+    return _finish(out, plan)
 
 
 def _run(
@@ -117,15 +118,20 @@ def _run(
     value: torch.Tensor,
     attn_mask: torch.Tensor | None,
     dropout_p: float,
+    plan: Plan,
     call: AttentionCall,
-    choice: Choice,
 ) -> Any:
     """The chosen backend's attention, with inputs cast as autocast would, and its output checked and laid out."""
-    query, key, value, attn_mask = _for_backends(query, key, value, attn_mask)
-    backend = registry.get(choice.backend)
-    assert backend is not None
+    if attn_mask is not None:
+        # Before the cast, which would copy an expanded mask in full.
+        attn_mask = narrowed_mask(attn_mask)
+    if plan.autocast:
+        query, key, value, attn_mask = cast_like_autocast(query, key, value, attn_mask)
+    elif not is_redirecting():
+        # The usual case, without the time that context managers take.
+        return _finish(plan.backend.attention(query, key, value, call, attn_mask, dropout_p), plan)
     with outside_redirection(), no_autocast(call):
-        return _finish(backend.attention(query, key, value, call, attn_mask, dropout_p), call, choice)
+        return _finish(plan.backend.attention(query, key, value, call, attn_mask, dropout_p), plan)
 
 
 def _outside_sdpa(
@@ -155,18 +161,18 @@ def account_outside(reason: Reason, settings: Settings, ledger: Ledger | None) -
     Raises:
         UnsupportedCallError: strict settings.
     """
-    call, choice = outside_plan(reason, settings)
-    account(call, choice, settings, ledger)
+    account(None, outside_plan(reason, settings).choice, settings, ledger)
 
 
 def account(call: AttentionCall | None, choice: Choice, settings: Settings, ledger: Ledger | None) -> None:
     """Count a planned call, and warn of a fallback: once per scope and reason."""
     if ledger is not None:
         ledger.count(choice)
-        if call is not None and call.device_type == "cuda" and torch.cuda.is_current_stream_capturing():
+        on_gpu = call is not None and call.device_type == "cuda"
+        if on_gpu and not ledger.captured and torch.cuda.is_current_stream_capturing():
             ledger.captured = True
     reason = choice.exact_reason
-    if reason is None or reason.code in _QUIET_CODES:
+    if reason is None or reason.code in QUIET_CODES:
         return
     key = (settings.scope, settings.backend or "automatic", reason.code)
     if key in _warned:
@@ -188,32 +194,36 @@ def no_autocast(call: AttentionCall) -> Any:
     return NOTHING
 
 
-def _for_backends(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """What the planned call describes. The mask is narrowed first: a cast would copy an expanded one in full."""
-    return cast_like_autocast(query, key, value, None if attn_mask is None else narrowed_mask(attn_mask))
-
-
-def _finish(result: Any, call: AttentionCall, choice: Choice) -> Any:
+def _finish(result: Any, plan: Plan) -> Any:
+    """What a backend returned, checked, and the output in its layout."""
+    call, choice = plan.call, plan.choice
+    assert call is not None
     out, lse = result if call.return_lse and isinstance(result, tuple) and len(result) == 2 else (result, None)
-    shape = (call.batch, call.num_heads, call.q_len, call.head_dim_v)
-    if not isinstance(out, torch.Tensor) or out.shape != shape or out.dtype != call.dtype:
+    if not isinstance(out, torch.Tensor) or out.shape != plan.shape or out.dtype != call.dtype:
         got = f"{list(out.shape)} {out.dtype}" if isinstance(out, torch.Tensor) else type(out).__name__
         raise BackendError(
-            f"backend {choice.backend!r} returned {got}; the output of this call is {list(shape)} {call.dtype}"
+            f"backend {choice.backend!r} returned {got}; the output of this call is {list(plan.shape)} {call.dtype}"
         )
+    if out.stride() != plan.strides:
+        out = in_bshd_memory(out)
     if not call.return_lse:
-        return in_bshd_memory(out)
-    if not isinstance(lse, torch.Tensor) or lse.shape != shape[:3] or lse.dtype != torch.float32:
+        return out
+    if not isinstance(lse, torch.Tensor) or lse.shape != plan.shape[:3] or lse.dtype != torch.float32:
         got = f"{list(lse.shape)} {lse.dtype}" if isinstance(lse, torch.Tensor) else type(lse).__name__
-        raise BackendError(f"backend {choice.backend!r} returned lse {got}; it must be {list(shape[:3])} torch.float32")
-    return in_bshd_memory(out), lse
+        raise BackendError(
+            f"backend {choice.backend!r} returned lse {got}; it must be {list(plan.shape[:3])} torch.float32"
+        )
+    return out, lse
 
 
 def in_bshd_memory(out: torch.Tensor) -> torch.Tensor:
     """The same [B, H, S, D] values in [B, S, H, D]-contiguous memory; no copy where they already are."""
     _, heads, length, dim = out.shape
-    strides = (length * heads * dim, dim, heads * dim, 1)
-    # Not by transpose and contiguous: each operator less counts on a decode step.
-    return out if out.stride() == strides else out.new_empty_strided(out.shape, strides).copy_(out)
+    strides = bshd_strides(heads, length, dim)
+    if out.stride() == strides:
+        return out
+    if 1 in (heads, length) and out.is_contiguous():
+        # As on a decode step: the memory is right, and only the stride of a dimension of size 1 is another.
+        return out.as_strided(out.shape, strides)
+    # Not by transpose and contiguous, which would be an operator more.
+    return out.new_empty_strided(out.shape, strides).copy_(out)

@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from lpattn import ops
-from lpattn.active import active, current_settings
-from lpattn.calls import (
-    autocast_dtype,
-    build_call,
-    cast_like_autocast,
-    check_inputs,
-    needs_grad,
-    outside,
-    usual_types,
-)
+from lpattn.active import active
+from lpattn.arguments import settings_of_call
+from lpattn.calls import autocast_dtype, build_call, cast_like_autocast, check_inputs, needs_grad, outside, usual_types
 from lpattn.dispatch import Explanation, explain_call
-from lpattn.errors import InvalidArgumentError, UnsupportedCallError
+from lpattn.errors import InvalidArgumentError
 from lpattn.execute import attend, attend_rope
-from lpattn.ledger import Ledger
-from lpattn.plan import refusal_outside
-from lpattn.registry import registry
-from lpattn.rope import rotate_heads_first
-from lpattn.settings import Settings, from_text, is_exact, make_settings, with_environment
-from lpattn.tracing import constant_while_tracing, is_traced
-from lpattn.types import AttentionBackend, HadamardMode, Provenance, Reason
+from lpattn.redirection import put_into_graph
+from lpattn.rope import check_rope, rotate_heads_first
+from lpattn.tracing import is_traced
+from lpattn.types import AttentionBackend, HadamardMode
 from lpattn.varlen import attend_varlen
 from lpattn.varlen import check_inputs as check_varlen_inputs
-
-_AUTOMATIC = Settings()
 
 
 def low_precision_sdpa(
@@ -81,10 +66,25 @@ def low_precision_sdpa(
     Precision:
         Whatever the chosen backend states. Inputs that require grad run exactly: there is no backward pass.
     """
-    settings = _resolve(backend, hadamard, on_unsupported)
-    if is_traced() or not usual_types(query, key, value, attn_mask, dropout_p, is_causal, scale):
+    settings = settings_of_call(backend, hadamard, on_unsupported)
+    if is_traced():
         check_inputs(query, key, value, attn_mask, dropout_p, is_causal, scale)
-    return redirect(
+        return put_into_graph(
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            settings=settings,
+            return_lse=return_lse,
+        )
+    if not usual_types(query, key, value, attn_mask, dropout_p, is_causal, scale):
+        check_inputs(query, key, value, attn_mask, dropout_p, is_causal, scale)
+    layer = active.layer
+    return attend(
         query,
         key,
         value,
@@ -94,6 +94,7 @@ def low_precision_sdpa(
         scale,
         enable_gqa,
         settings=settings,
+        ledger=None if layer is None else layer.ledger,
         return_lse=return_lse,
         check=True,
     )
@@ -139,11 +140,11 @@ def low_precision_rope_sdpa(
     Raises:
         As :func:`low_precision_sdpa`.
     """
-    _check_rope(query, key, value, cos, sin, cos_k, sin_k)
+    check_rope(query, key, value, cos, sin, cos_k, sin_k)
     check_inputs(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask, dropout_p, is_causal, scale
     )
-    settings = _resolve(backend, hadamard, on_unsupported)
+    settings = settings_of_call(backend, hadamard, on_unsupported)
     layer = active.layer
     if is_traced():
         gradient = needs_grad(query, key, value, attn_mask, cos, sin, cos_k, sin_k)
@@ -151,7 +152,7 @@ def low_precision_rope_sdpa(
         if gradient or dropout_p > 0.0 or autocast_dtype(query.device) is not None:
             q, k = rotate_heads_first(query, key, cos, sin, cos_k, sin_k, interleaved)
             v = value.transpose(1, 2)
-            return redirect(
+            return put_into_graph(
                 q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, settings=settings, return_lse=return_lse
             )
         operator = ops.rope_sdpa_lse if return_lse else ops.rope_sdpa
@@ -223,7 +224,7 @@ def low_precision_varlen_sdpa(
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     packed = (query, key, value, cu_seqlens_q, cu_seqlens_k, max_q, max_k)
     check_varlen_inputs(*packed, window_size)
-    settings = _resolve(backend, hadamard, on_unsupported)
+    settings = settings_of_call(backend, hadamard, on_unsupported)
     layer = active.layer
     if is_traced():
         if needs_grad(query, key, value):
@@ -237,60 +238,6 @@ def low_precision_varlen_sdpa(
     return attend_varlen(
         *packed, scale, (window_size[0], window_size[1]), settings=settings, ledger=ledger, return_lse=return_lse
     )
-
-
-def redirect(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    *,
-    settings: Settings,
-    return_lse: bool = False,
-    check: bool = False,
-) -> Any:
-    """One SDPA call under settings: run at once in eager mode, put into the graph as an operator while tracing.
-
-    With ``check``, inputs are checked in eager mode as :func:`lpattn.calls.check_inputs` does.
-    """
-    layer = active.layer
-    if not is_traced():
-        ledger: Ledger | None = None if layer is None else layer.ledger
-        return attend(
-            query,
-            key,
-            value,
-            attn_mask,
-            dropout_p,
-            is_causal,
-            scale,
-            enable_gqa,
-            settings=settings,
-            ledger=ledger,
-            return_lse=return_lse,
-            check=check,
-        )
-    if reason := _unfit_for_graph(query, key, value, attn_mask, dropout_p, is_causal):
-        if refusal := _refusal_while_tracing(settings.text, *reason):
-            raise UnsupportedCallError(refusal)
-        if return_lse:
-            raise InvalidArgumentError(f"return_lse cannot be traced for this call: {reason[1]}")
-        if layer is not None:
-            ops.count_exact(layer.tag, *reason)
-        grouped = query.dim() == 4 and query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa or grouped
-        )
-    query, key, value, attn_mask = cast_like_autocast(query, key, value, attn_mask)
-    if torch.compiler.is_dynamo_compiling():
-        _look_for_rope()
-    operator = ops.sdpa_lse if return_lse else ops.sdpa
-    tag = None if layer is None else layer.tag
-    return operator(query, key, value, attn_mask, dropout_p, is_causal, scale, tag, settings.text)
 
 
 def explain(
@@ -317,7 +264,7 @@ def explain(
             about (three-dimensional or nested tensors).
     """
     check_inputs(query, key, value, attn_mask, dropout_p, is_causal, scale)
-    settings = _resolve(backend, hadamard, on_unsupported)
+    settings = settings_of_call(backend, hadamard, on_unsupported)
     query, key, value, _ = cast_like_autocast(query, key, value, None)  # not the mask: see build_call
     if reason := outside(query, key, value, attn_mask, dropout_p, is_causal):
         raise InvalidArgumentError(f"such calls always run on PyTorch's own SDPA: {reason}")
@@ -335,130 +282,3 @@ def explain(
         requires_grad=gradient,
     )
     return explain_call(call, settings)
-
-
-def _resolve(
-    backend: str | AttentionBackend | None, hadamard: str | HadamardMode | None, on_unsupported: str | None
-) -> Settings:
-    surrounding = current_settings() or _AUTOMATIC
-    if backend is None and hadamard is None and on_unsupported is None:
-        return surrounding
-    if not all(isinstance(argument, (str, type(None))) for argument in (backend, hadamard, on_unsupported)):
-        make_settings(backend, hadamard, on_unsupported, Provenance.ARGUMENT)  # raises, and names the value
-    if torch.compiler.is_compiling():
-        return _merged_while_tracing(backend, hadamard, on_unsupported, surrounding.text)
-    return _merged(backend, hadamard, on_unsupported, surrounding.text, registry.generation)
-
-
-@functools.lru_cache(maxsize=256)
-def _merged(
-    backend: str | AttentionBackend | None,
-    hadamard: str | HadamardMode | None,
-    on_unsupported: str | None,
-    surrounding_text: str,
-    generation: int,
-) -> Settings:
-    """A call's own arguments over the surrounding settings. The generation keeps stale names out of the cache."""
-    surrounding = from_text(surrounding_text)
-    named = backend is not None
-    if hadamard is None:
-        hadamard = HadamardMode.NONE if backend is not None and is_exact(backend) else surrounding.hadamard
-    settings = make_settings(
-        backend if named else surrounding.backend,
-        hadamard,
-        on_unsupported if on_unsupported is not None else (None if named else surrounding.on_unsupported),
-        Provenance.ARGUMENT,
-    )
-    provenance = Provenance.ARGUMENT if named else surrounding.provenance
-    return dataclasses.replace(settings, provenance=provenance, scope=surrounding.scope)
-
-
-@constant_while_tracing
-def _merged_while_tracing(
-    backend: str | AttentionBackend | None,
-    hadamard: str | HadamardMode | None,
-    on_unsupported: str | None,
-    surrounding_text: str,
-) -> Settings:
-    return _merged(backend, hadamard, on_unsupported, surrounding_text, registry.generation)
-
-
-def _unfit_for_graph(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-) -> tuple[str, str] | None:
-    """Code and message of why a traced call must stay PyTorch's own SDPA; None if it can become an operator."""
-    if needs_grad(query, key, value, attn_mask):
-        return "requires_grad", "inputs require grad, and compiled low precision has no backward pass"
-    if dropout_p > 0.0:
-        return "dropout", "dropout_p > 0: an operator's random numbers would not be the compiler's"
-    if query.is_nested or query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
-        return "dimensions", "q, k, v are not plain [B, H, S, D] tensors"
-    if query.shape[0] != key.shape[0]:
-        return "shapes", "q and k have different batch sizes"
-    if is_causal and attn_mask is not None:
-        return "mask_and_causal", "both attn_mask and is_causal=True"
-    return None
-
-
-@constant_while_tracing
-def _look_for_rope() -> None:
-    """Have the compilation that traces this call look for rotations in front of it. An export compiles nothing."""
-    if torch.compiler.is_exporting():
-        return
-    from lpattn.compile.install import install  # imports inductor
-
-    install()
-
-
-@constant_while_tracing
-def _refusal_while_tracing(settings_text: str, code: str, message: str) -> str:
-    return refusal_outside(with_environment(from_text(settings_text)), Reason(code, message))
-
-
-def _check_rope(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    cos_k: torch.Tensor | None,
-    sin_k: torch.Tensor | None,
-) -> None:
-    if (cos_k is None) != (sin_k is None):
-        raise InvalidArgumentError("cos_k and sin_k go together; got only one of them")
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, torch.Tensor) or tensor.dim() != 4:
-            got = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise InvalidArgumentError(f"{name} must be a [B, S, H, D] tensor; got {got}")
-    tables = [("cos", cos, query), ("sin", sin, query)]
-    if cos_k is not None and sin_k is not None:
-        tables += [("cos_k", cos_k, key), ("sin_k", sin_k, key)]
-    for name, table, _ in tables:
-        if not isinstance(table, torch.Tensor):
-            raise InvalidArgumentError(f"{name} must be a tensor; got {table!r} ({type(table).__name__})")
-    rotary_dim = cos.shape[-1] if cos.dim() else 0
-    if rotary_dim % 2 or not 0 < rotary_dim <= query.shape[-1]:
-        raise InvalidArgumentError(
-            f"rotary_dim, the last dimension of cos, must be even and at most head_dim {query.shape[-1]}; "
-            f"got {rotary_dim}"
-        )
-    if cos_k is None:
-        tables += [("cos (for the keys)", cos, key), ("sin (for the keys)", sin, key)]
-    for name, table, x in tables:
-        full = (*x.shape[:3], rotary_dim)
-        if table.device != x.device:
-            raise InvalidArgumentError(f"{name} must be on {x.device} as q and k are; got {table.device}")
-        shape = (1,) * (4 - table.dim()) + tuple(table.shape)
-        # Tables without an axis for heads would broadcast positions over heads: ask for the axis, do not guess.
-        headless = table.dim() < 3 or (table.dim() == 3 and shape[1] in (1, full[0]) and shape[2] == full[1] != 1)
-        fits = len(shape) == 4 and shape[3] == rotary_dim and not headless
-        if not fits or any(t not in (1, f) for t, f in zip(shape, full, strict=True)):
-            raise InvalidArgumentError(
-                f"{name} {list(table.shape)} must broadcast to [B, S, H, rotary_dim] = {list(full)}"
-                "\n[S, rotary_dim] and [B, S, rotary_dim] tables need an axis for heads: cos.unsqueeze(-2)"
-            )

@@ -3,18 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 
 import torch
 
+from lpattn.backend import Backend
 from lpattn.calls import autocast_dtype, build_call, cast_like_autocast, check_inputs, outside
-from lpattn.dispatch import REFERENCE, asked_for_exact, choose
+from lpattn.dispatch import ASKED_CODES, POLICY_CODES, REFERENCE, asked_for_exact, choose
 from lpattn.errors import UnsupportedCallError
 from lpattn.registry import registry
 from lpattn.settings import Settings, with_environment
 from lpattn.types import AttentionCall, Choice, HadamardMode, Reason, Rope
 
-Plan = tuple[AttentionCall | None, Choice]
-"""The call as backends see it (None: PyTorch's own SDPA takes the inputs as they are) and the decision."""
+QUIET_CODES = POLICY_CODES | ASKED_CODES | {"empty"}
+"""Codes of reasons to run exactly that warrant no warning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What runs a call, and what of it depends on nothing but the facts that plans are remembered by.
+
+    Attributes:
+        call: the call as backends see it; None: PyTorch's own SDPA takes the inputs as they are.
+        choice: the decision.
+        backend: that of the choice.
+        autocast: whether inputs are cast as SDPA casts them, and autocast is to be off where the backend runs.
+        quiet: whether there is nothing to warn of.
+        shape: of the output, [B, H, q_len, head_dim_v].
+        strides: of the output in [B, S, H, D] memory.
+    """
+
+    call: AttentionCall | None
+    choice: Choice
+    backend: Backend
+    autocast: bool = False
+    quiet: bool = False
+    shape: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+
 
 _PLANS_SIZE = 1024
 _plans: dict[object, Plan] = {}
@@ -49,7 +75,7 @@ def make_plan(
         return _plan_anew(
             query, key, value, attn_mask, dropout_p, is_causal, scale, settings, return_lse, requires_grad, rope
         )
-    # One tuple of plain facts: everything that a decision or a description can depend on.
+    # One tuple of plain facts: everything that a plan can depend on.
     facts = (
         query.shape,
         key.shape,
@@ -133,7 +159,27 @@ def _plan_anew(
     if choice.backend == REFERENCE and call.hadamard is not HadamardMode.NONE:
         # Exact attention needs no rotation; the report says that none was applied.
         call = dataclasses.replace(call, hadamard=HadamardMode.NONE)
-    return call, choice
+    heads, length, dim = call.num_heads, call.q_len, call.head_dim_v
+    return Plan(
+        call,
+        choice,
+        _backend_of(choice),
+        autocast=autocast_dtype(query.device) is not None,
+        quiet=choice.exact_reason is None or choice.exact_reason.code in QUIET_CODES,
+        shape=(call.batch, heads, length, dim),
+        strides=bshd_strides(heads, length, dim),
+    )
+
+
+def bshd_strides(heads: int, length: int, dim: int) -> tuple[int, int, int, int]:
+    """Strides of a [B, H, S, D] tensor in [B, S, H, D]-contiguous memory."""
+    return (length * heads * dim, dim, heads * dim, 1)
+
+
+def _backend_of(choice: Choice) -> Backend:
+    backend = registry.get(choice.backend)
+    assert backend is not None
+    return backend
 
 
 def outside_plan(reason: Reason, settings: Settings) -> Plan:
@@ -145,7 +191,9 @@ def outside_plan(reason: Reason, settings: Settings) -> Plan:
     settings = with_environment(settings)
     if refusal := refusal_outside(settings, reason):
         raise UnsupportedCallError(refusal)
-    return None, Choice(REFERENCE, settings.provenance, {}, asked_for_exact(settings) or reason)
+    reason = asked_for_exact(settings) or reason
+    choice = Choice(REFERENCE, settings.provenance, {}, reason)
+    return Plan(None, choice, _backend_of(choice), quiet=reason.code in QUIET_CODES)
 
 
 def refusal_outside(settings: Settings, reason: Reason) -> str:

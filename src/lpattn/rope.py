@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from lpattn.errors import InvalidArgumentError
+
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
     """Rotate the first rotary_dim lanes: ``out[d] = x[d] * cos[d] + rot(x)[d] * sin[d]``.
@@ -50,3 +52,52 @@ def rotate_heads_first(
     q = rotate(query, cos, sin, interleaved)
     k = rotate(key, cos if cos_k is None else cos_k, sin if sin_k is None else sin_k, interleaved)
     return q.transpose(1, 2), k.transpose(1, 2)
+
+
+def check_rope(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    cos_k: torch.Tensor | None,
+    sin_k: torch.Tensor | None,
+) -> None:
+    """Refuse what cannot be rotated: q, k, v are to be [B, S, H, D], and tables to broadcast over that.
+
+    Raises:
+        InvalidArgumentError: names the value and the limit.
+    """
+    if (cos_k is None) != (sin_k is None):
+        raise InvalidArgumentError("cos_k and sin_k go together; got only one of them")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() != 4:
+            got = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise InvalidArgumentError(f"{name} must be a [B, S, H, D] tensor; got {got}")
+    tables = [("cos", cos, query), ("sin", sin, query)]
+    if cos_k is not None and sin_k is not None:
+        tables += [("cos_k", cos_k, key), ("sin_k", sin_k, key)]
+    for name, table, _ in tables:
+        if not isinstance(table, torch.Tensor):
+            raise InvalidArgumentError(f"{name} must be a tensor; got {table!r} ({type(table).__name__})")
+    rotary_dim = cos.shape[-1] if cos.dim() else 0
+    if rotary_dim % 2 or not 0 < rotary_dim <= query.shape[-1]:
+        raise InvalidArgumentError(
+            f"rotary_dim, the last dimension of cos, must be even and at most head_dim {query.shape[-1]}; "
+            f"got {rotary_dim}"
+        )
+    if cos_k is None:
+        tables += [("cos (for the keys)", cos, key), ("sin (for the keys)", sin, key)]
+    for name, table, x in tables:
+        full = (*x.shape[:3], rotary_dim)
+        if table.device != x.device:
+            raise InvalidArgumentError(f"{name} must be on {x.device} as q and k are; got {table.device}")
+        shape = (1,) * (4 - table.dim()) + tuple(table.shape)
+        # Tables without an axis for heads would broadcast positions over heads: ask for the axis, do not guess.
+        headless = table.dim() < 3 or (table.dim() == 3 and shape[1] in (1, full[0]) and shape[2] == full[1] != 1)
+        fits = len(shape) == 4 and shape[3] == rotary_dim and not headless
+        if not fits or any(t not in (1, f) for t, f in zip(shape, full, strict=True)):
+            raise InvalidArgumentError(
+                f"{name} {list(table.shape)} must broadcast to [B, S, H, rotary_dim] = {list(full)}"
+                "\n[S, rotary_dim] and [B, S, rotary_dim] tables need an axis for heads: cos.unsqueeze(-2)"
+            )

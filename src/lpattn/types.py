@@ -164,6 +164,18 @@ class AttentionCall:
     contiguous_last_dim: bool = True
     requires_grad: bool = False
 
+    def __hash__(self) -> int:
+        """Of all fields, worked out once: what runs calls remembers things by them, and looks at every call."""
+        known: int | None = self.__dict__.get("_hash")
+        if known is None:
+            known = hash(tuple(getattr(self, name) for name in self.__dataclass_fields__))
+            object.__setattr__(self, "_hash", known)
+        return known
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the hash: another process has another one."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to compute: no query, no key, or no output."""

@@ -338,17 +338,17 @@ def test_strides_make_no_difference_and_no_copies(backend, monkeypatch) -> None:
     read = []
     from lpattn.quantize.fused.launcher import Launch
 
-    run = Launch.__call__
+    run = Launch.on
     monkeypatch.setattr(
         Launch,
-        "__call__",
-        lambda self, tensors: (read.append([t.data_ptr() for t in tensors[:3]]), run(self, tensors)),
+        "on",
+        lambda self, stream, pointers, tensors: (read.append(pointers[:3]), run(self, stream, pointers, tensors)),
     )
     results = []
     for views in zip(layouts(q), layouts(k), layouts(v), strict=True):
         read.clear()
         results.append(attend(backend, *views))
-        assert [x.data_ptr() for x in views] == read[0] == read[1]
+        assert tuple(x.data_ptr() for x in views) == read[0] == read[1]
     assert all(torch.equal(r, results[0]) for r in results)
 
 

@@ -169,9 +169,9 @@ def test_a_mask_that_must_not_be_this_large_is_not_made_to_fit(padding, qkv):
     mask = make_mask((1, 1, 1, 6)).expand(7, 1, 6, 6)
     with pytest.raises(lpattn.InvalidArgumentError, match="must broadcast"):
         lpattn.low_precision_sdpa(*qkv(), mask)
-    call, choice = make_plan(*qkv(), mask, 0.0, False, None, Settings(), False, False)
-    assert call is None
-    assert choice.exact_reason.code == "shapes"
+    plan = make_plan(*qkv(), mask, 0.0, False, None, Settings(), False, False)
+    assert plan.call is None
+    assert plan.choice.exact_reason.code == "shapes"
 
 
 # Gradients

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lpattn.kernels import attention, mask_tiles, shapes
-from lpattn.quantize.fused import PerBlock, Precision
+from lpattn.quantize.fused import Precision
 from lpattn.types import HadamardMode
 
 TYPES = {
@@ -37,7 +38,7 @@ TYPES = {
 LAUNCH = inspect.signature(attention.launch)
 
 
-def operands(dim: int, asked: set[str]) -> PerBlock:
+def operands(dim: int, asked: set[str]) -> SimpleNamespace:
     """Operands as the quantization would write them."""
     batch, heads, kv_heads, length = 1, 8, 2, 1024
     precision = Precision.INT8_F16 if "int8" in asked else Precision.E4M3
@@ -48,7 +49,7 @@ def operands(dim: int, asked: set[str]) -> PerBlock:
     value = torch.empty(batch, kv_heads, length // 128, stored if "qkv" in asked else dim, 128).to(eight)
     if precision is Precision.INT8_F16:
         value = torch.empty(batch, kv_heads, length, stored, dtype=torch.float16)
-    return PerBlock(
+    return SimpleNamespace(
         query=torch.empty(batch, heads, length, stored).to(eight),
         q_scale=torch.empty(batch, heads, length),
         key=torch.empty(batch, kv_heads, length, stored).to(eight),
@@ -62,7 +63,6 @@ def operands(dim: int, asked: set[str]) -> PerBlock:
         hadamard=hadamard,
         kv_len=length,
         dim_v=dim,
-        buffer=torch.empty(0),
     )
 
 

@@ -1,8 +1,8 @@
 """nn.MultiheadAttention and nn.TransformerEncoderLayer, so that their attention can be redirected.
 
 Their fast paths attend inside one C++ operator; that operator is replaced by the same computation around
-:func:`lpattn.functional.redirect`. Dynamo puts the slow path, ``F.multi_head_attention_forward``, into the graph as one
-opaque function, so that it is written out here, too.
+:func:`lpattn.redirection.redirect`. Dynamo puts the slow path, ``F.multi_head_attention_forward``, into the graph as
+one opaque function, so that it is written out here, too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 
 from lpattn.active import active, current_settings, excluded
 from lpattn.execute import account_outside
-from lpattn.functional import redirect
+from lpattn.redirection import redirect
 from lpattn.types import Reason
 
 _PADDING_MASK = 1

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from lpattn.active import REDIRECTION_KEY, active, current_settings, excluded
 from lpattn.eager import fused
-from lpattn.functional import redirect
+from lpattn.redirection import redirect
 from lpattn.types import Reason
 
 _fallthrough = torch.library.Library("_", "IMPL")

@@ -206,9 +206,11 @@ def _make_forward(cls: type[nn.Module], class_forward: Callable[..., Any]) -> Ca
     may_need_weights = issubclass(cls, nn.MultiheadAttention)
 
     def forward(self: LayerState, /, *args: Any, **kwargs: Any) -> Any:
+        # Most modules of a model only pass through here: what they do not need waits.
+        compiling = torch.compiler.is_compiling()
         run = self.inner
         if run is None:
-            run = self.traced_forward if torch.compiler.is_compiling() else self.class_forward
+            run = self.traced_forward if compiling else self.class_forward
             all_args = (self.module, *args)
         else:
             all_args = args
@@ -217,12 +219,12 @@ def _make_forward(cls: type[nn.Module], class_forward: Callable[..., Any]) -> Ca
         outer, tracing = active.layer, active.tracing
         active.layer = self
         try:
-            if not tracing:
+            if compiling and not tracing:
                 active.attended = False
             if may_need_weights and kwargs.get("need_weights", len(args) <= 4 or args[4]):
                 ops.count_exact(self.tag, _NEED_WEIGHTS.code, _NEED_WEIGHTS.message)
                 active.attended = True
-            if torch.compiler.is_compiling():
+            if compiling:
                 if tracing:
                     return run(*all_args, **kwargs)
                 active.tracing = True

@@ -53,4 +53,5 @@ def test_products_overlap_and_nothing_spills_in_the_main_loop(tmp_path, record_p
 def test_head_dim_256_compiles(tmp_path) -> None:
     (kernel,) = compiled(tmp_path, ["256:step"])
     assert kernel["serialized"] == []
+    assert kernel["spills_in_loop"] == 0, kernel
     assert kernel["shared"] <= SHARED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -21,6 +22,12 @@ def natural_order(value: torch.Tensor) -> torch.Tensor:
     unpermuted = torch.empty_like(value.float())
     unpermuted[..., order] = value.float()
     return unpermuted.transpose(3, 4).flatten(2, 3)
+
+
+def parts_of(layout: Any) -> dict[str, Any]:
+    """Where each tensor lies."""
+    found = {field.name: getattr(layout, field.name) for field in dataclasses.fields(layout)}
+    return {name: part for name, part in found.items() if hasattr(part, "start")}
 
 
 def padded(x: torch.Tensor, tokens: int, lanes: int) -> torch.Tensor:
@@ -202,6 +209,25 @@ def test_two_runs_are_equal_whatever_was_in_memory(fused, poison) -> None:
     first = quantize_per_block(q, k, v, with_lse_shift=True)
     poison[0] = 0x45
     second = quantize_per_block(q, k, v, with_lse_shift=True)
-    for name, one in vars(first).items():
-        if isinstance(one, torch.Tensor) and name != "buffer":
-            assert torch.equal(one.contiguous().view(torch.uint8), getattr(second, name).contiguous().view(torch.uint8))
+    for name, part in parts_of(first.layout).items():
+        one, other = getattr(first, name), getattr(second, name)
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8)), part
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"with_lse_shift": True}, {"precision": "int8_f16"}, {"hadamard": HadamardMode.QKV}],
+    ids=str,
+)
+def test_nothing_lies_on_anything_else(fused, options) -> None:
+    from lpattn.quantize.fused import Precision, quantize_per_block
+
+    q, k, _ = fused.make(heads=2, q_len=33, kv_len=300, dim=24)
+    v = fused.make(kv_len=300, dim=40, seed=1)[2]
+    precision = Precision(options.get("precision", "e4m3"))
+    found = quantize_per_block(q, k, v, **options | {"precision": precision})
+    parts = sorted(parts_of(found.layout).values(), key=lambda part: part.start)
+    ends = [part.start + part.dtype.itemsize * math.prod(part.shape) for part in parts]
+    assert all(end <= part.start for end, part in zip(ends, parts[1:], strict=False))
+    assert ends[-1] <= found.memory.numel()
+    assert all(getattr(found, name).is_contiguous() for name in parts_of(found.layout))

@@ -8,7 +8,9 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from collections.abc import Hashable
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -18,7 +20,10 @@ from lpattn.quantize import E4M3_MAX
 from lpattn.types import AttentionCall, CausalKind, HadamardMode
 
 if TYPE_CHECKING:
+    from lpattn.kernels.hopper.launch import Attention
     from lpattn.quantize.fused import Keys, PerBlock, Precision, Rotation
+    from lpattn.quantize.fused.blocks import Quantization
+    from lpattn.quantize.fused.operands import More
 
 LARGEST_HEAD_DIM = 256
 FIRST_WITH_E4M3 = (8, 9)
@@ -58,9 +63,7 @@ class Kernel(ABC):
         used: torch.Tensor | None = None,
     ) -> PerBlock:
         """What the kernels read; the arguments are those of ``quantize_per_block``, or follow from the call."""
-        from lpattn.quantize.fused import quantize_per_block
-
-        return quantize_per_block(
+        return self._fused.quantize_per_block(
             query,
             key,
             value,
@@ -74,6 +77,30 @@ class Kernel(ABC):
             with_lse_shift=call.return_lse,
         )
 
+    @functools.cached_property
+    def _fused(self) -> ModuleType:
+        # At the first call, since `import lpattn` must not wait for Triton; kept, since an import statement takes time.
+        from lpattn.quantize import fused
+
+        return fused
+
+
+class Steps(NamedTuple):
+    """What the Hopper kernel does with calls that are alike.
+
+    Attributes:
+        quantization, attention: in this order.
+        restores: whether the transform of the output is then undone.
+    """
+
+    quantization: Quantization
+    attention: Attention
+    restores: bool
+
+
+_STEPS_SIZE = 64
+"""Different strides and alignments of one call whose steps are remembered."""
+
 
 class HopperKernel(Kernel):
     """The Gluon kernel: the fastest on sm_90, without masks but key padding.
@@ -84,6 +111,7 @@ class HopperKernel(Kernel):
 
     def __init__(self, exponential: str | None) -> None:
         self._exponential = exponential
+        self._steps: dict[Hashable, Steps] = {}
 
     def attend(
         self,
@@ -94,19 +122,71 @@ class HopperKernel(Kernel):
         attn_mask: torch.Tensor | None,
         rotation: Rotation | None,
     ) -> Result:
-        from lpattn.kernels.hopper.launch import QK_MAX, attend
-        from lpattn.quantize.fused import Precision, restore_output, used_keys
+        more = None
+        if attn_mask is not None or rotation is not None:
+            keys = None if attn_mask is None else self._fused.used_keys(attn_mask, call.batch, key.shape[2])
+            more = self._fused.more_of(rotation, keys)
+        at = (query.data_ptr(), key.data_ptr(), value.data_ptr())
+        # All that the steps depend on: the call has shapes, dtype and device.
+        facts = (
+            call,
+            query.stride(),
+            key.stride(),
+            value.stride(),
+            at[0] % 16,
+            at[1] % 16,
+            at[2] % 16,
+            None if more is None else (more.turns, more.kinds),
+        )
+        steps = self._steps.get(facts)
+        if steps is None:
+            if len(self._steps) >= _STEPS_SIZE:
+                self._steps.clear()
+            steps = self._steps[facts] = self._steps_for(query, key, value, at, call, more, attn_mask is not None)
+        quantization, attention, restores = steps
+        stream = self._fused.short_way(attention.layout.device)
+        quantized = quantization.run(query, key, value, at, stream, more)
+        out, lse = attention.run(quantized, stream)
+        return (self._fused.restore_output(out, quantized, call.dtype) if restores else out), lse
 
-        keys = None if attn_mask is None else used_keys(attn_mask, call.batch, key.shape[2])
-        quantized = self.quantize(query, key, value, call, rotation, Precision.E4M3, QK_MAX, keys)
+    def _steps_for(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        at: tuple[int, int, int],
+        call: AttentionCall,
+        more: More | None,
+        packed: bool,
+    ) -> Steps:
+        from lpattn.kernels.hopper.launch import QK_MAX, plan_attention
+        from lpattn.quantize.fused.blocks import Precision, plan_per_block
+
+        quantization = plan_per_block(
+            query,
+            key,
+            value,
+            at,
+            factor=call.softmax_scale * math.log2(math.e),
+            qk_max=QK_MAX,
+            precision=Precision.E4M3,
+            hadamard=call.hadamard,
+            more=more,
+            packed=packed,
+            with_lse_shift=call.return_lse,
+        )
         # The transform's inverse runs on bfloat16, whatever the inputs are.
         transformed = call.hadamard is not HadamardMode.NONE
-        dtype = torch.bfloat16 if transformed else call.dtype
-        causal = call.causal is CausalKind.TOP_LEFT
-        # The log-sum-exp wants sums without a bias, whatever the exponential.
-        exponential = None if call.return_lse else self._exponential
-        out, lse = attend(quantized, dtype, causal=causal, return_lse=call.return_lse, exponential=exponential)
-        return (restore_output(out, quantized, call.dtype) if transformed else out), lse
+        attention = plan_attention(
+            quantization.layout,
+            torch.bfloat16 if transformed else call.dtype,
+            causal=call.causal is CausalKind.TOP_LEFT,
+            return_lse=call.return_lse,
+            # The log-sum-exp wants sums without a bias, whatever the exponential.
+            exponential=None if call.return_lse else self._exponential,
+            packed=packed,
+        )
+        return Steps(quantization, attention, transformed)
 
 
 class PortableKernel(Kernel):

@@ -5,8 +5,8 @@ and the end of the keys lie, down to the first, so that the loop over most of th
 S = Q K^T of one tile together with the P V of the tile before, and computes P from S while P V is in flight.
 
 Every tile's P V goes into an accumulator of its own and is added in float32: the tensor cores' own accumulation is
-coarser, and would lose a V with a mean. The row sum is a product of the rounded P with a tile of ones, so that it
-counts what P V consumes.
+coarser, and would lose a V with a mean. The row sum counts what P V consumes: it is a product of P, as it was rounded,
+with a tile of ones, or, where that is faster, the cores add up what the codes of P stand for.
 """
 
 from __future__ import annotations
@@ -131,17 +131,29 @@ def _produce(descriptors, buffers, barriers, counts, sizes, SHAPE: gl.constexpr)
 
 
 @gluon.jit
-def _attend_values(p, values, ones, zero, zero_sum, PART: gl.constexpr, PARTS: gl.constexpr):
-    """Start P V, of a part of head_dim, and with the first part P times ones."""
+def _attend_values(
+    p, values, ones, zero, zero_sum, PART: gl.constexpr, PARTS: gl.constexpr, ONES: gl.constexpr
+):  # fmt: skip
+    """Start P V, of a part of head_dim, and with ONES P times ones."""
     WIDTH: gl.constexpr = zero.shape[1]
     if PARTS > 1:
         values = values.slice(PART * WIDTH, WIDTH, 0)
     sums = zero_sum
-    if PART == 0:
+    if ONES:
         LAYOUT: gl.constexpr = gl.DotOperandLayout(0, zero_sum.type.layout, 4)
         again = gl.convert_layout(p, LAYOUT, assert_trivial=True)
         sums = warpgroup_mma(again, ones.permute((1, 0)), zero_sum, use_acc=False, is_async=True)
     return warpgroup_mma(p, values.permute((1, 0)), zero, use_acc=False, is_async=True), sums
+
+
+@gluon.jit
+def _end(part, part_sum, SUMS: gl.constexpr):
+    """Wait for P V, and without SUMS for P times ones."""
+    if SUMS:
+        part = warpgroup_mma_wait(0, deps=[part])
+    else:
+        part, part_sum = warpgroup_mma_wait(0, deps=[part, part_sum])
+    return part, part_sum
 
 
 @gluon.jit
@@ -173,6 +185,7 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes,
     LATE: gl.constexpr = SHAPE[7]
     DIM: gl.constexpr = SHAPE[8]
     LANES: gl.constexpr = SHAPE[9]
+    SUMS: gl.constexpr = SHAPE[10]
     BLOCK_PARTS: gl.constexpr = KEYS // BN
     ALL_ROWS: gl.constexpr = CONSUMERS * ROWS
     WIDTH: gl.constexpr = D // PARTS
@@ -215,10 +228,11 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes,
         pairs = hide(pair_up(s, ROWS, BN), seen - k_tile * BN, ROWS, BN)
         unseen = gl.full([ROWS], UNSEEN, gl.int32, s_rows)
         c, offset, offset_value = refer(row_max(pairs, ROWS, BN // 2, s_rows), c, unseen, KIND, True)
-        codes = to_codes(pairs, offset, c, ROWS, BN, KIND)
+        codes, sums = to_codes(pairs, offset, c, ROWS, BN, KIND, SUMS)
+        if not SUMS:
+            sums = l_zero
         acc = o_zero
         high = o_zero
-        sums = l_zero
         factor = gl.full([ROWS], 1.0, gl.float32, s_rows)
         change = 1.0
         next_k = gl.load(k_scales + gl.maximum(k_tile - 1, 0) // BLOCK_PARTS)
@@ -250,19 +264,23 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes,
         _release(empty, step - 1, STAGES)
         if LATE:
             mbarrier.wait(full.index(stage), parity)
-        part, part_sum = _attend_values(p, v_buffer.index(stage), ones, o_zero, l_zero, 0, PARTS)
-        part, part_sum = warpgroup_mma_wait(0, deps=[part, part_sum])
-        sums = _add(sums, part_sum, factor)
+        part, part_sum = _attend_values(p, v_buffer.index(stage), ones, o_zero, l_zero, 0, PARTS, not SUMS)
+        part, part_sum = _end(part, part_sum, SUMS)
+        if not SUMS:
+            sums = _add(sums, part_sum, factor)
         acc = _add(acc, part, factor * change)
         if PARTS > 1:
-            part, part_sum = _attend_values(p, v_buffer.index(stage), ones, o_zero, l_zero, 1, PARTS)
+            part, part_sum = _attend_values(p, v_buffer.index(stage), ones, o_zero, l_zero, 1, PARTS, False)
             part = warpgroup_mma_wait(0, deps=[part])
             high = _add(high, part, factor * change)
         _release(empty, step, STAGES)
         step += 1
         turn += 1
 
-        total = gl.convert_layout(gl.max(sums, 1), s_rows)
+        if SUMS:
+            total = gl.convert_layout(gl.sum(sums, 1), s_rows) * 256.0
+        else:
+            total = gl.convert_layout(gl.max(sums, 1), s_rows)
         # A row that sees no key is 0. NaN is not equal to 0.
         empty_row = total == 0.0
         inverse = gl.where(empty_row, 0.0, v_unit / total)
@@ -307,6 +325,7 @@ def _iterate(
     KIND: gl.constexpr = SHAPE[5]
     PARTS: gl.constexpr = SHAPE[6]
     LATE: gl.constexpr = SHAPE[7]
+    SUMS: gl.constexpr = SHAPE[10]
     BLOCK_PARTS: gl.constexpr = KEYS // BN
     s_rows: gl.constexpr = gl.SliceLayout(1, s_zero.type.layout)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_zero.type.layout, 4)
@@ -316,23 +335,25 @@ def _iterate(
         _release(empty, step - 1, STAGES)
         mbarrier.wait(full.index(stage), parity)
     s = warpgroup_mma(q, k_buffer.index(stage).permute((1, 0)), s_zero, use_acc=False, is_async=True)
-    part, part_sum = _attend_values(p, v_buffer.index(stage), ones, o_zero, l_zero, 0, PARTS)
+    part, part_sum = _attend_values(p, v_buffer.index(stage), ones, o_zero, l_zero, 0, PARTS, not SUMS)
     c = factor_of(q_scales, k_unit)
     next_k = gl.load(k_scales + gl.maximum(k_tile - 1, 0) // BLOCK_PARTS)
     next_v = gl.load(v_scales + k_tile // BLOCK_PARTS)
-    s = warpgroup_mma_wait(2, deps=[s])
+    # Only P V, in one product or two, may still run.
+    s = warpgroup_mma_wait(1 if SUMS else 2, deps=[s])
     pairs = pair_up(s, ROWS, BN)
     if MASKED:
         pairs = hide(pairs, seen - k_tile * BN, ROWS, BN)
     c, offset, next_value = refer(row_max(pairs, ROWS, BN // 2, s_rows), c, offset, KIND, MASKED)
     next_factor = gl.exp2(next_value - offset_value)
     if PARTS > 1:
-        part, part_sum = warpgroup_mma_wait(0, deps=[part, part_sum])
-        sums = _add(sums, part_sum, factor)
+        part, part_sum = _end(part, part_sum, SUMS)
+        if not SUMS:
+            sums = _add(sums, part_sum, factor)
         acc = _add(acc, part, factor * change)
-        part, part_sum = _attend_values(p, v_buffer.index(stage), ones, o_zero, l_zero, 1, PARTS)
+        part, part_sum = _attend_values(p, v_buffer.index(stage), ones, o_zero, l_zero, 1, PARTS, False)
     if LATE == 0:
-        codes = to_codes(pairs, offset, c, ROWS, BN, KIND)
+        codes, lanes_sums = to_codes(pairs, offset, c, ROWS, BN, KIND, SUMS)
         # What the step before has read is released as late as here, next to a wait: the compiler has the warps meet in
         # front of either, and once less if these are neighbours. A wait is a branch: without one, ptxas would move the
         # end of P V in front of the lines above.
@@ -343,13 +364,16 @@ def _iterate(
         part = warpgroup_mma_wait(0, deps=[part])
         high = _add(high, part, factor * change)
     else:
-        part, part_sum = warpgroup_mma_wait(0, deps=[part, part_sum])
-        sums = _add(sums, part_sum, factor)
+        part, part_sum = _end(part, part_sum, SUMS)
+        if not SUMS:
+            sums = _add(sums, part_sum, factor)
         acc = _add(acc, part, factor * change)
     if LATE == 0:
         codes = keep(codes)
     else:
-        codes = to_codes(pairs, offset, c, ROWS, BN, KIND)
+        codes, lanes_sums = to_codes(pairs, offset, c, ROWS, BN, KIND, SUMS)
+    if SUMS:
+        sums = _add(sums, lanes_sums, next_factor)
     return acc, high, sums, codes, offset, next_value, next_factor, _quotient(v_unit, next_v), next_v, next_k
 
 
@@ -359,7 +383,7 @@ def attention(
     heads, kv_heads, q_len, kv_len, q_tiles, tiles,
     BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, CAUSAL: gl.constexpr,
     KIND: gl.constexpr, PARTS: gl.constexpr, LATE: gl.constexpr, DIM: gl.constexpr, LANES: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    SUMS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Attention of quantized q, k and v; see :mod:`lpattn.kernels.hopper`.
 
@@ -393,7 +417,7 @@ def attention(
     scales = (q_scale, k_scale, v_scale, v_constant)
     outputs = (out, lse, lse_shift)
     sizes = (heads, kv_heads, q_len, kv_len, q_tiles, tiles)
-    SHAPE: gl.constexpr = (BN, D, STAGES, CONSUMERS, CAUSAL, KIND, PARTS, LATE, DIM, LANES)
+    SHAPE: gl.constexpr = (BN, D, STAGES, CONSUMERS, CAUSAL, KIND, PARTS, LATE, DIM, LANES, SUMS)
     # The second and third arguments: warps and registers of all but the first.
     if CONSUMERS == 2:
         gl.warp_specialize(

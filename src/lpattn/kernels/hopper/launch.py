@@ -12,7 +12,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from lpattn.kernels.hopper import softmax
 from lpattn.kernels.hopper.attention import KEYS, ROWS, attention
 from lpattn.quantize.fused import PerBlock
-from lpattn.quantize.fused.launcher import Launch
+from lpattn.quantize.fused.blocks import Layout
+from lpattn.quantize.fused.launcher import Launch, short_way
 from lpattn.quantize.fused.operands import lanes_of
 from lpattn.types import HadamardMode
 
@@ -31,6 +32,7 @@ class Tile(NamedTuple):
         mean_registers: per thread, over all warps.
         parts: of head_dim, that P V is done in.
         late: P is computed after the P V of the tile before has ended: fewer registers, less overlap.
+        sums: the cores add up P; otherwise the tensor cores do.
     """
 
     keys: int
@@ -40,12 +42,13 @@ class Tile(NamedTuple):
     mean_registers: int
     parts: int
     late: bool
+    sums: bool
 
 
 TILES = {
-    64: Tile(keys=128, stages=4, consumers=3, registers=160, mean_registers=128, parts=1, late=True),
-    128: Tile(keys=128, stages=4, consumers=2, registers=240, mean_registers=168, parts=1, late=False),
-    256: Tile(keys=64, stages=4, consumers=2, registers=240, mean_registers=168, parts=2, late=True),
+    64: Tile(keys=128, stages=4, consumers=3, registers=160, mean_registers=128, parts=1, late=True, sums=False),
+    128: Tile(keys=128, stages=4, consumers=2, registers=240, mean_registers=168, parts=1, late=False, sums=False),
+    256: Tile(keys=64, stages=4, consumers=2, registers=240, mean_registers=168, parts=2, late=True, sums=True),
 }
 """By head_dim, rounded up."""
 
@@ -80,60 +83,123 @@ def attend(
         The output [B, q_len, H, D], contiguous, still without V's constant and transformed where V was (Hadamard); and
         the natural log-sum-exp in float32 [B, H, q_len] or None.
     """
-    plan = _plan(
-        quantized.query.shape,
-        quantized.num_kv_heads,
-        quantized.kv_len,
-        quantized.dim_v,
+    layout = quantized.layout
+    plan = plan_attention(
+        layout,
         dtype,
-        causal,
-        EXPONENTIALS[exponential or ("quadratic" if return_lse else "step")],
-        # V's constant has been transformed with V, and is added before the transform is undone.
-        quantized.hadamard is HadamardMode.NONE,
-        quantized.v_constant.data_ptr() % 16 == 0,
-        quantized.key_counts is None,
-        return_lse,
-        quantized.query.device,
+        causal=causal,
+        return_lse=return_lse,
+        exponential=exponential,
+        packed=quantized.key_counts is not None,
     )
-    device = plan.device
-    out = torch.empty(plan.out_shape, dtype=dtype, device=device)
-    lse = torch.empty(plan.lse_shape, dtype=torch.float32, device=device) if return_lse else None
-    scales = (quantized.q_scale, quantized.k_scale, quantized.v_scale)
-    constant = quantized.v_constant if plan.adds_constant else None
-    shift = quantized.lse_shift if return_lse else None
-    operands = zip(plan.descriptors, (quantized.query, quantized.key, quantized.value), strict=True)
-    descriptors = [_descriptor(*how, of) for how, of in operands]
-    plan.launch((*scales, constant, out, lse, shift, quantized.key_counts, *descriptors))
-    return out, lse
+    return plan.run(quantized, short_way(layout.device))
 
 
-class _Plan(NamedTuple):
-    """What a launch for some shapes needs."""
+def plan_attention(
+    layout: Layout,
+    dtype: torch.dtype,
+    *,
+    causal: bool,
+    return_lse: bool,
+    exponential: str | None,
+    packed: bool,
+) -> Attention:
+    """How :func:`attend` attends to what is laid out like that.
 
-    device: torch.device
+    Args:
+        layout: of the operands.
+        dtype, causal, return_lse, exponential: of :func:`attend`.
+        packed: whether the operands have ``key_counts``.
+    """
+    kind = EXPONENTIALS[exponential or ("quadratic" if return_lse else "step")]
+    return _plan(layout, dtype, causal, kind, not packed, return_lse)
+
+
+class _Address:
+    """All that Triton asks the tensor of a descriptor for, when it launches a kernel that is compiled."""
+
+    __slots__ = ("_address",)
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
+class Attention(NamedTuple):
+    """The launch for operands that are laid out alike, and what it writes.
+
+    Attributes:
+        layout: of the operands.
+        dtype: of the output; ``out_shape`` and ``lse_shape`` (None: there is none) are what is written.
+        adds_constant: whether V's constant is added.
+        descriptors: of q, k and v, all but their addresses.
+        launch: the launch.
+    """
+
+    layout: Layout
+    dtype: torch.dtype
     out_shape: tuple[int, ...]
-    lse_shape: tuple[int, ...]
+    lse_shape: tuple[int, ...] | None
     adds_constant: bool
     descriptors: tuple[tuple[list[int], list[int], list[int], gl.NVMMASharedLayout], ...]
     launch: Launch
 
+    def run(self, quantized: PerBlock, stream: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend. ``stream`` is what :func:`lpattn.quantize.fused.launcher.short_way` says; returns as attend()."""
+        layout, dtype, out_shape, lse_shape, adds_constant, (q, k, v), launch = self
+        device, key_counts = layout.device, quantized.key_counts
+        out = torch.empty(out_shape, dtype=dtype, device=device)
+        lse = None if lse_shape is None else torch.empty(lse_shape, dtype=torch.float32, device=device)
+        start = quantized.address
+        # By the addresses of what it takes, and by the tensors themselves, in the same order.
+        launch.on(
+            stream,
+            (
+                start + layout.q_scale.start,
+                start + layout.k_scale.start,
+                start + layout.v_scale.start,
+                start + layout.v_constant.start if adds_constant else None,
+                out.data_ptr(),
+                None if lse is None else lse.data_ptr(),
+                None if lse is None or layout.lse_shift is None else start + layout.lse_shift.start,
+                None if key_counts is None else key_counts.data_ptr(),
+                _descriptor(*q, _Address(start + layout.query.start)),
+                _descriptor(*k, _Address(start + layout.key.start)),
+                _descriptor(*v, _Address(start + layout.value.start)),
+            ),
+            lambda: (
+                quantized.q_scale,
+                quantized.k_scale,
+                quantized.v_scale,
+                quantized.v_constant if adds_constant else None,
+                out,
+                lse,
+                None if lse is None else quantized.lse_shift,
+                key_counts,
+                _descriptor(*q, quantized.query),
+                _descriptor(*k, quantized.key),
+                _descriptor(*v, quantized.value),
+            ),
+        )
+        return out, lse
+
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
-    q_shape: tuple[int, ...],
-    kv_heads: int,
-    kv_len: int,
-    dim: int,
+    layout: Layout,
     dtype: torch.dtype,
     causal: bool,
     kind: int,
-    adds_constant: bool,
-    aligned: bool,
     all_keys: bool,
     return_lse: bool,
-    device: torch.device,
-) -> _Plan:
-    batch, heads, q_len, pitch = q_shape
+) -> Attention:
+    batch, heads, q_len, pitch = layout.query.shape
+    kv_heads, kv_len, dim, device = layout.key.shape[1], layout.kv_len, layout.dim_v, layout.device
+    # V's constant has been transformed with V, and is added before the transform is undone.
+    adds_constant = layout.hadamard is HadamardMode.NONE
+    aligned = layout.v_constant.start % 16 == 0
     lanes, tile = tile_of(dim)
     blocks = -(-kv_len // KEYS.value)
     kv_rows = batch * kv_heads * blocks
@@ -154,6 +220,7 @@ def _plan(
             tile.late,
             dim,
             lanes_of(dim),
+            tile.sums,
             tile.registers,
         ),
         (dtype, adds_constant, aligned, all_keys, return_lse),
@@ -162,10 +229,11 @@ def _plan(
         device=device,
         maxnreg=tile.mean_registers,
     )
-    return _Plan(
-        device=device,
+    return Attention(
+        layout=layout,
+        dtype=dtype,
         out_shape=(batch, q_len, heads, dim),
-        lse_shape=(batch, heads, q_len),
+        lse_shape=(batch, heads, q_len) if return_lse else None,
         adds_constant=adds_constant,
         descriptors=(
             ([batch * heads * q_len, pitch], [pitch, 1], [ROWS.value, lanes], layout_of(lanes)),
@@ -177,7 +245,7 @@ def _plan(
 
 
 def _descriptor(
-    shape: list[int], strides: list[int], block: list[int], layout: gl.NVMMASharedLayout, of: torch.Tensor
+    shape: list[int], strides: list[int], block: list[int], layout: gl.NVMMASharedLayout, of: torch.Tensor | _Address
 ) -> TensorDescriptor:
     """A descriptor of memory whose plan is known to be right: its constructor would check it again at every call."""
     made = object.__new__(TensorDescriptor)

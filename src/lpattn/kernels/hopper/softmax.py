@@ -12,6 +12,9 @@ where float16 has 64 steps per unit. The last instruction makes t * 8 - 128 a *s
 point with the unit 2^-24, so that it rounds to an integer whose bits are at the bottom of the word. Tiny P would be
 negative, and are cut off at 0 by the same instruction. NaN is all ones, which is e4m3's NaN.
 
+A code that is shifted left by 7 bits is P * 2^-8 in float16: where the cores sum up P, that is what they add, in pairs,
+then pairs of these. With as many terms as a tile has, the roundings come to 2^-12 of the sum.
+
 What is exact: c is a power of two and 31 - m is a float16 by construction (:func:`offset_of`), so that t is rounded
 once; and the factors between tiles follow from the rounded offsets, so that all tiles of a row are weighted alike.
 """
@@ -136,19 +139,43 @@ def row_max(pairs, BM: gl.constexpr, N: gl.constexpr, row_layout: gl.constexpr):
 
 
 @gluon.jit
+def _sum_up(pairs, BM: gl.constexpr, N: gl.constexpr):
+    """Sums of each lane's pairs of float16 of each row, int32 [BM, N]: float32 [BM, 4]."""
+    if N > 4:
+        left, right = gl.split(pairs.reshape([BM, 2, N // 2]).permute([0, 2, 1]))
+        both = gl.inline_asm_elementwise(
+            "add.rn.f16x2 $0, $1, $2;", "=r,r,r", [left, right], dtype=gl.int32, is_pure=True, pack=1
+        )
+        return _sum_up(both, BM, N // 2)
+    else:
+        return gl.inline_asm_elementwise(
+            """{ .reg .b16 low, high; .reg .f32 first, second;
+            mov.b32 {low, high}, $1;
+            cvt.f32.f16 first, low;
+            cvt.f32.f16 second, high;
+            add.rn.f32 $0, first, second; }""",
+            "=f,r", [pairs], dtype=gl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@gluon.jit
 def _over(x, N: gl.constexpr, layout: gl.constexpr):
     """[BM] to [BM, N] in a layout."""
     return gl.convert_layout(x, gl.SliceLayout(1, layout))[:, None].broadcast_to([x.shape[0], N])
 
 
 @gluon.jit
-def to_codes(pairs, offset, c, BM: gl.constexpr, BN: gl.constexpr, KIND: gl.constexpr):
-    """P of a tile in e4m3: int32 [BM, BN / 4], each the codes of four keys, in the order of a permuted V.
+def to_codes(pairs, offset, c, BM: gl.constexpr, BN: gl.constexpr, KIND: gl.constexpr, SUMS: gl.constexpr):
+    """P of a tile in e4m3, and what it adds up to.
 
     Args:
         pairs: scores, int32 [BM, BN / 2].
         offset: 31 - m of each row, twice as float16 in int32 [BM].
         c: powers of two per row, such that the logits are S * c.
+
+    Returns:
+        (int32 [BM, BN / 4], each the codes of four keys, in the order of a permuted V;
+        with SUMS float32 [BM, 4]: how much each lane that has a part of a row has of the sum of P * 2^-8, as rounded)
     """
     # Of 16 keys, a thread has 2t, 2t+1, 8+2t and 9+2t: four bytes that V's permutation makes neighbours.
     grouped = pairs.reshape([BM, BN // 16, 2, 4]).permute([0, 1, 3, 2]).reshape([BM, BN // 4, 2])
@@ -157,62 +184,52 @@ def to_codes(pairs, offset, c, BM: gl.constexpr, BN: gl.constexpr, KIND: gl.cons
     twice = gl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $1, $1;", "=r,f", [c], dtype=gl.int32, is_pure=True, pack=1)
     factor = _over(twice, BN // 4, layout)
     offset = _over(offset, BN // 4, layout)
-    if KIND == LINEAR:
-        codes = gl.inline_asm_elementwise(
-            """{ .reg .b32 a, b, eight, start;
-            mov.b32 eight, 0x00080008;
-            mov.b32 start, 0x80808080;
-            fma.rn.f16x2 a, $1, $3, $4;
-            fma.rn.relu.f16x2 a, a, eight, start;
-            fma.rn.f16x2 b, $2, $3, $4;
-            fma.rn.relu.f16x2 b, b, eight, start;
-            prmt.b32 $0, a, b, 0x6420; }""",
-            "=r,r,r,r,r", [low, high, factor, offset], dtype=gl.int32, is_pure=True, pack=1,
+    if SUMS:
+        codes, sums = gl.inline_asm_elementwise(
+            _assembly(KIND, True), "=&r,=r,r,r,r,r", [low, high, factor, offset],
+            dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
         )  # fmt: skip
-    elif KIND == STEP:
-        # Bit 5, a half, is set in the middle half of an octave: there 3 steps of 64 are taken off.
-        codes = gl.inline_asm_elementwise(
-            """{ .reg .b32 a, b, bit, three, eight, start;
-            mov.b32 three, 0xf600f600;
-            mov.b32 eight, 0x00080008;
-            mov.b32 start, 0x80828082;
-            fma.rn.f16x2 a, $1, $3, $4;
-            and.b32 bit, a, 0x00200020;
-            fma.rn.f16x2 a, bit, three, a;
-            fma.rn.relu.f16x2 a, a, eight, start;
-            fma.rn.f16x2 b, $2, $3, $4;
-            and.b32 bit, b, 0x00200020;
-            fma.rn.f16x2 b, bit, three, b;
-            fma.rn.relu.f16x2 b, b, eight, start;
-            prmt.b32 $0, a, b, 0x6420; }""",
-            "=r,r,r,r,r", [low, high, factor, offset], dtype=gl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
+        return codes, _sum_up(sums, BM, BN // 4)
     else:
-        # To integers with 128 per octave: the lower 7 bits are the place f in the octave. 0x797d is 0.3431 * 2^17,
-        # 0xb57d is -0.3431.
         codes = gl.inline_asm_elementwise(
-            """{ .reg .b32 a, b, f, u, fine, start, slope, top, sixteenth;
-            mov.b32 fine, 0x00800080;
-            mov.b32 start, 0x88008800;
-            mov.b32 slope, 0x797d797d;
-            mov.b32 top, 0xb57db57d;
-            mov.b32 sixteenth, 0x2c002c00;
-            fma.rn.f16x2 a, $1, $3, $4;
-            fma.rn.relu.f16x2 a, a, fine, start;
-            and.b32 f, a, 0x007f007f;
-            fma.rn.f16x2 u, f, slope, top;
-            fma.rn.f16x2 a, f, u, a;
-            mul.rn.f16x2 a, a, sixteenth;
-            fma.rn.f16x2 b, $2, $3, $4;
-            fma.rn.relu.f16x2 b, b, fine, start;
-            and.b32 f, b, 0x007f007f;
-            fma.rn.f16x2 u, f, slope, top;
-            fma.rn.f16x2 b, f, u, b;
-            mul.rn.f16x2 b, b, sixteenth;
-            prmt.b32 $0, a, b, 0x6420; }""",
-            "=r,r,r,r,r", [low, high, factor, offset], dtype=gl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-    return codes
+            _assembly(KIND, False), "=r,r,r,r,r", [low, high, factor, offset], dtype=gl.int32, is_pure=True, pack=1
+        )
+        return codes, codes
+
+
+@gluon.constexpr_function
+def _assembly(kind, sums):
+    """PTX for two pairs of scores, a factor and an offset: to four codes, and with ``sums`` to two of their sums."""
+    low, high, factor, offset = (f"${i}" for i in range(1 + sums, 5 + sums))
+    lines = [".reg .b32 a, b, u;"]
+    for word, scores in (("a", low), ("b", high)):
+        lines.append(f"fma.rn.f16x2 {word}, {scores}, {factor}, {offset};")
+        if kind == QUADRATIC:
+            # To integers with 128 per octave: the lower 7 bits are the place f in the octave.
+            lines += [
+                f"fma.rn.relu.f16x2 {word}, {word}, fine, start;",
+                f"and.b32 place, {word}, 0x007f007f;",
+                "fma.rn.f16x2 u, place, slope, top;",
+                f"fma.rn.f16x2 {word}, place, u, {word};",
+                f"mul.rn.f16x2 {word}, {word}, sixteenth;",
+            ]
+            continue
+        if kind == STEP:
+            # Bit 5, a half, is set in the middle half of an octave: there 3 steps of 64 are taken off.
+            lines += [f"and.b32 u, {word}, 0x00200020;", f"fma.rn.f16x2 {word}, u, three, {word};"]
+        lines.append(f"fma.rn.relu.f16x2 {word}, {word}, eight, start;")
+    lines.append("prmt.b32 $0, a, b, 0x6420;")
+    if sums:
+        lines += ["shl.b32 a, a, 7;", "shl.b32 b, b, 7;", "add.rn.f16x2 $1, a, b;"]
+    # Numbers of float16, twice: 0x797d is 0.3431 * 2^17, 0xb57d is -0.3431.
+    words = {
+        LINEAR.value: {"eight": 0x0008, "start": 0x8080},
+        STEP.value: {"eight": 0x0008, "start": 0x8082, "three": 0xF600},
+        QUADRATIC.value: {"fine": 0x0080, "start": 0x8800, "slope": 0x797D, "top": 0xB57D, "sixteenth": 0x2C00},
+    }[kind]
+    names = [*words, *(["place"] if kind == QUADRATIC else [])]
+    moves = [f"mov.b32 {name}, {word * 0x10001:#010x};" for name, word in words.items()]
+    return "{ .reg .b32 " + ", ".join(names) + "; " + " ".join([lines[0], *moves, *lines[1:]]) + " }"
 
 
 @gluon.jit

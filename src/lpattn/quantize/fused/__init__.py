@@ -7,10 +7,12 @@ scales and layout a kernel wants is for the caller to say. Needs triton, and so 
 from __future__ import annotations
 
 from lpattn.quantize.fused.blocks import BLOCK, PerBlock, Precision, quantize_per_block
+from lpattn.quantize.fused.launcher import short_way
 from lpattn.quantize.fused.operands import (
     Keys,
     PerHead,
     Rotation,
+    more_of,
     quantize_per_head,
     restore_output,
     rotation_of,
@@ -24,9 +26,11 @@ __all__ = [
     "PerHead",
     "Precision",
     "Rotation",
+    "more_of",
     "quantize_per_block",
     "quantize_per_head",
     "restore_output",
     "rotation_of",
+    "short_way",
     "used_keys",
 ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import operator
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -15,16 +16,19 @@ from typing import NamedTuple
 
 import torch
 
-from lpattn.quantize.fused.launcher import INTERPRETED, Launch, kinds_of
+from lpattn.quantize.fused.launcher import INTERPRETED, Launch, short_way
 from lpattn.quantize.fused.operands import (
+    NO_MORE,
     Keys,
+    More,
     Rotation,
     Turns,
+    addresses_of,
     check_device,
     how_to_read,
     lanes_of,
+    more_of,
     overlaps_on,
-    tables_of,
     used_keys,
 )
 from lpattn.quantize.fused.per_block import quantize_blocks, sample_blocks
@@ -42,6 +46,8 @@ _WIDE_WARPS = 8
 
 _ROW_BYTES = 16
 """Rows of q and k are padded to a multiple of this: what loads of 16 bytes and TMA descriptors need."""
+_PART_BYTES = 128
+"""Tensors in the memory start at a multiple of this."""
 
 
 class Precision(str, Enum):
@@ -57,9 +63,69 @@ class Precision(str, Enum):
     __str__ = str.__str__
 
 
-@dataclass(frozen=True)
+class Part(NamedTuple):
+    """Of the memory: what lies where.
+
+    Attributes:
+        dtype, shape, strides: of the tensor, which is contiguous.
+        start: in bytes.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    start: int
+
+    def of(self, memory: torch.Tensor) -> torch.Tensor:
+        """The tensor, of uint8 memory."""
+        return memory.view(self.dtype).as_strided(self.shape, self.strides, self.start // self.dtype.itemsize)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the tensors of a :class:`PerBlock` lie, and what is to be known of them besides.
+
+    There is one of each kind: it is hashed, and told from others, by what it is and not by what it says.
+
+    Attributes:
+        bytes: size of the memory.
+        query, q_scale, key, k_scale, value, v_scale, k_constant, v_constant, lse_shift: of PerBlock.
+        hadamard, kv_len, dim_v: of PerBlock.
+        device: of the memory.
+    """
+
+    bytes: int
+    query: Part
+    q_scale: Part
+    key: Part
+    k_scale: Part
+    value: Part
+    v_scale: Part
+    k_constant: Part
+    v_constant: Part
+    lse_shift: Part | None
+    hadamard: HadamardMode
+    kv_len: int
+    dim_v: int
+    device: torch.device
+
+
+class _View:
+    """A tensor of a PerBlock, made when it is asked for."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, found: PerBlock, owner: type) -> torch.Tensor:
+        part: Part = getattr(found.layout, self._name)
+        return part.of(found.memory)
+
+
 class PerBlock:
     """q with a scale per token, k and v with one per block of 128 keys: value = data * scale (+ constant for k and v).
+
+    All of it lies in one piece of memory. Tensors are views that are made when they are asked for: a launch takes their
+    addresses, and can do without.
 
     Attributes:
         query: [B, H, q_len, D'], contiguous; of q times ``factor``. torch.float8_e4m3fn, or torch.int8. D' is D rounded
@@ -78,28 +144,59 @@ class PerBlock:
         hadamard: the mode that was applied.
         kv_len: number of keys.
         dim_v: D_v.
-        buffer: the memory of all floats; ``v_constant`` lies where :func:`lpattn.quantize.fused.restore_output` looks.
+        num_kv_heads: Hkv.
+        buffer: the memory as float32; ``v_constant`` lies where :func:`lpattn.quantize.fused.restore_output` looks.
+        layout: where everything lies.
+        memory: uint8, all of it; ``address`` is where it begins.
     """
 
-    query: torch.Tensor
-    q_scale: torch.Tensor
-    key: torch.Tensor
-    k_scale: torch.Tensor
-    value: torch.Tensor
-    v_scale: torch.Tensor
-    k_constant: torch.Tensor
-    v_constant: torch.Tensor
-    key_counts: torch.Tensor | None
-    lse_shift: torch.Tensor | None
-    hadamard: HadamardMode
-    kv_len: int
-    dim_v: int
-    buffer: torch.Tensor
+    __slots__ = ("address", "key_counts", "layout", "memory")
+
+    query = _View()
+    q_scale = _View()
+    key = _View()
+    k_scale = _View()
+    value = _View()
+    v_scale = _View()
+    k_constant = _View()
+    v_constant = _View()
+
+    def __init__(self, layout: Layout, memory: torch.Tensor, key_counts: torch.Tensor | None) -> None:
+        self.layout = layout
+        self.memory = memory
+        self.address: int = memory.data_ptr()
+        self.key_counts = key_counts
+
+    @property
+    def lse_shift(self) -> torch.Tensor | None:
+        """See the class."""
+        part = self.layout.lse_shift
+        return None if part is None else part.of(self.memory)
+
+    @property
+    def buffer(self) -> torch.Tensor:
+        """See the class."""
+        return self.memory.view(torch.float32)
+
+    @property
+    def hadamard(self) -> HadamardMode:
+        """See the class."""
+        return self.layout.hadamard
+
+    @property
+    def kv_len(self) -> int:
+        """See the class."""
+        return self.layout.kv_len
+
+    @property
+    def dim_v(self) -> int:
+        """See the class."""
+        return self.layout.dim_v
 
     @property
     def num_kv_heads(self) -> int:
-        """Hkv."""
-        return self.key.shape[1]
+        """See the class."""
+        return self.layout.key.shape[1]
 
 
 def quantize_per_block(
@@ -149,89 +246,146 @@ def quantize_per_block(
         batch, kv_heads, kv_len, _ = key.shape
         sampled = used_keys(used.any(1, keepdim=True)[:, :, None], batch, kv_len)
         flags = used.expand(batch, kv_heads, kv_len)
-    indices, counts = (None, None) if sampled is None else (sampled.indices, sampled.counts)
-    cos_q, sin_q, cos_k, sin_k, turns = tables_of(rope)
-    more = (indices, counts, cos_q, sin_q, cos_k, sin_k)
-    plan = _plan(
+    more = None if rope is None and sampled is None else more_of(rope, sampled)
+    at = (query.data_ptr(), key.data_ptr(), value.data_ptr())
+    plan = plan_per_block(
+        query,
+        key,
+        value,
+        at,
+        factor=factor,
+        qk_max=qk_max,
+        precision=precision,
+        hadamard=hadamard,
+        more=more,
+        packed=keys is not None,
+        flags=flags,
+        with_lse_shift=with_lse_shift,
+    )
+    return plan.run(query, key, value, at, short_way(plan.layout.device), more, flags)
+
+
+def plan_per_block(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    at: tuple[int, int, int],
+    *,
+    factor: float,
+    qk_max: float,
+    precision: Precision,
+    hadamard: HadamardMode,
+    more: More | None = None,
+    packed: bool = False,
+    flags: torch.Tensor | None = None,
+    with_lse_shift: bool = False,
+) -> Quantization:
+    """How :func:`quantize_per_block` quantizes such tensors. It holds for all that are alike.
+
+    They are alike with the same shapes, strides, dtype, device and alignment to 16 bytes, where ``more`` has the same
+    kinds, and flags the same strides.
+
+    Args:
+        query, key, value, factor, qk_max, precision, hadamard, with_lse_shift: of :func:`quantize_per_block`.
+        at: addresses of q, k and v.
+        more: what :func:`lpattn.quantize.fused.operands.more_of` makes of ``rope`` and ``keys``.
+        packed: whether keys that are used come first.
+        flags: bool [B, Hkv, kv_len], which tokens are used, where they stay in their places.
+    """
+    q_at, k_at, v_at = at
+    return _plan(
         query.shape,
         value.shape,
         query.stride(),
         key.stride(),
         value.stride(),
-        turns,
+        None if more is None else more.turns,
         hadamard,
         factor,
         qk_max,
         precision,
         with_lse_shift,
-        keys is not None,
+        packed,
         None if flags is None else flags.stride(),
-        # What kinds_of says, in a quarter of its time: q, k and v have one dtype, and plain calls bring nothing else.
-        (query.dtype, query.data_ptr() % 16, key.data_ptr() % 16, value.data_ptr() % 16),
-        None if rope is None and sampled is None else kinds_of(more),
+        # What kinds_of says, in a quarter of its time: q, k and v have one dtype.
+        (query.dtype, q_at % 16, k_at % 16, v_at % 16),
+        None if more is None else more.kinds,
         query.device,
     )
-    device = plan.device
-    data = torch.empty(plan.bytes, dtype=plan.eight_bit, device=device)
-    floats = torch.empty(plan.floats, dtype=torch.float32, device=device)
-    q_out = data.as_strided(*plan.q)
-    k_out = data.as_strided(*plan.k)
-    if plan.half_v is None:
-        v_out = data.as_strided(*plan.v)
-    else:
-        v_out = torch.empty(plan.half_v, dtype=torch.float16, device=device)
-    q_scale = floats.as_strided(*plan.q_scale)
-    k_scale = floats.as_strided(*plan.k_scale)
-    v_scale = floats.as_strided(*plan.v_scale)
-    k_constant = floats.as_strided(*plan.k_constant)
-    v_constant = floats.as_strided(*plan.v_constant)
-    shift = torch.empty(plan.shift_shape, dtype=torch.float32, device=device) if with_lse_shift else None
-    plan.sample((key, value, indices, counts, cos_k, sin_k, k_constant, v_constant))
-    written = (q_out, k_out, v_out, q_scale, k_scale, v_scale, shift)
-    plan.quantize((query, key, value, *more, flags, k_constant, v_constant, *written))
-    return PerBlock(
-        q_out,
-        q_scale,
-        k_out,
-        k_scale,
-        v_out,
-        v_scale,
-        k_constant,
-        v_constant,
-        None if keys is None else keys.counts,
-        shift,
-        hadamard,
-        plan.kv_len,
-        plan.dim_v,
-        floats,
-    )
 
 
-_Part = tuple[tuple[int, ...], tuple[int, ...], int]
-"""Of an allocation, as ``as_strided`` takes it: shape, strides, start."""
+class Quantization(NamedTuple):
+    """The launches for tensors that are alike, and what they write.
 
+    Attributes:
+        layout: of what they write.
+        packed: whether keys that are used come first.
+        sample, quantize: the launches.
+    """
 
-class _Plan(NamedTuple):
-    """What the two launches for some shapes and strides need: what they write, and themselves."""
-
-    device: torch.device
-    eight_bit: torch.dtype
-    bytes: int
-    q: _Part
-    k: _Part
-    v: _Part
-    half_v: tuple[int, ...] | None
-    floats: int
-    q_scale: _Part
-    k_scale: _Part
-    v_scale: _Part
-    k_constant: _Part
-    v_constant: _Part
-    shift_shape: tuple[int, ...]
-    kv_len: int
-    dim_v: int
+    layout: Layout
+    packed: bool
     sample: Launch
     quantize: Launch
+
+    def run(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        at: tuple[int, int, int],
+        stream: int | None,
+        more: More | None = None,
+        flags: torch.Tensor | None = None,
+    ) -> PerBlock:
+        """Quantize. ``stream`` is what :func:`.launcher.short_way` says; the rest as of :func:`plan_per_block`."""
+        layout, packed, sample, quantize = self
+        extra = NO_MORE if more is None else more.tensors
+        extra_at = NO_MORE if more is None else addresses_of(more.tensors)
+        memory = torch.empty(layout.bytes, dtype=torch.uint8, device=layout.device)
+        found = PerBlock(layout, memory, extra[1] if packed else None)
+        start = found.address
+        k_constant, v_constant = start + layout.k_constant.start, start + layout.v_constant.start
+        # Each launch by the addresses of what it takes, and by the tensors themselves, in the same order.
+        sample.on(
+            stream,
+            (*at[1:], *extra_at[:2], *extra_at[4:], k_constant, v_constant),
+            lambda: (key, value, *extra[:2], *extra[4:], found.k_constant, found.v_constant),
+        )
+        quantize.on(
+            stream,
+            (
+                *at,
+                *extra_at,
+                None if flags is None else flags.data_ptr(),
+                k_constant,
+                v_constant,
+                start + layout.query.start,
+                start + layout.key.start,
+                start + layout.value.start,
+                start + layout.q_scale.start,
+                start + layout.k_scale.start,
+                start + layout.v_scale.start,
+                None if layout.lse_shift is None else start + layout.lse_shift.start,
+            ),
+            lambda: (
+                query,
+                key,
+                value,
+                *extra,
+                flags,
+                found.k_constant,
+                found.v_constant,
+                found.query,
+                found.key,
+                found.value,
+                found.q_scale,
+                found.k_scale,
+                found.v_scale,
+                found.lse_shift,
+            ),
+        )
+        return found
 
 
 @functools.lru_cache(maxsize=1024)
@@ -252,7 +406,7 @@ def _plan(
     kinds: Hashable,
     more_kinds: Hashable,
     device: torch.device,
-) -> _Plan:
+) -> Quantization:
     e4m3 = precision is Precision.E4M3
     if e4m3:
         check_device(device)
@@ -266,21 +420,33 @@ def _plan(
     if not e4m3:
         rows_v = _round_up(rows_v, _ROW_BYTES)
 
-    # Every part starts at a multiple of 128 bytes: Triton compiles for the alignment of its tensors, and copies of
-    # tiles want as much.
-    sizes = [batch * heads * q_len * dim_out, groups * blocks * BLOCK * dim_out]
-    sizes.append(groups * blocks * BLOCK * rows_v if e4m3 else 0)
-    q_at, k_at, v_at, size = _starts(sizes, 128)
+    single, eight_bit = torch.float32, torch.float8_e4m3fn if e4m3 else torch.int8
     # restore_output finds V's constant behind as much as other passes have there; floors of V's scales follow it.
     v_constant = (3 + 2 * lanes_v) * groups
-    sizes = [
-        v_constant + (lanes_v + 1) * groups,
-        groups * lanes,
-        batch * heads * q_len,
-        groups * blocks,
-        groups * blocks,
-    ]
-    _, k_constant, q_scale, k_scale, v_scale, floats = _starts(sizes, 32)
+    parts, size = _laid_out(
+        4 * (v_constant + (lanes_v + 1) * groups),
+        {
+            "k_constant": (single, (batch, kv_heads, lanes)),
+            "q_scale": (single, (batch, heads, q_len)),
+            "k_scale": (single, (batch, kv_heads, blocks)),
+            "v_scale": (single, (batch, kv_heads, blocks)),
+            "lse_shift": (single, (batch, heads, q_len)) if with_lse_shift else None,
+            "query": (eight_bit, (batch, heads, q_len, dim_out)),
+            "key": (eight_bit, (batch, kv_heads, blocks * BLOCK, dim_out)),
+            "value": (eight_bit, (batch, kv_heads, blocks, rows_v, BLOCK))
+            if e4m3
+            else (torch.float16, (batch, kv_heads, blocks * BLOCK, rows_v)),
+        },
+    )
+    layout = Layout(
+        bytes=size,
+        v_constant=_part(single, (batch, kv_heads, lanes_v), 4 * v_constant),
+        hadamard=hadamard,
+        kv_len=kv_len,
+        dim_v=dim_v,
+        device=device,
+        **parts,  # type: ignore[arg-type]
+    )
 
     strides, reading = how_to_read(dim, q_strides, k_strides, v_strides, turns, hadamard)
     unit, dense, turn_unit, turn_dense, _, _, *transforms = reading
@@ -306,37 +472,31 @@ def _plan(
         overlaps,
         device,
     )
-    return _Plan(
-        device=device,
-        eight_bit=torch.float8_e4m3fn if e4m3 else torch.int8,
-        bytes=size,
-        q=_dense((batch, heads, q_len, dim_out), q_at),
-        k=_dense((batch, kv_heads, blocks * BLOCK, dim_out), k_at),
-        v=_dense((batch, kv_heads, blocks, rows_v, BLOCK), v_at),
-        half_v=None if e4m3 else (batch, kv_heads, blocks * BLOCK, rows_v),
-        floats=floats,
-        q_scale=_dense((batch, heads, q_len), q_scale),
-        k_scale=_dense((batch, kv_heads, blocks), k_scale),
-        v_scale=_dense((batch, kv_heads, blocks), v_scale),
-        k_constant=_dense((batch, kv_heads, lanes), k_constant),
-        v_constant=_dense((batch, kv_heads, lanes_v), v_constant),
-        shift_shape=(batch, heads, q_len),
-        kv_len=kv_len,
-        dim_v=dim_v,
-        sample=sample,
-        quantize=quantize,
-    )
+    return Quantization(layout, packed, sample, quantize)
+
+
+def _laid_out(
+    start: int, asked: dict[str, tuple[torch.dtype, tuple[int, ...]] | None]
+) -> tuple[dict[str, Part | None], int]:
+    """Parts behind each other, from ``start`` on, and where they end, in bytes.
+
+    Each starts at a multiple of 128 bytes: Triton compiles for the alignment of its tensors, and copies of tiles want
+    as much.
+    """
+    parts: dict[str, Part | None] = {}
+    end = start
+    for name, what in asked.items():
+        end = _round_up(end, _PART_BYTES)
+        parts[name] = None if what is None else _part(*what, end)
+        if what is not None:
+            end += what[0].itemsize * math.prod(what[1])
+    return parts, _round_up(end, _PART_BYTES)
+
+
+def _part(dtype: torch.dtype, shape: tuple[int, ...], start: int) -> Part:
+    strides = [1, *itertools.accumulate(reversed(shape[1:]), operator.mul)]
+    return Part(dtype, shape, tuple(reversed(strides)), start)
 
 
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
-
-
-def _starts(sizes: list[int], multiple: int) -> list[int]:
-    """Where parts of these sizes start in one allocation, and its size."""
-    return [0, *itertools.accumulate(_round_up(size, multiple) for size in sizes)]
-
-
-def _dense(shape: tuple[int, ...], start: int) -> _Part:
-    strides = [1, *itertools.accumulate(reversed(shape[1:]), operator.mul)]
-    return shape, tuple(reversed(strides)), start

@@ -17,10 +17,22 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 _INT32_END = 2**31
 
-_Handles = tuple[Callable[..., None], int, object, Callable[[int], int], Any]
-"""Of a compiled kernel: its launcher, function and metadata, what names the current stream, and Triton's object."""
+_Handles = tuple[Callable[..., None], int, object, Any]
+"""Of a compiled kernel: its launcher, function and metadata, and Triton's object."""
 
 _compiled: dict[Hashable, _Handles] = {}
+
+
+def short_way(device: torch.device) -> int | None:
+    """The device's current stream; None where launches must go by way of Triton's own launcher.
+
+    So they must where nothing is compiled, on another device than the current one, and where somebody listens.
+    """
+    index = device.index
+    if INTERPRETED or index != torch.cuda.current_device() or _listening():
+        return None
+    stream: int = triton.runtime.driver.active.get_current_stream(index)
+    return stream
 
 
 def kinds_of(tensors: Sequence[torch.Tensor | None]) -> tuple[object, ...]:
@@ -82,26 +94,35 @@ class Launch:
         self._kernel = kernel
         self._programs = programs
         self._rest = (*numbers, *constants)
-        self._device = device.index
+        self._device = device
         # Triton 3.9 warns where nobody says whether products and sums may be fused; the kernels count on it.
         fused = {"enable_fp_fusion": True}
         self._options = {"num_warps": num_warps, "launch_pdl": launch_pdl, "maxnreg": maxnreg, **fused}
         # A number that does not fit into 32 bits is an argument of another type.
         wide = tuple([n >= _INT32_END for n in numbers]) if max(numbers) >= _INT32_END else ()
         # Not the kernel itself: to hash it, Triton takes a lock.
-        self._key = (id(kernel), self._device, constants, kinds, num_warps, launch_pdl, maxnreg, wide)
+        self._key = (id(kernel), device.index, constants, kinds, num_warps, launch_pdl, maxnreg, wide)
         self._handles = _compiled.get(self._key)
 
     def __call__(self, tensors: tuple[Any, ...]) -> None:
         """Launch it on the device's current stream."""
-        handles, device = self._handles, self._device
-        if handles is None or device != torch.cuda.current_device() or _listening():
-            self._launch_slowly(tensors)
+        pointers = [t.data_ptr() if isinstance(t, torch.Tensor) else t for t in tensors]
+        self.on(short_way(self._device), pointers, lambda: tensors)
+
+    def on(self, stream: int | None, pointers: Sequence[Any], tensors: Callable[[], tuple[Any, ...]]) -> None:
+        """Launch it where several launches follow each other, so that what they have in common is found out once.
+
+        Args:
+            stream: what :func:`short_way` said of the device.
+            pointers: addresses of the tensors; None and descriptors as they are.
+            tensors: makes the tensors, for Triton to look at: the first time, and where it must launch.
+        """
+        handles = self._handles
+        if stream is None or handles is None:
+            self._launch_slowly(tensors())
             return
-        run, function, metadata, stream_of, _ = handles
-        # None first: for what is no tensor, isinstance goes through a metaclass.
-        pointers = [t if t is None or not isinstance(t, torch.Tensor) else t.data_ptr() for t in tensors]
-        run(self._programs, 1, 1, stream_of(device), function, metadata, None, None, None, *pointers, *self._rest)
+        run, function, metadata, _ = handles
+        run(self._programs, 1, 1, stream, function, metadata, None, None, None, *pointers, *self._rest)
 
     def _launch_slowly(self, tensors: tuple[Any, ...]) -> None:
         if self._programs == 0:
@@ -109,17 +130,10 @@ class Launch:
         if INTERPRETED:
             self._kernel[(self._programs,)](*tensors, *self._rest, num_warps=self._options["num_warps"])
             return
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(self._device.index):
             if self._handles is None:
                 made = self._kernel[(self._programs,)](*tensors, *self._rest, **self._options)
-                stream_of = triton.runtime.driver.active.get_current_stream
-                self._handles = _compiled[self._key] = (
-                    made.run,
-                    made.function,
-                    made.packed_metadata,
-                    stream_of,
-                    made,
-                )
+                self._handles = _compiled[self._key] = (made.run, made.function, made.packed_metadata, made)
             else:
                 self._handles[-1][(self._programs, 1, 1)](*tensors, *self._rest)
 

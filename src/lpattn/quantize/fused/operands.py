@@ -12,7 +12,7 @@ import torch
 from lpattn.errors import InvalidArgumentError
 from lpattn.quantize.fused import layout
 from lpattn.quantize.fused.keys import list_used
-from lpattn.quantize.fused.launcher import INTERPRETED, Launch, kinds_of, launch
+from lpattn.quantize.fused.launcher import INTERPRETED, Launch, kinds_of, launch, short_way
 from lpattn.quantize.fused.output import restore
 from lpattn.quantize.fused.per_head import quantize_heads, sample_heads
 from lpattn.quantize.fused.tile import HALF_SPLIT, HALF_SPLIT_PARTIAL, INTERLEAVED, NO_ROPE
@@ -188,33 +188,40 @@ def quantize_per_head(
         loses precision only below 2^-6. An inf or NaN becomes NaN, alone (with a Hadamard transform: its whole token),
         and enters neither scale nor constant. Magnitudes above about 1e36 may overflow in the transform.
     """
-    cos_q, sin_q, cos_k, sin_k, turns = tables_of(rope)
-    indices, counts = (None, None) if keys is None else (keys.indices, keys.counts)
-    more = (indices, counts, cos_q, sin_q, cos_k, sin_k)
+    more = None if rope is None and keys is None else more_of(rope, keys)
+    q_at, k_at, v_at = query.data_ptr(), key.data_ptr(), value.data_ptr()
     plan = _plan(
         query.shape,
         key.shape,
         query.stride(),
         key.stride(),
         value.stride(),
-        turns,
+        None if more is None else more.turns,
         hadamard,
         factor,
         with_lse_shift,
-        # What kinds_of says, in a quarter of its time: q, k and v have one dtype, and plain calls bring nothing else.
-        (query.dtype, query.data_ptr() % 16, key.data_ptr() % 16, value.data_ptr() % 16),
-        None if rope is None and keys is None else kinds_of(more),
+        # What kinds_of says, in a quarter of its time: q, k and v have one dtype.
+        (query.dtype, q_at % 16, k_at % 16, v_at % 16),
+        None if more is None else more.kinds,
         query.device,
     )
-    data = torch.empty(plan.bytes, dtype=torch.float8_e4m3fn, device=plan.device)
+    device = plan.device
+    data = torch.empty(plan.bytes, dtype=torch.float8_e4m3fn, device=device)
     q_out = data.as_strided(plan.q_shape, plan.q_strides)
     k_out = data.as_strided(plan.kv_shape, plan.kv_strides, plan.k_start)
     v_out = data.as_strided(plan.kv_shape, plan.kv_strides, plan.v_start)
-    buffer = torch.empty(plan.floats, dtype=torch.float32, device=plan.device)
-    shift = torch.empty(plan.shift_shape, dtype=torch.float32, device=plan.device) if with_lse_shift else None
-    read = (query, key, value, *more, buffer)
-    plan.sample(read)
-    plan.quantize((*read, q_out, k_out, v_out, shift))
+    buffer = torch.empty(plan.floats, dtype=torch.float32, device=device)
+    shift = torch.empty(plan.shift_shape, dtype=torch.float32, device=device) if with_lse_shift else None
+
+    # Each launch by the addresses of what it takes, and by the tensors themselves, in the same order.
+    stream = short_way(device)
+    read = (query, key, value, *(NO_MORE if more is None else more.tensors), buffer)
+    extra_at = NO_MORE if more is None else addresses_of(more.tensors)
+    read_at = (q_at, k_at, v_at, *extra_at, buffer.data_ptr())
+    plan.sample.on(stream, read_at, lambda: read)
+    out_at = data.data_ptr()
+    written_at = (out_at, out_at + plan.k_start, out_at + plan.v_start, None if shift is None else shift.data_ptr())
+    plan.quantize.on(stream, (*read_at, *written_at), lambda: (*read, q_out, k_out, v_out, shift))
     return PerHead(q_out, k_out, v_out, buffer[0], buffer[1], buffer[2], shift, hadamard, buffer)
 
 
@@ -346,9 +353,13 @@ def restore_output(out: torch.Tensor, quantized: Quantized, dtype: torch.dtype) 
         largest where that is the dtype.
     """
     to = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
-    kinds = (out.dtype, dtype, out.data_ptr() % 16, to.data_ptr() % 16)
+    buffer = quantized.buffer
+    from_at, to_at = out.data_ptr(), to.data_ptr()
+    kinds = (out.dtype, dtype, from_at % 16, to_at % 16)
     hadamard = quantized.hadamard is not HadamardMode.NONE
-    _restore(out.shape, quantized.num_kv_heads, hadamard, kinds, out.device)((out, to, quantized.buffer))
+    device = out.device
+    undo = _restore(out.shape, quantized.num_kv_heads, hadamard, kinds, device)
+    undo.on(short_way(device), (from_at, to_at, buffer.data_ptr()), lambda: (out, to, buffer))
     return to
 
 
@@ -386,15 +397,40 @@ def _constants(buffer: torch.Tensor, of_head: torch.Tensor, lanes: int) -> tuple
     return rows[1], rows[2]
 
 
-def tables_of(
-    rope: Rotation | None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, Turns | None]:
-    """Cos and sin of q and of k, and what is to be known of them."""
-    if rope is None:
-        return None, None, None, None, None
-    cos_q, sin_q = _alike(rope.cos, rope.sin)
-    cos_k, sin_k = _alike(rope.cos_k, rope.sin_k)
-    return cos_q, sin_q, cos_k, sin_k, (rope.interleaved, cos_q.shape[-1], cos_q.stride(), cos_k.stride())
+class More(NamedTuple):
+    """What the passes read besides q, k and v.
+
+    Attributes:
+        tensors: indices and counts of the keys that are used, then cos and sin of q and of k; None for what there is
+            not.
+        turns: what is to be known of the tables; None without any.
+        kinds: of the tensors, as kernels are compiled for them.
+    """
+
+    tensors: tuple[torch.Tensor | None, ...]
+    turns: Turns | None
+    kinds: Hashable
+
+
+NO_MORE = (None,) * 6
+"""In place of :attr:`More.tensors`."""
+
+
+def more_of(rope: Rotation | None, keys: Keys | None) -> More:
+    """What the passes are to read of a rotation and of a list of keys."""
+    indices, counts = (None, None) if keys is None else (keys.indices, keys.counts)
+    turns = cos_q = sin_q = cos_k = sin_k = None
+    if rope is not None:
+        cos_q, sin_q = _alike(rope.cos, rope.sin)
+        cos_k, sin_k = _alike(rope.cos_k, rope.sin_k)
+        turns = (rope.interleaved, cos_q.shape[-1], cos_q.stride(), cos_k.stride())
+    tensors = (indices, counts, cos_q, sin_q, cos_k, sin_k)
+    return More(tensors, turns, kinds_of(tensors))
+
+
+def addresses_of(tensors: tuple[torch.Tensor | None, ...]) -> tuple[int | None, ...]:
+    """As a launch takes them; None for none."""
+    return tuple([None if t is None else t.data_ptr() for t in tensors])
 
 
 def _alike(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
