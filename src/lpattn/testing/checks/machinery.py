@@ -104,9 +104,10 @@ def _of_other_sizes(subject: Subject, problem: Problem) -> list[Problem]:
 
     Logits stay as they are: q grows where k shrinks.
     """
-    again = {"length": problem.query.shape[2], "causal": problem.is_causal, "seed": 3}
-    other, per_head = subject.problem(**again), subject.problem("heads_of_different_scale", **again)
-    far = 64.0
+    length, causal, far = problem.query.shape[2], problem.is_causal, 64.0
+    other, per_head = (
+        subject.problem(kind, length=length, causal=causal, seed=3) for kind in ("normal", "heads_of_different_scale")
+    )
 
     def sized(q: float, k: float, v: float, label: str) -> Problem:
         return other.changed(query=other.query * q, key=other.key * k, value=other.value * v, label=label)
