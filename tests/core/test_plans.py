@@ -55,6 +55,8 @@ class Case:
     dim: int
     dim_v: int
     dtype: torch.dtype
+    other_dtype: str | None
+    odd_batch: str | None
     of_q: str
     of_k: str
     of_v: str
@@ -73,12 +75,19 @@ class Case:
     variable: str | None
     check: bool
 
+    def of(self, other: bool) -> torch.dtype:
+        return torch.float16 if other else self.dtype
+
     def planned(self) -> Any:
         """What is planned, in terms that can be compared, or the error."""
-        kind = {"dtype": self.dtype}
-        q = laid_out(torch.zeros(self.batch, 2, self.q_len, self.dim, **kind), self.of_q)
-        k = laid_out(torch.zeros(self.batch, self.kv_heads, self.kv_len, self.dim, **kind), self.of_k)
-        v = laid_out(torch.zeros(self.batch, self.kv_heads, self.kv_len, self.dim_v, **kind), self.of_v)
+        q, k, v = (
+            laid_out(torch.zeros(self.batch + (name == self.odd_batch), heads, tokens, dim, dtype=dtype), layout)
+            for name, heads, tokens, dim, dtype, layout in (
+                ("q", 2, self.q_len, self.dim, self.of(self.other_dtype == "q"), self.of_q),
+                ("k", self.kv_heads, self.kv_len, self.dim, self.of(self.other_dtype == "k"), self.of_k),
+                ("v", self.kv_heads, self.kv_len, self.dim_v, self.of(self.other_dtype == "v"), self.of_v),
+            )
+        )
         k.requires_grad_(self.requires_grad)
         mask = None if self.mask is None else mask_of(self.mask, self.batch, self.q_len, self.kv_len)
         provenance = Provenance.AUTOMATIC if self.backend is None else Provenance.ARGUMENT
@@ -98,33 +107,35 @@ class Case:
         return found.call, said, found.backend.name, found.autocast, found.quiet, found.shape, found.strides
 
 
-cases = st.builds(
-    Case,
-    batch=st.sampled_from([1, 2]),
-    kv_heads=st.sampled_from([1, 2]),
-    q_len=st.sampled_from([0, 1, 5, 6]),
-    kv_len=st.sampled_from([1, 5, 6]),
-    dim=st.sampled_from([8, 16]),
-    dim_v=st.sampled_from([8, 16]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
-    of_q=st.sampled_from(LAYOUTS),
-    of_k=st.sampled_from(LAYOUTS),
-    of_v=st.sampled_from(LAYOUTS),
-    mask=st.sampled_from(MASKS),
-    dropout=st.sampled_from([0.0, 0.0, 0.5, 2.0]),
-    causal=st.booleans(),
-    scale=st.sampled_from([None, 0.0, 0.5]),
-    lse=st.booleans(),
-    rope=st.sampled_from([None, None, Rope(False, 8), Rope(True, 8)]),
-    requires_grad=st.booleans(),
-    grad=st.booleans(),
-    autocast=st.sampled_from([None, None, torch.bfloat16, torch.float16]),
-    backend=st.sampled_from([None, None, "narrow", "wide", "bf16_reference"]),
-    hadamard=st.sampled_from([HadamardMode.NONE, HadamardMode.QKV]),
-    on_unsupported=st.sampled_from([None, *OnUnsupported]),
-    variable=st.sampled_from([None, None, None, "narrow", "bf16_reference"]),
-    check=st.booleans(),
-)
+VALUES: dict[str, list[Any]] = {
+    "batch": [1, 2],
+    "kv_heads": [1, 2],
+    "q_len": [0, 1, 5, 6],
+    "kv_len": [1, 5, 6],
+    "dim": [8, 16],
+    "dim_v": [8, 16],
+    "dtype": [torch.float32, torch.bfloat16, torch.float64],
+    "other_dtype": [None, None, None, "q", "k", "v"],
+    "odd_batch": [None, None, None, "q", "k", "v"],
+    "of_q": [*LAYOUTS],
+    "of_k": [*LAYOUTS],
+    "of_v": [*LAYOUTS],
+    "mask": [*MASKS],
+    "dropout": [0.0, 0.0, 0.5, 2.0],
+    "causal": [False, True],
+    "scale": [None, 0.0, 0.5],
+    "lse": [False, True],
+    "rope": [None, None, Rope(False, 8), Rope(True, 8)],
+    "requires_grad": [False, True],
+    "grad": [False, True],
+    "autocast": [None, None, torch.bfloat16, torch.float16],
+    "backend": [None, None, "narrow", "wide", "bf16_reference"],
+    "hadamard": [HadamardMode.NONE, HadamardMode.QKV],
+    "on_unsupported": [None, *OnUnsupported],
+    "variable": [None, None, None, "narrow", "bf16_reference"],
+    "check": [False, True],
+}
+cases = st.builds(Case, **{name: st.sampled_from(values) for name, values in VALUES.items()})
 
 
 @st.composite
@@ -138,9 +149,9 @@ def alike(draw: st.DrawFn) -> list[Case]:
     return found
 
 
-@given(alike())
-@with_settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-def test_the_remembered_plan_equals_a_fresh_one(make_backend, drawn):
+@pytest.fixture
+def backends(make_backend):
+    """Two that refuse different calls."""
     made = [
         make_backend("narrow", rank=3.0, masks=frozenset({lpattn.MaskKind.NONE}), head_dims=frozenset({8}), lse=False),
         make_backend(
@@ -153,17 +164,43 @@ def test_the_remembered_plan_equals_a_fresh_one(make_backend, drawn):
     ]
     for backend in made:
         lpattn.register_backend(backend)
-    try:
+
+
+def compare(drawn: list[Case]) -> None:
+    """Plan one after the other, with what earlier ones left behind, then each afresh."""
+    plan._plans.clear()
+    remembered = [case.planned() for case in drawn]
+    for case, found in zip(drawn, remembered, strict=True):
         plan._plans.clear()
-        remembered = [case.planned() for case in drawn]
-        fresh = []
-        for case in drawn:
-            plan._plans.clear()
-            fresh.append(case.planned())
-        assert remembered == fresh
-    finally:
-        for backend in made:
-            lpattn.unregister_backend(backend.name)
+        assert case.planned() == found, case
+
+
+@given(alike())
+@with_settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+def test_the_remembered_plan_equals_a_fresh_one(backends, drawn):
+    compare(drawn)
+
+
+PLAIN = Case(
+    *(1, 2, 5, 5, 8, 8, torch.float32, None, None, "bhsd", "bhsd", "bhsd", None, 0.0, False, None, False, None, False),
+    *(False, None, "wide", HadamardMode.NONE, OnUnsupported.FALLBACK, None, True),
+)
+BASES = {
+    "plain": PLAIN,
+    "unchecked": dataclasses.replace(PLAIN, check=False),
+    "automatic": dataclasses.replace(PLAIN, backend=None),
+    "masked": dataclasses.replace(PLAIN, mask="dense", batch=2),
+    "with grad": dataclasses.replace(PLAIN, grad=True, requires_grad=True),
+    "mask with grad": dataclasses.replace(PLAIN, mask="additive", grad=True, requires_grad=True),
+    "autocast": dataclasses.replace(PLAIN, autocast=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("base", BASES.values(), ids=BASES)
+@pytest.mark.parametrize("name", VALUES)
+def test_one_thing_that_differs_makes_it_another_plan(backends, base, name):
+    for value in VALUES[name]:
+        compare([base, dataclasses.replace(base, **{name: value})])
 
 
 def test_a_call_seen_before_is_not_planned_again(add_backend, qkv, monkeypatch):
