@@ -22,7 +22,17 @@ from lpattn.settings import OnUnsupported, Settings
 from lpattn.types import Provenance, Rope
 
 LAYOUTS = ("bhsd", "bshd", "every other", "expanded")
-MASKS = (None, "dense", "padding", "expanded", "additive", "additive with grad", "three dimensions")
+MASKS = (
+    None,
+    "dense",
+    "padding",
+    "expanded",
+    "additive",
+    "additive with grad",
+    "wide",
+    "wide with grad",
+    "three dimensions",
+)
 
 
 def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
@@ -37,6 +47,8 @@ def mask_of(kind: str, batch: int, q_len: int, kv_len: int) -> torch.Tensor:
     dense = torch.ones(batch, 1, q_len, kv_len, dtype=torch.bool)
     if kind == "padding":
         return dense[:, :, :1]
+    if kind.startswith("wide"):
+        return torch.zeros(batch, 1, 1, kv_len).requires_grad_(kind == "wide with grad").expand(-1, -1, q_len, -1)
     if kind == "expanded":
         return dense[:, :, :1].expand_as(dense)
     if kind == "three dimensions":
@@ -192,6 +204,8 @@ BASES = {
     "masked": dataclasses.replace(PLAIN, mask="dense", batch=2),
     "with grad": dataclasses.replace(PLAIN, grad=True, requires_grad=True),
     "mask with grad": dataclasses.replace(PLAIN, mask="additive", grad=True, requires_grad=True),
+    "wide mask": dataclasses.replace(PLAIN, mask="wide"),
+    "wrong": dataclasses.replace(PLAIN, odd_batch="k", check=False),
     "autocast": dataclasses.replace(PLAIN, autocast=torch.bfloat16),
 }
 
