@@ -205,7 +205,7 @@ BASES = {
     "with grad": dataclasses.replace(PLAIN, grad=True, requires_grad=True),
     "mask with grad": dataclasses.replace(PLAIN, mask="additive", grad=True, requires_grad=True),
     "wide mask": dataclasses.replace(PLAIN, mask="wide"),
-    "wrong": dataclasses.replace(PLAIN, odd_batch="k", check=False),
+    "wrong": dataclasses.replace(PLAIN, dropout=2.0, check=False),
     "autocast": dataclasses.replace(PLAIN, autocast=torch.bfloat16),
 }
 
