@@ -139,8 +139,8 @@ class Graphs:
             dtype = torch.float8_e4m3fn if signature.fp8_output else torch.bfloat16
             out = torch.empty(batch, q_len, heads, dim, dtype=dtype, device=device)
             stats = torch.empty(batch, heads, q_len, 1, device=device) if signature.with_stats else None
-            # The largest magnitudes of P and of the output are outputs that nobody reads.
-            unread = torch.empty(2, device=device)
+            # The largest magnitudes of P and of the output are outputs that nobody reads; each aligned as a tensor is.
+            unread = [torch.empty(1, device=device) for _ in range(2)]
             workspace = torch.empty(max(built.workspace, 1), dtype=torch.uint8, device=device)
             shared = self._device(signature.device_index)
             buffers = {
@@ -154,8 +154,8 @@ class Graphs:
                 "scale_s": shared.s_scale,
                 "scale_o": operands.o_scale if signature.fp8_output else shared.one,
                 "o": out,
-                "amax_s": unread[:1],
-                "amax_o": unread[1:],
+                "amax_s": unread[0],
+                "amax_o": unread[1],
             }
             if stats is not None:
                 buffers["stats"] = stats
