@@ -30,7 +30,8 @@ def tables(results: list[dict[str, Any]], capability: list[int]) -> list[dict[st
         grouped = shape["num_heads"] != shape["num_kv_heads"]
         for name, ratio in result["speedup"].items():
             if name != AUTO:
-                key = (*parts_of(name), shape["head_dim"], shape["causal"], grouped)
+                mask = "dense" if shape.get("holes") else "none"
+                key = (*parts_of(name), shape["head_dim"], shape["causal"], grouped, mask)
                 points[key].append([shape["length"], round(ratio, 3)])
     return [
         {
@@ -40,9 +41,10 @@ def tables(results: list[dict[str, Any]], capability: list[int]) -> list[dict[st
             "causal": causal,
             "gqa": grouped,
             "hadamard": mode,
+            "mask": mask,
             "speedup_by_length": sorted(found),
         }
-        for (backend, mode, dim, causal, grouped), found in sorted(points.items())
+        for (backend, mode, dim, causal, grouped, mask), found in sorted(points.items())
     ]
 
 
@@ -84,6 +86,7 @@ def main() -> int:
     rows = tables(results, where["capability"])
     for row in rows:
         kind = f"{'causal' if row['causal'] else 'full'}{', gqa' if row['gqa'] else ''}"
+        kind += "" if row["mask"] == "none" else ", dense mask"
         kind += "" if row["hadamard"] == "none" else f", hadamard {row['hadamard']}"
         print(row["backend"], row["head_dim"], kind, " ".join(f"{n}:x{r}" for n, r in row["speedup_by_length"]))
     if given.write is not None:

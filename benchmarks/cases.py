@@ -17,6 +17,7 @@ class Shape:
     Attributes:
         kv_lengths: how many keys the queries of each sequence see, by a bool mask; None where they see all.
         window: how many keys a query sees, its own the last of them, by a dense bool mask; None where there is none.
+        holes: a dense bool mask hides one key in ten from each query, so that no tile of it can be left out.
     """
 
     batch: int
@@ -27,6 +28,7 @@ class Shape:
     causal: bool
     kv_lengths: tuple[int, ...] | None = None
     window: int | None = None
+    holes: bool = False
 
     @property
     def flop(self) -> float:
@@ -41,6 +43,9 @@ class Shape:
         if self.window is not None:
             ones = torch.ones(1, 1, self.length, self.length, dtype=torch.bool, device=device)
             return ones.tril().triu(1 - self.window)
+        if self.holes:
+            generator = torch.Generator(device).manual_seed(0)
+            return torch.rand(1, 1, self.length, self.length, generator=generator, device=device) < 0.9
         if self.kv_lengths is None:
             return None
         seen = torch.tensor(self.kv_lengths, device=device)
@@ -50,6 +55,7 @@ class Shape:
         kind = "causal" if self.causal else "full"
         padded = "" if self.kv_lengths is None else f",keys {'+'.join(map(str, self.kv_lengths))}"
         padded += "" if self.window is None else f",window {self.window}"
+        padded += ",holes" if self.holes else ""
         return f"{self.batch},{self.num_heads}/{self.num_kv_heads},{self.length},{self.head_dim},{kind}{padded}"
 
 
@@ -72,7 +78,7 @@ DIMS = (64, 128, 256)
 
 
 def sweep(lengths: tuple[int, ...], dims: tuple[int, ...]) -> list[Shape]:
-    """Lengths x causal x grouped x head_dim, the short ones first, so that what the budget cuts off is the long end."""
+    """Lengths x kind of mask x grouped x head_dim, the short ones first: what a budget cuts off is the long end."""
     shapes = []
     for length in lengths:
         for dim in dims:
@@ -80,6 +86,8 @@ def sweep(lengths: tuple[int, ...], dims: tuple[int, ...]) -> list[Shape]:
             heads = max(4, min(4096 // dim, 2**20 // length))
             for causal in (False, True):
                 shapes += [Shape(1, heads, kv, length, dim, causal) for kv in (heads, max(1, heads // 4))]
+            if 1024 <= length <= 16384:
+                shapes += [Shape(1, heads, kv, length, dim, False, holes=True) for kv in (heads, max(1, heads // 4))]
     return shapes
 
 
@@ -138,6 +146,7 @@ def energies(
     q, k, v = qkv
     at = torch.linspace(0, shape.length - 1, rows, device=q.device).long()
     keys = torch.arange(shape.length, device=q.device)
+    mask = shape.mask(str(q.device)) if shape.holes else None
     signal = noise = 0.0
     for batch in {0, shape.batch - 1}:
         for head in range(shape.num_heads) if all_heads else {0, shape.num_heads - 1}:
@@ -148,6 +157,8 @@ def energies(
             if shape.window is not None:
                 distance = at[:, None] - keys
                 logits = logits.masked_fill((distance < 0) | (distance >= shape.window), -math.inf)
+            if mask is not None:
+                logits = logits.masked_fill(~mask[0, 0, at], -math.inf)
             if shape.kv_lengths is not None:
                 logits = logits.masked_fill(keys >= shape.kv_lengths[batch], -math.inf)
             expected = logits.softmax(-1) @ v[batch, kv].double()

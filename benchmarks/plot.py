@@ -16,15 +16,19 @@ Line = tuple[str, str, bool]
 """Backend, Hadamard mode, and whether KV heads are shared."""
 
 
-def panels(results: Sequence[Mapping[str, Any]]) -> dict[tuple[bool, int], dict[Line, list[tuple[int, float]]]]:
-    """Points (length, speed) by line, by panel (causal, head_dim)."""
-    found: dict[tuple[bool, int], dict[Line, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
+KINDS = ("full", "causal", "dense mask")
+
+
+def panels(results: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], dict[Line, list[tuple[int, float]]]]:
+    """Points (length, speed) by line, by panel (kind of mask, head_dim)."""
+    found: dict[tuple[str, int], dict[Line, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
         shape = result["shape"]
         for name, ratio in result["speedup"].items():
             if name != AUTO:
                 line = (*parts_of(name), shape["num_heads"] != shape["num_kv_heads"])
-                found[shape["causal"], shape["head_dim"]][line].append((shape["length"], ratio))
+                kind = "dense mask" if shape.get("holes") else "causal" if shape["causal"] else "full"
+                found[kind, shape["head_dim"]][line].append((shape["length"], ratio))
     return {panel: {line: sorted(points) for line, points in lines.items()} for panel, lines in sorted(found.items())}
 
 
@@ -52,15 +56,16 @@ def draw(data: Mapping[str, Any], name: str, out: Path) -> None:
     from matplotlib import pyplot
 
     drawn = panels(data["results"])
-    rows, columns = (sorted({panel[i] for panel in drawn}) for i in (0, 1))
+    rows = [kind for kind in KINDS if any(kind == panel[0] for panel in drawn)]
+    columns = sorted({panel[1] for panel in drawn})
     size = (4 * len(columns), 3 * len(rows) + 0.8)
     figure, axes = pyplot.subplots(len(rows), len(columns), figsize=size, squeeze=False, sharex=True, sharey=True)
     colors: dict[tuple[str, str], str] = {}
     handles = {}
-    for (causal, dim), lines in drawn.items():
-        axis = axes[rows.index(causal)][columns.index(dim)]
+    for (kind, dim), lines in drawn.items():
+        axis = axes[rows.index(kind)][columns.index(dim)]
         axis.axhline(1.0, color="black", linewidth=0.8)
-        axis.set_title(f"head_dim {dim}, {'causal' if causal else 'full'}", fontsize=10)
+        axis.set_title(f"head_dim {dim}, {kind}", fontsize=10)
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
         for line, points in sorted(lines.items()):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +38,22 @@ def clean_slate(monkeypatch):
     yield
     for name in set(registry.backends()) - before:
         lpattn.unregister_backend(name)
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Whatever is allocated holds this byte, repeated: NaN in every dtype, until a test chooses another one."""
+    byte = [0xFF]
+
+    def poisoned(empty: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        made = empty(*args, **kwargs)
+        if made.numel():
+            made.view(-1).view(torch.uint8).fill_(byte[0])
+        return made
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, functools.partial(poisoned, getattr(torch, name)))
+    return byte
 
 
 @pytest.fixture

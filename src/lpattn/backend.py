@@ -72,13 +72,7 @@ class Capabilities:
                 "inputs require grad: has no backward pass",
                 "wrap the forward in torch.no_grad() or torch.inference_mode()",
             )
-        if self.device_types is not None and call.device_type not in self.device_types:
-            refuse("device", f"device {call.device_type}: runs on {_join(self.device_types)}")
-        if self.architectures is not None and call.capability is not None:
-            low, high = self.architectures
-            if not low <= call.capability <= high:
-                span = _arch(low) if low == high else f"{_arch(low)} to {_arch(high)}"
-                refuse("architecture", f"architecture {_arch(call.capability)}: has kernels for {span}")
+        reasons += self._reasons_against_hardware(call.device_type, call.capability)
         if call.dtype not in self.dtypes:
             names = _join(str(d).removeprefix("torch.") for d in self.dtypes)
             refuse("dtype", f"dtype {str(call.dtype).removeprefix('torch.')}: takes {names}")
@@ -111,6 +105,34 @@ class Capabilities:
             refuse("hadamard", f"hadamard {call.hadamard}: offers {_join(self.hadamard)}")
         if not call.contiguous_last_dim and not self.strided_last_dim:
             refuse("layout", "last dimension of q, k or v has a stride other than 1", "pass contiguous tensors")
+        return reasons
+
+    def reasons_against_device(self, device: torch.device) -> list[Reason]:
+        """Why no call can run on the device: it is not there, or has no kernels. What a probe asks first; may ask CUDA.
+
+        Args:
+            device: any, also one that this machine lacks.
+        """
+        missing, capability = [], None
+        if device.type == "cuda":
+            if not torch.cuda.is_available():
+                missing = [Reason("device", f"{device}: PyTorch {torch.__version__} sees no CUDA device")]
+            elif (device.index or 0) >= (count := torch.cuda.device_count()):
+                missing = [Reason("device", f"{device}: the number of CUDA devices that PyTorch sees is {count}")]
+            else:
+                capability = torch.cuda.get_device_capability(device)
+        return [*missing, *self._reasons_against_hardware(device.type, capability)]
+
+    def _reasons_against_hardware(self, device_type: str, capability: tuple[int, int] | None) -> list[Reason]:
+        reasons = []
+        if self.device_types is not None and device_type not in self.device_types:
+            reasons.append(Reason("device", f"device {device_type}: runs on {_join(self.device_types)}"))
+        if self.architectures is not None and capability is not None:
+            low, high = self.architectures
+            if not low <= capability <= high:
+                span = _arch(low) if low == high else f"{_arch(low)} to {_arch(high)}"
+                text = f"architecture {_arch(capability)}: has kernels for {span}"
+                reasons.append(Reason("architecture", text))
         return reasons
 
     def _masks_taken(self) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from lpattn.errors import InvalidArgumentError
-from lpattn.types import AttentionCall, CausalKind
+from lpattn.types import AttentionCall, CausalKind, MaskKind
 
 EXACT = "exact"
 AUTO = "auto"
@@ -31,8 +31,9 @@ these, True (as the model's setting), False (exact) or None (no rule: as the mod
 def measured_speedup(backend: str, call: AttentionCall) -> float:
     """Speed of a backend relative to the best exact kernel, as measured on the architecture of the call.
 
-    Interpolated in log(kv_len) between measured lengths, and constant beyond both ends. Calls with a single query, or
-    on hardware, head_dims or causality that nobody measured, give 0.0: nothing is known, so nothing is promised.
+    Interpolated in log(kv_len) between measured lengths, and constant beyond both ends. Calls with a single query or
+    an additive mask, or on hardware, head_dims or causality that nobody measured, give 0.0: nothing is known, so
+    nothing is promised. Dense bool masks were measured with holes everywhere: what whole tiles hide comes on top.
 
     Args:
         backend: name of the backend.
@@ -41,11 +42,20 @@ def measured_speedup(backend: str, call: AttentionCall) -> float:
     Returns:
         A ratio; 1.0 is as fast as exact attention.
     """
-    if call.capability is None or call.q_len <= 1:
+    if call.capability is None or call.q_len <= 1 or call.mask is MaskKind.ADDITIVE:
         return 0.0
+    dense = call.mask is not MaskKind.NONE and not call.key_padding
     grouped = call.num_kv_heads != call.num_heads
     points = _tables().get(
-        (backend, call.capability, call.head_dim, call.causal is CausalKind.TOP_LEFT, grouped, str(call.hadamard))
+        (
+            backend,
+            call.capability,
+            call.head_dim,
+            call.causal is CausalKind.TOP_LEFT,
+            grouped,
+            str(call.hadamard),
+            "dense" if dense else "none",
+        )
     )
     if not points:
         return 0.0
@@ -60,7 +70,7 @@ def measured_speedup(backend: str, call: AttentionCall) -> float:
     return points[-1][1]
 
 
-_Key = tuple[str, tuple[int, int], int, bool, bool, str]
+_Key = tuple[str, tuple[int, int], int, bool, bool, str, str]
 
 
 @functools.cache
@@ -74,6 +84,7 @@ def _tables() -> dict[_Key, list[tuple[int, float]]]:
             row["causal"],
             row["gqa"],
             row["hadamard"],
+            row.get("mask", "none"),
         ): sorted((length, ratio) for length, ratio in row["speedup_by_length"])
         for row in data["tables"]
     }

@@ -214,5 +214,15 @@ def test_modes_of_a_sweep(given, modes):
 
 def test_a_sweep_has_every_kind_of_call_once():
     shapes = cases.sweep(cases.LENGTHS, cases.DIMS)
-    kinds = {(s.length, s.head_dim, s.causal, s.num_heads != s.num_kv_heads) for s in shapes}
-    assert len(kinds) == len(shapes) == len(cases.LENGTHS) * len(cases.DIMS) * 4
+    kinds = {(s.length, s.head_dim, s.causal, s.holes, s.num_heads != s.num_kv_heads) for s in shapes}
+    masked = [length for length in cases.LENGTHS if 1024 <= length <= 16384]
+    assert len(kinds) == len(shapes) == len(cases.DIMS) * (4 * len(cases.LENGTHS) + 2 * len(masked))
+
+
+def test_a_mask_with_holes_is_in_the_reference():
+    shape = cases.Shape(1, 2, 1, 64, 16, False, holes=True)
+    qkv = cases.inputs(shape, "randn", "cpu")
+    given = {"attn_mask": shape.mask("cpu"), "enable_gqa": True}
+    out = torch.nn.functional.scaled_dot_product_attention(*qkv, **given)
+    assert cases.sqnr(out, qkv, shape) > 40
+    assert cases.sqnr(torch.nn.functional.scaled_dot_product_attention(*qkv, enable_gqa=True), qkv, shape) < 20

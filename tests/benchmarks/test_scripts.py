@@ -56,9 +56,9 @@ RESULTS = [result(4096), result(512), result(512, kv_heads=2), result(512, causa
 
 def test_panels():
     found = plot.panels(RESULTS)
-    assert list(found) == [(False, 128), (True, 128)]
-    assert found[False, 128][("a", "none", False)] == [(512, 1.1), (4096, 1.1)]
-    assert {plot.label(line) for line in found[False, 128]} == {
+    assert list(found) == [("causal", 128), ("full", 128)]
+    assert found["full", 128][("a", "none", False)] == [(512, 1.1), (4096, 1.1)]
+    assert {plot.label(line) for line in found["full", 128]} == {
         "a",
         "a, GQA",
         "a, Hadamard qkv",

@@ -193,6 +193,34 @@ def test_the_range_of_architectures_ends(make_call, capability):
     ]
 
 
+@pytest.mark.parametrize(
+    ("device", "devices", "codes"),
+    [
+        ("cpu", [], ["device"]),
+        ("cuda", [], ["device"]),
+        ("cuda:1", [(9, 0)], ["device"]),
+        ("cuda", [(9, 0)], []),
+        ("cuda:1", [(8, 0), (9, 0)], []),
+        ("cuda:1", [(9, 0), (8, 0)], ["architecture"]),
+    ],
+)
+def test_a_device_is_judged_without_a_call(monkeypatch, device, devices, codes):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(devices))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: devices[device.index or 0])
+    data = restrict({"device_types": {"cuda"}, "architectures": ((9, 0), (9, 0))})
+    reasons = data.reasons_against_device(torch.device(device))
+    assert [reason.code for reason in reasons] == codes
+    named = {"architecture": "architecture sm_80: has kernels for sm_90", "device": device}
+    assert all(named[reason.code] in reason.message for reason in reasons)
+
+
+def test_a_device_without_limits_is_one_that_is_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert PERMISSIVE.reasons_against_device(torch.device("cpu")) == []
+    assert [r.code for r in PERMISSIVE.reasons_against_device(torch.device("cuda"))] == ["device"]
+
+
 def test_architectures_say_nothing_about_other_devices(make_call):
     assert restrict({"architectures": ((9, 0), (9, 0))}).reasons_against(make_call()) == []
 

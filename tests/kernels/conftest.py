@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 
 from lpattn.quantize import round_e4m3
 
-_empty = torch.empty
 BLOCK = 128
 
 
@@ -35,18 +33,8 @@ def seed() -> None:
 
 
 @pytest.fixture(autouse=True)
-def poison(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Whatever is allocated holds this byte, repeated: NaN in every dtype, until a test chooses another one."""
-    byte = [0xFF]
-
-    def poisoned(empty: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        made = empty(*args, **kwargs)
-        if made.numel():
-            made.view(-1).view(torch.uint8).fill_(byte[0])
-        return made
-
-    monkeypatch.setattr(torch, "empty", functools.partial(poisoned, _empty))
-    return byte
+def poisoned(poison: list[int]) -> None:
+    """In every test here."""
 
 
 def natural_order(value: torch.Tensor) -> torch.Tensor:

@@ -276,6 +276,19 @@ class KeyScaleOnePercentOff(Honest):
         return call.softmax_scale * 1.01
 
 
+@bug("scales_are_exact", "with lse: the output is 1.02")
+class ValueScaleOffBesideLse(Honest):
+    def finish(self, out, call):
+        return super().finish(out * 1.025 if call.return_lse else out, call)
+
+
+@bug("outputs", "with lse: the output differs by")
+class CoarserBesideLse(Honest):
+    def finish(self, out, call):
+        noise = torch.where(torch.arange(out.numel()) % 2 == 0, 0.075, -0.075).view(out.shape)
+        return super().finish(out * (1 + noise) if call.return_lse else out, call)
+
+
 @bug("scale_is_applied", "dB against exact attention")
 class ScaleIgnored(Honest):
     def scale(self, call):
@@ -515,6 +528,71 @@ class HadamardOfQAlone(Honest):
 class HadamardNotUndone(Honest):
     def rotate_back(self, out):
         return out
+
+
+class Packed(Honest):
+    """Honest, with packed sequences one by one; a bug is in one of the steps."""
+
+    capabilities = replace(Honest.capabilities, varlen=True)
+
+    def varlen_attention(self, query, key, value, cu_seqlens_q, cu_seqlens_k, call):
+        out = query.new_zeros(*query.shape[:2], call.head_dim_v)
+        lse = torch.full(query.shape[:2], self.unseen, dtype=torch.float32)
+        starts = zip(itertools.pairwise(cu_seqlens_q.tolist()), itertools.pairwise(cu_seqlens_k.tolist()), strict=True)
+        for (first, last), (first_key, last_key) in starts:
+            rows, keys = slice(first, last), slice(first_key, last_key + self.keys_too_many)
+            q, k, v = (x.transpose(0, 1)[None] for x in (query[rows], key[keys], value[keys]))
+            sizes = {"q_len": q.shape[2], "kv_len": k.shape[2]}
+            if 0 in sizes.values():
+                continue
+            mask = self.window(**sizes, window=call.varlen.window)
+            one = replace(
+                call, batch=1, **sizes, varlen=None, mask=MaskKind.BOOL, mask_shape=(1, 1, *mask.shape), return_lse=True
+            )
+            found, of_rows = self.attention(q, k, v, one, mask[None, None])
+            out[rows], lse[rows] = found[0].transpose(0, 1), of_rows[0].T
+        return (out, lse) if call.return_lse else out
+
+    keys_too_many = 0
+    unseen = -torch.inf
+
+    def window(self, q_len, kv_len, window):
+        left, right = (n if n >= 0 else 10**6 for n in window)
+        ahead = torch.arange(kv_len) - (torch.arange(q_len)[:, None] + self.first_position(q_len, kv_len))
+        return (ahead <= right) & (ahead >= -left)
+
+    def first_position(self, q_len, kv_len):
+        return kv_len - q_len
+
+
+@bug("packed_sequences", "dB against exact attention")
+class WindowAlignedAtTheStart(Packed):
+    def first_position(self, q_len, kv_len):
+        return 0
+
+
+@bug("packed_sequences", "not finite")
+class SequencesSeeTheirNeighbours(Packed):
+    keys_too_many = 1
+
+
+@bug("packed_sequences", "a NaN in the first sequence reaches others")
+class PackedSequencesShareAScale(Packed):
+    def varlen_attention(self, query, key, value, cu_seqlens_q, cu_seqlens_k, call):
+        used = key[: cu_seqlens_k[-1]]
+        key = key * (used.abs().amax() / used.abs().amax())
+        return super().varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, call)
+
+
+@bug("packed_sequences", "must be 0")
+class PackedRowsWithoutKeysAreMeans(Packed):
+    def clean(self, out, nothing):
+        return out.masked_fill(nothing, 1.0)
+
+
+@bug("packed_sequences", "lse must be -inf")
+class PackedRowsWithoutKeysHaveALse(Packed):
+    unseen = 0.0
 
 
 @bug("dropout", "dropped the same weights")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import types
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -125,6 +127,7 @@ class Graph:
 MODULE = types.SimpleNamespace(
     pygraph=Graph,
     create_handle=lambda: "handle",
+    destroy_handle=lambda handle: None,
     set_stream=lambda handle, stream: None,
     data_type=types.SimpleNamespace(FP8_E4M3="e4m3", FLOAT="float", BFLOAT16="bf16"),
     heur_mode=types.SimpleNamespace(A="a", FALLBACK="fallback"),
@@ -222,6 +225,20 @@ def test_nothing_is_built_while_a_cuda_graph_is_captured(backend, monkeypatch) -
     assert Graph.built == 0
     monkeypatch.setattr(graphs, "_is_capturing", lambda: False)
     assert "No valid engine" in backend._graphs.refusal(_signature(unknown))  # asked, once it can be
+
+
+def test_graphs_and_handles_are_destroyed_in_this_order(backend, monkeypatch) -> None:
+    events = []
+    monkeypatch.setattr(MODULE, "destroy_handle", lambda handle: events.append(handle))
+    q = torch.randn(1, 1, 8, 64)
+    made = graphs.Graphs()
+    call = AttentionCall(1, 1, 1, 8, 8, 64, 64, torch.float32, "cpu", softmax_scale=0.125)
+    made.run(_signature(call), quantize(q, q, q, call))
+    (built,) = made._built.values()
+    weakref.finalize(built.graph, events.append, "graph")
+    del built, made
+    gc.collect()
+    assert events == ["graph", "handle"]
 
 
 def test_one_trial_stands_for_a_kind_of_call(backend) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from lpattn.errors import InvalidArgumentError
 from lpattn.quantize.e4m3 import Granularity, Quantized, quantize_e4m3, round_e4m3
+from lpattn.quantize.exponential import Exponential, e4m3_weights
 from lpattn.quantize.hadamard import hadamard_transform
 from lpattn.quantize.recipe import Recipe, RowSum
 from lpattn.quantize.smoothing import channel_mean
@@ -215,8 +216,11 @@ def _online_softmax(
         old = maximum[rows]
         new = torch.maximum(old, logits.amax(-1, keepdim=True))
         shift = new.masked_fill(new == -torch.inf, 0.0)  # no key yet: exp(-inf - 0) is 0, exp(-inf + inf) is not
-        p = (logits - shift).exp() * recipe.p_scale
-        rounded = _round_p(p)
+        if recipe.exponential is Exponential.EXACT:
+            p = (logits - shift).exp() * recipe.p_scale
+            rounded = _round_p(p)
+        else:
+            p = rounded = e4m3_weights(logits - shift, recipe.exponential, recipe.p_scale)
         alpha = (old - shift).exp()
         summed = rounded if recipe.row_sum is RowSum.ROUNDED else p
         maximum[rows] = new

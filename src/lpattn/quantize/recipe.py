@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -9,6 +10,7 @@ from types import MappingProxyType
 
 from lpattn.errors import InvalidArgumentError
 from lpattn.quantize.e4m3 import E4M3_MAX, Granularity
+from lpattn.quantize.exponential import Exponential
 from lpattn.types import HadamardMode
 
 
@@ -44,6 +46,8 @@ class Recipe:
         p_scale: factor on P (which is at most 1) before the cast, at most 448. Without it, weights below 2^-10 of the
             row's largest vanish.
         row_sum: what the denominator sums.
+        exponential: how P is made. Any but EXACT gives P in e4m3 at once, so that ``row_sum`` must be ROUNDED, and
+            ``p_scale`` a power of two up to 256.
         tile: keys per step of the online softmax.
 
     Raises:
@@ -63,15 +67,17 @@ class Recipe:
     hadamard: HadamardMode = HadamardMode.NONE
     p_scale: float = 256.0
     row_sum: RowSum = RowSum.ROUNDED
+    exponential: Exponential = Exponential.EXACT
     tile: int = 128
 
     def __post_init__(self) -> None:
-        allowed: dict[str, set[Granularity] | set[HadamardMode] | set[RowSum]] = {
+        allowed: dict[str, set[Granularity] | set[HadamardMode] | set[RowSum] | set[Exponential]] = {
             "q_granularity": set(Granularity) - {Granularity.PER_CHANNEL},
             "k_granularity": {Granularity.PER_HEAD, Granularity.PER_BLOCK},
             "v_granularity": set(Granularity) - {Granularity.PER_TOKEN},
             "hadamard": set(HadamardMode),
             "row_sum": set(RowSum),
+            "exponential": set(Exponential),
         }
         for name, members in allowed.items():
             value = getattr(self, name)
@@ -89,6 +95,14 @@ class Recipe:
         for name in ("block", "smooth_every", "tile"):
             if getattr(self, name) < 1:
                 raise InvalidArgumentError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.exponential is not Exponential.EXACT:
+            if self.row_sum is not RowSum.ROUNDED:
+                raise InvalidArgumentError(f"row_sum must be rounded where exponential is {self.exponential}")
+            if self.p_scale > 256 or not math.log2(self.p_scale).is_integer():
+                raise InvalidArgumentError(
+                    f"p_scale must be a power of two up to 256 where exponential is {self.exponential}; "
+                    f"got {self.p_scale:g}"
+                )
         blocks = Granularity.PER_BLOCK in (self.k_granularity, self.v_granularity)
         if blocks and self.block % self.tile:
             raise InvalidArgumentError(

@@ -2,11 +2,16 @@
 
 * The RECIPE budget: rounding to 8 bits costs 20 to 30 dB, depending on the data. It is a floor, for the whole and for
   every row. A floor that is meant for rounding errors lets small mistakes pass.
-* The KERNEL budget: twice the error of the same recipe in plain PyTorch, where the suite is given one.
-* Rounding errors have no direction. A scale that is off by 1 % has: least squares finds it below the rounding.
+* The KERNEL budget: twice the error of the same recipe in plain PyTorch, where the suite is given one. How large the
+  largest error is, is a matter of chance: it is taken over several roundings of the same problem.
+* Rounding errors have no direction. A scale that is off by 1 % has: least squares finds it below the rounding. What has
+  a direction by design, such as an approximate exponential, is in the recipe, and the kernel lies between that and
+  exact attention.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -24,8 +29,23 @@ ALLOWANCES = {"sharp": 4.0, "outlier_channels": 8.0, "sink": 6.0, "peak_and_tail
 ROW_ALLOWANCE = 14.0
 """dB below the floor of the whole that its worst row may be."""
 
+FEW_LANES = 16
+FEW_LANES_ALLOWANCE = 10.0
+"""dB that a head_dim below FEW_LANES may cost: errors of so few products do not average out, and the large logits,
+which have most of the weight, have the large errors. FP8 has 15 to 28 dB on one lane, where it has 24 or more on 16."""
+
+ROUNDINGS = 5
+"""Roundings of the recipe that the largest error is taken over. The largest error of one is more than twice that of
+another in about 1 % of problems, and more than twice the largest of five was not seen in 1000."""
+
 OUTPUT_ROUNDING = 2.0**-7
 """What may come on top of twice the recipe's error, relative: kernels write bfloat16, and some round twice."""
+
+SCALE_TOLERANCE = 0.005
+"""What may be left of rounding errors in a fitted scale, relative."""
+
+RECIPE_BIAS = 0.02
+"""How far a recipe's own scales may be off, relative."""
 
 LSE_TOLERANCE = 0.35
 """Largest error of a log-sum-exp in low precision, on normal data: rounding moves single rows by up to 0.15."""
@@ -38,7 +58,8 @@ def floor_for(subject: Subject, kind: str, dtype: torch.dtype) -> float:
     """The least SQNR in dB."""
     if subject.backend.exact:
         return EXACT_FLOORS[dtype]
-    return min(subject.floor_db - ALLOWANCES.get(kind, 0.0), EXACT_FLOORS[dtype])
+    allowed = subject.allowances.get(kind, ALLOWANCES.get(kind, 0.0))
+    return min(subject.floor_db - allowed, EXACT_FLOORS[dtype])
 
 
 def require_close(subject: Subject, problem: Problem, output: torch.Tensor, kind: str = "normal") -> float:
@@ -52,50 +73,120 @@ def require_close(subject: Subject, problem: Problem, output: torch.Tensor, kind
     """
     exact, _ = problem.exact()
     floor = floor_for(subject, kind, output.dtype)
+    if problem.query.shape[-1] < FEW_LANES and not subject.backend.exact:
+        floor -= FEW_LANES_ALLOWANCE
     require(bool(output.isfinite().all()), f"{problem}: the output is not finite")
     quality, row = sqnr(exact, output), worst_row_sqnr(exact, output)
     require(quality >= floor, f"{problem}: {quality:.1f} dB against exact attention; the floor is {floor:.1f} dB")
     limit = floor - ROW_ALLOWANCE
     require(row >= limit, f"{problem}: the worst row has {row:.1f} dB; the floor for rows is {limit:.1f} dB")
-    if subject.emulate is not None:
-        _require_like_recipe(problem, output, exact, subject.emulate(problem)[0])
+
+    def errors(found: torch.Tensor, lse: torch.Tensor | None = None) -> dict[str, float]:
+        error = found.double() - exact
+        return {"largest error": float(error.abs().max()), "rms error": _rms(error)} if error.numel() else {}
+
+    more = {"largest error": float(exact.abs().max()), "rms error": _rms(exact)} if exact.numel() else {}
+    require_like_recipe(
+        subject, problem, errors(output), errors, {name: OUTPUT_ROUNDING * size for name, size in more.items()}
+    )
     return quality
 
 
-def _require_like_recipe(problem: Problem, output: torch.Tensor, exact: torch.Tensor, recipe: torch.Tensor) -> None:
-    error, budget = output.double() - exact, recipe.double() - exact
-    found, limit = float(error.abs().max()), 2 * float(budget.abs().max()) + OUTPUT_ROUNDING * float(exact.abs().max())
-    require(found <= limit, f"{problem}: largest error {found:.3g}; twice the recipe's is {limit:.3g}")
-    found, limit = _rms(error), 2 * _rms(budget) + OUTPUT_ROUNDING * _rms(exact)
-    require(found <= limit, f"{problem}: rms error {found:.3g}; twice the recipe's is {limit:.3g}")
+def require_like_recipe(
+    subject: Subject,
+    problem: Problem,
+    found: Mapping[str, float],
+    errors: Callable[[torch.Tensor, torch.Tensor], Mapping[str, float]],
+    more: Mapping[str, float],
+) -> None:
+    """Fail where an error is more than twice the recipe's, in the worst of several roundings of the problem.
+
+    Args:
+        subject: with or without a recipe; without one there is nothing to hold the kernel to.
+        problem: the call.
+        found: the kernel's errors by name.
+        errors: the same of (output, lse), in float64.
+        more: what may come on top of twice the recipe's.
+    """
+    if subject.emulate is None:
+        return
+    largest = dict.fromkeys(found, 0.0)
+    # One rounding is enough nearly always.
+    for again, factor in _roundings(problem):
+        output, lse = subject.emulate(again)
+        of_recipe = errors(output.double() / factor, lse.double())
+        largest = {name: max(largest[name], of_recipe[name]) for name in largest}
+        if all(found[name] <= 2 * largest[name] + more[name] for name in found):
+            return
+    for name in found:
+        limit = 2 * largest[name] + more[name]
+        require(found[name] <= limit, f"{problem}: {name} {found[name]:.3g}; twice the recipe's is {limit:.3g}")
+
+
+def _roundings(problem: Problem) -> Iterator[tuple[Problem, float]]:
+    """(problem, factor): the problem, and others whose output is its times the factor, but whose mantissas differ."""
+    yield problem, 1.0
+    for index in range(1, ROUNDINGS):
+        logits, values = 2 ** (index / ROUNDINGS), 2 ** (index * 2 % ROUNDINGS / ROUNDINGS)
+        yield (
+            problem.changed(query=problem.query * logits, key=problem.key / logits, value=problem.value * values),
+            values,
+        )
 
 
 def _rms(x: torch.Tensor) -> float:
     return float(x.double().square().mean().sqrt())
 
 
-def require_unbiased(problem: Problem, output: torch.Tensor, tolerance: float = 0.005) -> str:
+def require_same_quality(problem: Problem, output: torch.Tensor, other: torch.Tensor, what: str) -> None:
+    """Fail where two outputs of a call in low precision differ by more than the better one from exact attention.
+
+    For ways to compute the same call that may round otherwise, and share what costs most: the rounding of q, k and v.
+    """
+    exact, _ = problem.exact()
+    apart, off = _rms(output.double() - other.double()), min(_rms(x.double() - exact) for x in (output, other))
+    require(
+        apart <= off,
+        f"{problem}, {what}: the output differs by {apart:.3g} rms, and the better of both from exact attention by "
+        f"{off:.3g} only",
+    )
+
+
+def require_unbiased(subject: Subject, problem: Problem, output: torch.Tensor, what: str = "") -> str:
     """Fail where the output as a whole is too large or too small, or softmax too sharp or too soft.
 
     Args:
+        subject: its recipe says how far off they are by design.
         problem: of a kind whose weights are neither uniform nor one-hot.
         output: the backend's.
-        tolerance: relative, of the factor on the output and of the softmax scale.
+        what: which of the problem's outputs it is, for messages.
 
     Returns:
         What was measured.
     """
+    label = f"{problem}{what and f', {what}'}"
     step = 0.02
     low, exact, high = (problem.with_scale(factor).exact()[0] for factor in (1 - step, 1.0, 1 + step))
-    factor, sharpness = fitted_scales((low, exact, high), step, output)
-    require(
-        abs(factor - 1) <= tolerance,
-        f"{problem}: the output is {factor:.4f} times what it should be, far beyond what rounding explains "
-        f"(tolerance {tolerance:g}): a scale is off",
-    )
-    require(
-        abs(sharpness - 1) <= tolerance,
-        f"{problem}: softmax is {sharpness:.4f} times as sharp as it should be, far beyond what rounding explains "
-        f"(tolerance {tolerance:g}): the softmax scale, or a scale of q or k, is off",
-    )
-    return f"gain {factor:.4f}, softmax scale {sharpness:.4f}"
+    found = fitted_scales((low, exact, high), step, output)
+    recipe = (1.0, 1.0)
+    if subject.emulate is not None and max(abs(x - 1) for x in found) > SCALE_TOLERANCE:
+        recipe = fitted_scales((low, exact, high), step, subject.emulate(problem)[0])
+    told = {
+        "the output is {:.4f} times what it should be": "a scale is off",
+        "softmax is {:.4f} times as sharp as it should be": "the softmax scale, or a scale of q or k, is off",
+    }
+    for (text, cause), factor, designed in zip(told.items(), found, recipe, strict=True):
+        # A recipe that is off by chance must not make room for a kernel that is.
+        designed = designed if abs(designed - 1) > SCALE_TOLERANCE else 1.0
+        require(
+            abs(designed - 1) <= RECIPE_BIAS,
+            f"{label}: in the recipe itself, {text.format(designed)} (limit {RECIPE_BIAS:g})",
+        )
+        within = min(1.0, designed) - SCALE_TOLERANCE <= factor <= max(1.0, designed) + SCALE_TOLERANCE
+        by_design = "" if designed == 1.0 else f", and by the recipe {designed:.4f}"
+        require(
+            within,
+            f"{label}: {text.format(factor)}{by_design}, far beyond what rounding explains "
+            f"(tolerance {SCALE_TOLERANCE:g}): {cause}",
+        )
+    return f"gain {found[0]:.4f}, softmax scale {found[1]:.4f}"

@@ -65,12 +65,17 @@ def sqnr(reference: torch.Tensor, output: torch.Tensor) -> float:
 
 
 def worst_row_sqnr(reference: torch.Tensor, output: torch.Tensor) -> float:
-    """The SQNR of the worst row in dB. A row counts at least a tenth of the whole's magnitude as its signal."""
+    """The SQNR of the worst row in dB.
+
+    A row counts at least a tenth of the whole's magnitude as its signal, and more where D_v is small: a row of few
+    lanes is near zero by chance, and a relative error of almost nothing says nothing. One lane counts the whole's.
+    """
     reference, output = reference.double(), output.double()
     noise = (reference - output).square().mean(-1)
     if not bool(noise.isfinite().all()):
         return -math.inf
-    signal = torch.maximum(reference.square().mean(-1), 0.01 * reference.square().mean())
+    least = max(0.01, 1 / max(reference.shape[-1], 1))
+    signal = torch.maximum(reference.square().mean(-1), least * reference.square().mean())
     worst = float((noise / signal).nan_to_num(nan=0.0).max())
     return math.inf if worst == 0.0 else -10 * math.log10(worst)
 

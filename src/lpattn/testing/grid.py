@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lpattn.backend import Capabilities
-from lpattn.types import AttentionCall, CausalKind, HadamardMode, MaskKind
+from lpattn.types import AttentionCall, CausalKind, HadamardMode, MaskKind, Varlen
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -61,6 +61,7 @@ def _changes(capabilities: Capabilities) -> Iterator[tuple[str, bool, dict[str, 
     yield "gqa", capabilities.gqa, {"num_kv_heads": 1}
     yield "lse", capabilities.lse, {"return_lse": True}
     yield "dropout", capabilities.dropout, {"dropout": True}
+    yield "varlen", capabilities.varlen, {"varlen": Varlen()}
     for mode in HadamardMode:
         yield "hadamard", mode in capabilities.hadamard, {"hadamard": mode}
     yield "layout", capabilities.strided_last_dim, {"contiguous_last_dim": False}

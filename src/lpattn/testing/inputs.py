@@ -95,7 +95,7 @@ def _normal(sizes: Sizes, generator: torch.Generator) -> Tensors:
 
 
 def _codes(*shape: int, generator: torch.Generator) -> torch.Tensor:
-    """Random signs: exact in every low-precision format, and all but orthogonal to each other."""
+    """Random signs: all but orthogonal to each other, and exact where a format's scale is that of the largest."""
     return torch.randint(0, 2, shape, generator=generator).float() * 2 - 1
 
 
@@ -158,8 +158,8 @@ def _peak_and_tails(sizes: Sizes, generator: torch.Generator) -> Tensors:
     """
     q, k, v = _normal(sizes, generator)
     signs = _codes(sizes.batch, sizes.num_kv_heads, 1, sizes.head_dim, generator=generator)
-    q[:] = _grouped(signs, sizes)
-    # Lanes of many sizes, so that the rounding of k has no direction.
+    # Lanes of many sizes, so that the rounding of q and k has no direction: lanes of one size are all rounded alike.
+    q[:] = _grouped(signs, sizes) * (0.5 + torch.rand(q.shape, generator=generator))
     size = torch.rand(sizes.batch, sizes.num_kv_heads, sizes.kv_len, sizes.head_dim, generator=generator) + 0.5
     size /= size.sum(-1, keepdim=True) * sizes.softmax_scale
     depth = math.log(max(sizes.kv_len, 2))

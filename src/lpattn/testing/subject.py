@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Subject:
         device: where it runs; None is the first device of this machine that its probe admits.
         floor_db: least SQNR in dB against exact attention on normal data, in low precision. Other kinds of data are
             allowed to be worse, by fixed amounts.
+        allowances: such amounts in dB by kind of data, where the suite's own are not enough.
         emulate: the backend's recipe in plain PyTorch; with it, the kernel is held to twice the recipe's error.
     """
 
@@ -46,10 +47,12 @@ class Subject:
         device: torch.device | str | None = None,
         *,
         floor_db: float = 20.0,
+        allowances: Mapping[str, float] | None = None,
         emulate: Emulation | None = None,
     ) -> None:
         self.name = registry.resolve(name)
         self.floor_db = floor_db
+        self.allowances = dict(allowances or {})
         self.emulate = emulate
         devices = local_devices() if device is None else [torch.device(device)]
         self.probed: dict[torch.device, tuple[Reason, ...]] = {d: registry.probe(self.name, d) for d in devices}

@@ -10,7 +10,7 @@ import torch
 
 from lpattn.errors import InvalidArgumentError
 from lpattn.testing.checks import CHECKS
-from lpattn.testing.inputs import Problem
+from lpattn.testing.inputs import KINDS, Problem
 from lpattn.testing.outcome import CheckFailed, NotApplicable, Outcome, Status
 from lpattn.testing.subject import Subject
 
@@ -31,16 +31,22 @@ class BackendTests:
         backend: name of a registered backend.
         device: where it runs; None is the first device of the machine that its probe admits.
         floor_db: least SQNR in dB against exact attention on normal data; other data may cost a few dB more.
+        allowances: ``{kind of data: dB}`` below ``floor_db``, for kinds of :data:`KINDS` that cost this backend's
+            format more than the suite allows.
         expected_failures: ``{check: reason}``. A check that is listed must fail: one that passes is an error.
     """
 
     backend: ClassVar[str]
     device: ClassVar[torch.device | str | None] = None
     floor_db: ClassVar[float] = 20.0
+    allowances: ClassVar[Mapping[str, float]] = {}
     expected_failures: ClassVar[Mapping[str, str]] = {}
 
     def emulate(self, problem: Problem) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The backend's recipe in plain PyTorch: override it, and the kernel is held to twice the recipe's error.
+
+        Where the recipe itself is off in one direction (an approximate exponential makes softmax softer), the kernel
+        may be as far off as that. :class:`lpattn.quantize.Recipe` has what kernels do.
 
         Args:
             problem: the call.
@@ -57,12 +63,17 @@ class BackendTests:
             self.backend,
             self.device,
             floor_db=self.floor_db,
+            allowances=self.allowances,
             emulate=self.emulate if has_recipe else None,  # type: ignore[arg-type]
         )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         _require_known(cls.expected_failures, f"{cls.__name__}.expected_failures")
+        if unknown := sorted(set(cls.allowances) - set(KINDS)):
+            raise InvalidArgumentError(
+                f"{cls.__name__}.allowances names {', '.join(unknown)}; the kinds of data are {', '.join(KINDS)}"
+            )
 
 
 def _test_of(name: str) -> Callable[[BackendTests], None]:

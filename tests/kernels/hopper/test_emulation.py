@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton", reason="triton, in which the passes are written, is not installed")
 
 from lpattn.kernels.hopper import emulation
+from lpattn.quantize import Exponential, e4m3_weights
 from lpattn.quantize.fused import Keys, PerBlock, quantize_per_block
 from lpattn.quantize.fused.launcher import INTERPRETED
 
@@ -75,6 +76,17 @@ def test_relative_errors_of_p(kind, most, rms) -> None:
     error = ratio / mean - 1
     assert float(error.abs().max()) < most
     assert float(((error.square() * weight).sum() / weight.sum()).sqrt()) < rms
+
+
+@pytest.mark.parametrize(("kind", "exponential"), [(0, "linear"), (1, "step"), (2, "quadratic")])
+def test_the_recipe_has_the_same_exponential(kind, exponential) -> None:
+    """The kernel's float16 arithmetic moves ties, and no code by more than one."""
+    x = -torch.arange(0, 14 * 64, dtype=torch.float64) / 64
+    codes = emulation._codes(x + (31.25 if kind == emulation.STEP else 31.0), kind)
+    recipe = e4m3_weights(x * math.log(2), Exponential(exponential), 256.0).to(torch.float8_e4m3fn)
+    apart = (codes - recipe.view(torch.uint8)).abs()
+    assert float(apart.max()) <= 1
+    assert float(apart.mean()) < 0.06
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -26,8 +26,6 @@ EXACT_FROM = 8192
 # The smallest scales of q, k and v.
 FLOORS = (2.0**-56, 2.0**-56, 2.0**-126)
 
-_empty, _empty_like = torch.empty, torch.empty_like
-
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,19 +38,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def poison(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Whatever is allocated holds this byte, repeated: NaN in every dtype, until a test chooses another one."""
-    byte = [0xFF]
-
-    def poisoned(empty: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        made = empty(*args, **kwargs)
-        if made.numel():
-            made.view(-1).view(torch.uint8).fill_(byte[0])
-        return made
-
-    monkeypatch.setattr(torch, "empty", functools.partial(poisoned, _empty))
-    monkeypatch.setattr(torch, "empty_like", functools.partial(poisoned, _empty_like))
-    return byte
+def poisoned(poison: list[int]) -> None:
+    """In every test here."""
 
 
 def steps_between(data: torch.Tensor, want: torch.Tensor) -> torch.Tensor:

@@ -46,22 +46,12 @@ class CudnnBackend(Backend):
         return frontend_version()
 
     def probe(self, device: torch.device) -> list[Reason]:
-        capability = None
-        reasons = []
-        if device.type == "cuda" and not torch.cuda.is_available():
-            reasons.append(Reason("device", f"{device}: PyTorch {torch.__version__} sees no CUDA device"))
-        elif device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            reasons.append(Reason("device", f"{device}: this machine has {torch.cuda.device_count()} CUDA devices"))
-        elif device.type == "cuda":
-            capability = torch.cuda.get_device_capability(device)
-        plain = AttentionCall(
-            1, 1, 1, 256, 256, 128, 128, torch.bfloat16, device.type, device.index or 0, capability=capability
-        )
-        reasons += self.capabilities.reasons_against(plain)
-        installed = import_reasons()
-        if reasons or installed:
-            return reasons + list(installed)
+        reasons = [*self.capabilities.reasons_against_device(device), *import_reasons()]
+        if reasons:
+            return reasons
         # A real question: does this cuDNN have a plan for a plain call on this device?
+        capability = torch.cuda.get_device_capability(device)
+        plain = AttentionCall(1, 1, 1, 256, 256, 128, 128, torch.bfloat16, "cuda", device.index or 0, capability)
         if refusal := self._graphs.refusal(_signature(plain)):
             reasons.append(Reason("no_plan", f"cuDNN has no FP8 attention for {device}: {refusal}", _REMEDY))
         return reasons

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import threading
+import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +92,8 @@ class Graphs:
         self._devices: dict[int, _Device] = {}
         self._built: OrderedDict[Signature, _Built] = OrderedDict()
         self._refusals: dict[Signature, str] = {}
+        # At exit at the latest, and before the interpreter takes the libraries apart that the objects call.
+        weakref.finalize(self, _release, self._built, self._devices)
 
     def refusal(self, signature: Signature) -> str:
         """Why cuDNN has no plan for calls like this one, in its words; empty if it has, or cannot be asked now."""
@@ -179,6 +183,15 @@ class Graphs:
                 self._built.popitem(last=False)
         self._built.move_to_end(signature)
         return built
+
+
+def _release(built: OrderedDict[Signature, _Built], devices: dict[int, _Device]) -> None:
+    """Destroy graphs and handles, in this order."""
+    built.clear()
+    while devices:
+        _, device = devices.popitem()
+        with contextlib.suppress(Exception):  # of a context that is gone, or broken
+            _cudnn().destroy_handle(device.handle)
 
 
 def words(error: Exception) -> str:

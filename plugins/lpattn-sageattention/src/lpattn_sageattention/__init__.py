@@ -52,18 +52,10 @@ class SageAttentionBackend(Backend):
         return self._wheel.label
 
     def probe(self, device: torch.device) -> list[Reason]:
-        capability = None
-        reasons = []
-        if device.type == "cuda" and not torch.cuda.is_available():
-            reasons.append(Reason("device", f"{device}: PyTorch {torch.__version__} sees no CUDA device"))
-        elif device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            reasons.append(Reason("device", f"{device}: this machine has {torch.cuda.device_count()} CUDA devices"))
-        elif device.type == "cuda":
-            capability = torch.cuda.get_device_capability(device)
-        any_call = AttentionCall(1, 1, 1, 64, 64, 64, 64, torch.bfloat16, device.type, capability=capability)
-        reasons += self.capabilities.reasons_against(any_call)
+        reasons = self.capabilities.reasons_against_device(device)
         # The kernels' libraries need CUDA's, so that loading them says nothing on a machine without.
-        return reasons + list(self._wheel.reasons_against(capability if not reasons else None))
+        capability = None if reasons or device.type != "cuda" else torch.cuda.get_device_capability(device)
+        return reasons + list(self._wheel.reasons_against(capability))
 
     def supports(self, call: AttentionCall) -> list[Reason]:
         reasons = super().supports(call)

@@ -74,23 +74,13 @@ class FA3Backend(Backend):
         return "" if wheel is None else wheel.label
 
     def probe(self, device: torch.device) -> list[Reason]:
-        has_cuda = torch.cuda.is_available()
-        capability = None
-        reasons = []
-        if device.type == "cuda" and has_cuda and (device.index or 0) < torch.cuda.device_count():
-            capability = torch.cuda.get_device_capability(device)
-        elif device.type == "cuda":
-            which = "such" if has_cuda else "CUDA"
-            reasons.append(Reason("device", f"{device}: PyTorch {torch.__version__} sees no {which} device"))
-        # What the data says about the device alone: any call that nothing else speaks against will do.
-        any_call = AttentionCall(1, 1, 1, 1, 1, 128, 128, torch.bfloat16, device.type, capability=capability)
-        reasons += self.capabilities.reasons_against(any_call)
+        reasons = self.capabilities.reasons_against_device(device)
         if not is_installed("triton"):
             reasons.append(_NO_TRITON)
         if not self._wheels:
             return [*reasons, NOT_INSTALLED]
         # The library needs CUDA's, so that its import says nothing on a machine without.
-        against = [wheel.reasons_against(load=has_cuda) for wheel in self._wheels]
+        against = [wheel.reasons_against(load=torch.cuda.is_available()) for wheel in self._wheels]
         if all(against):
             reasons += [reason for of_wheel in against for reason in of_wheel]
         return reasons

@@ -59,17 +59,7 @@ class TritonBackend(Backend):
     )
 
     def probe(self, device: torch.device) -> list[Reason]:
-        reasons = []
-        has_cuda = torch.cuda.is_available()
-        capability = None
-        if device.type == "cuda" and has_cuda and (device.index or 0) < torch.cuda.device_count():
-            capability = torch.cuda.get_device_capability(device)
-        elif device.type == "cuda":
-            which = "such" if has_cuda else "CUDA"
-            reasons.append(Reason("device", f"{device}: PyTorch {torch.__version__} sees no {which} device"))
-        # What the data says about the device alone: any call that nothing else speaks against will do.
-        any_call = AttentionCall(1, 1, 1, 1, 1, 128, 128, torch.bfloat16, device.type, capability=capability)
-        reasons += self.capabilities.reasons_against(any_call)
+        reasons = self.capabilities.reasons_against_device(device)
         if importlib.util.find_spec("triton") is None:
             reasons.append(Reason("not_installed", "triton is not installed", "pip install triton"))
         return reasons
@@ -89,10 +79,10 @@ class TritonBackend(Backend):
     def rank(self, call: AttentionCall) -> float:
         if call.varlen is not None:
             return 0.0
-        # What was measured on sm_90 is the Hopper kernel, and no call with a mask that the portable one must look at.
+        # What was measured on sm_90 without a dense mask is the Hopper kernel.
         dense = call.mask is not MaskKind.NONE and not call.key_padding
         other = call.capability == (9, 0) and not isinstance(kernel_for(call, self.int8), HopperKernel)
-        return 0.0 if dense or (other and not self.int8) else measured_speedup(self.name, call)
+        return 0.0 if other and not dense and not self.int8 else measured_speedup(self.name, call)
 
     def attention(
         self,

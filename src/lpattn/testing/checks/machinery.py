@@ -84,19 +84,39 @@ def other_streams(subject: Subject) -> None:
 
 @check
 def cuda_graphs(subject: Subject) -> None:
-    """A captured call replays on new values, with what eager mode gives for them."""
+    """A captured call replays on new values, far larger and far smaller ones, with what eager mode gives for them."""
     device = subject.gpu
     for problem in subject.accepted(subject.problem(length=256, causal=causal) for causal in subject.causal_kinds):
-        other = subject.problem("heads_of_different_scale", length=256, causal=problem.is_causal, seed=3)
-        expected = [subject.run(problem), subject.run(other)]
+        replays = [problem, *_of_other_sizes(subject, problem), problem]
+        expected = [subject.run(values) for values in replays]
         graph, found = _captured(subject, problem, device)
-        for values, reference in zip((problem, other), expected, strict=True):
+        for values, reference in zip(replays, expected, strict=True):
             for name in ("query", "key", "value"):
                 getattr(graph[1], name).copy_(getattr(values, name))
             graph[0].replay()
             torch.cuda.synchronize(device)
             quality = sqnr(reference, found)
             require(quality >= SAME, f"{values}: the replayed graph gives another result ({quality:.1f} dB)")
+
+
+def _of_other_sizes(subject: Subject, problem: Problem) -> list[Problem]:
+    """Problems of the same shape: scales and amaxes that were taken at the capture clip some and flush others.
+
+    Logits stay as they are: q grows where k shrinks.
+    """
+    length, causal, far = problem.query.shape[2], problem.is_causal, 64.0
+    other, per_head = (
+        subject.problem(kind, length=length, causal=causal, seed=3) for kind in ("normal", "heads_of_different_scale")
+    )
+
+    def sized(q: float, k: float, v: float, label: str) -> Problem:
+        return other.changed(query=other.query * q, key=other.key * k, value=other.value * v, label=label)
+
+    return [
+        sized(1 / far, far, far, "k and v 64 times as large, q as small"),
+        sized(far, 1 / far, 1 / far, "k and v 64 times as small, q as large"),
+        per_head,
+    ]
 
 
 def _captured(

@@ -9,6 +9,7 @@ import torch
 
 import lpattn
 from lpattn.errors import InvalidArgumentError, LpattnWarning, UnsupportedCallError
+from lpattn.testing.checks.packed import require_packed_refused
 from lpattn.testing.exact import sqnr
 from lpattn.testing.grid import declared_by_axis, undeclared_calls
 from lpattn.testing.inputs import Problem
@@ -72,6 +73,9 @@ def refusals_reach_the_user(subject: Subject) -> str:
     device = next((d for d, reasons in subject.probed.items() if not reasons), torch.device("cpu"))
     seen = 0
     for code, call in undeclared_calls(subject.capabilities):
+        if code == "varlen":
+            require_packed_refused(subject, device)
+            seen += 1
         problem = _as_problem(code, call, device)
         if problem is None:
             continue
@@ -114,11 +118,11 @@ def refusals_reach_the_user(subject: Subject) -> str:
 
 
 def _as_problem(code: str, call: AttentionCall, device: torch.device) -> Problem | None:
-    """The call as tensors on a device of this machine; None where it is about a device that the machine lacks.
+    """The call as [B, H, S, D] tensors on a device of this machine; None where it is about something else.
 
     What is declared for GPUs alone is refused on the CPU as well: for the same reasons, and one more.
     """
-    if code == "architecture" or (code == "device" and call.device_type != device.type):
+    if code in ("architecture", "varlen") or (code == "device" and call.device_type != device.type):
         return None
 
     def make(heads: int, length: int, dim: int) -> torch.Tensor:
