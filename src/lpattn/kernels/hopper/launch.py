@@ -12,8 +12,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from lpattn.kernels.hopper import softmax
 from lpattn.kernels.hopper.attention import KEYS, ROWS, attention
 from lpattn.quantize.fused import PerBlock
-from lpattn.quantize.fused.blocks import Layout
 from lpattn.quantize.fused.launcher import Launch, short_way
+from lpattn.quantize.fused.memory import Layout
 from lpattn.quantize.fused.operands import lanes_of
 from lpattn.types import HadamardMode
 

@@ -6,8 +6,9 @@ scales and layout a kernel wants is for the caller to say. Needs triton, and so 
 
 from __future__ import annotations
 
-from lpattn.quantize.fused.blocks import BLOCK, PerBlock, Precision, quantize_per_block
+from lpattn.quantize.fused.blocks import BLOCK, Precision, quantize_per_block
 from lpattn.quantize.fused.launcher import short_way
+from lpattn.quantize.fused.memory import PerBlock
 from lpattn.quantize.fused.operands import (
     Keys,
     PerHead,

@@ -6,17 +6,14 @@ Owns the allocation of the results and the launches. The passes themselves are :
 from __future__ import annotations
 
 import functools
-import itertools
-import math
-import operator
 from collections.abc import Hashable
-from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
 import torch
 
 from lpattn.quantize.fused.launcher import INTERPRETED, Launch, short_way
+from lpattn.quantize.fused.memory import Layout, PerBlock, laid_out, part_of, round_up
 from lpattn.quantize.fused.operands import (
     NO_MORE,
     Keys,
@@ -46,8 +43,6 @@ _WIDE_WARPS = 8
 
 _ROW_BYTES = 16
 """Rows of q and k are padded to a multiple of this: what loads of 16 bytes and TMA descriptors need."""
-_PART_BYTES = 128
-"""Tensors in the memory start at a multiple of this."""
 
 
 class Precision(str, Enum):
@@ -61,142 +56,6 @@ class Precision(str, Enum):
     INT8_F16 = "int8_f16"
 
     __str__ = str.__str__
-
-
-class Part(NamedTuple):
-    """Of the memory: what lies where.
-
-    Attributes:
-        dtype, shape, strides: of the tensor, which is contiguous.
-        start: in bytes.
-    """
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    start: int
-
-    def of(self, memory: torch.Tensor) -> torch.Tensor:
-        """The tensor, of uint8 memory."""
-        return memory.view(self.dtype).as_strided(self.shape, self.strides, self.start // self.dtype.itemsize)
-
-
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """Where the tensors of a :class:`PerBlock` lie, and what is to be known of them besides.
-
-    There is one of each kind: it is hashed, and told from others, by what it is and not by what it says.
-
-    Attributes:
-        bytes: size of the memory.
-        query, q_scale, key, k_scale, value, v_scale, k_constant, v_constant, lse_shift: of PerBlock.
-        hadamard, kv_len, dim_v: of PerBlock.
-        device: of the memory.
-    """
-
-    bytes: int
-    query: Part
-    q_scale: Part
-    key: Part
-    k_scale: Part
-    value: Part
-    v_scale: Part
-    k_constant: Part
-    v_constant: Part
-    lse_shift: Part | None
-    hadamard: HadamardMode
-    kv_len: int
-    dim_v: int
-    device: torch.device
-
-
-class _View:
-    """A tensor of a PerBlock, made when it is asked for."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, found: PerBlock, owner: type) -> torch.Tensor:
-        part: Part = getattr(found.layout, self._name)
-        return part.of(found.memory)
-
-
-class PerBlock:
-    """q with a scale per token, k and v with one per block of 128 keys: value = data * scale (+ constant for k and v).
-
-    All of it lies in one piece of memory. Tensors are views that are made when they are asked for: a launch takes their
-    addresses, and can do without.
-
-    Attributes:
-        query: [B, H, q_len, D'], contiguous; of q times ``factor``. torch.float8_e4m3fn, or torch.int8. D' is D rounded
-            up to a multiple of 16, lanes past D being zeros; or, with Hadamard mode QKV, all lanes of the transform.
-        q_scale: float32 [B, H, q_len]. Powers of two, as k's are; those of int8 are not.
-        key: [B, Hkv, blocks * 128, D'] in q's dtype, contiguous; zeros past the keys that are used.
-        k_scale: float32 [B, Hkv, blocks].
-        value: e4m3: [B, Hkv, blocks, D_v', 128], contiguous: each block transposed, with the keys of every group of 16
-            permuted (see :mod:`.per_block`). D_v' is D_v, or, with a Hadamard transform, all of its lanes. float16, in
-            order: [B, Hkv, blocks * 128, D_v'], D_v' as D' from D. Zeros past the keys that are used.
-        v_scale: float32 [B, Hkv, blocks], powers of two times sqrt(2): their ratios are powers of two.
-        k_constant, v_constant: float32 [B, Hkv, lanes], what was subtracted from k and v after rotation and transform,
-            lanes being D or D_v padded to a power of two, at least 32.
-        key_counts: int32 [B], how many keys come first, where ``keys`` packed them; else None: all of them.
-        lse_shift: float32 [B, H, q_len], q.constant of k, times ``factor``; None unless it was asked for.
-        hadamard: the mode that was applied.
-        kv_len: number of keys.
-        dim_v: D_v.
-        num_kv_heads: Hkv.
-        buffer: the memory as float32; ``v_constant`` lies where :func:`lpattn.quantize.fused.restore_output` looks.
-        layout: where everything lies.
-        memory: uint8, all of it; ``address`` is where it begins.
-    """
-
-    __slots__ = ("address", "key_counts", "layout", "memory")
-
-    query = _View()
-    q_scale = _View()
-    key = _View()
-    k_scale = _View()
-    value = _View()
-    v_scale = _View()
-    k_constant = _View()
-    v_constant = _View()
-
-    def __init__(self, layout: Layout, memory: torch.Tensor, key_counts: torch.Tensor | None) -> None:
-        self.layout = layout
-        self.memory = memory
-        self.address: int = memory.data_ptr()
-        self.key_counts = key_counts
-
-    @property
-    def lse_shift(self) -> torch.Tensor | None:
-        """See the class."""
-        part = self.layout.lse_shift
-        return None if part is None else part.of(self.memory)
-
-    @property
-    def buffer(self) -> torch.Tensor:
-        """See the class."""
-        return self.memory.view(torch.float32)
-
-    @property
-    def hadamard(self) -> HadamardMode:
-        """See the class."""
-        return self.layout.hadamard
-
-    @property
-    def kv_len(self) -> int:
-        """See the class."""
-        return self.layout.kv_len
-
-    @property
-    def dim_v(self) -> int:
-        """See the class."""
-        return self.layout.dim_v
-
-    @property
-    def num_kv_heads(self) -> int:
-        """See the class."""
-        return self.layout.key.shape[1]
 
 
 def quantize_per_block(
@@ -415,15 +274,15 @@ def _plan(
     groups = batch * kv_heads
     q_blocks, blocks = -(-q_len // BLOCK), -(-kv_len // BLOCK)
     lanes, lanes_v = lanes_of(dim), lanes_of(dim_v)
-    dim_out = lanes if hadamard is HadamardMode.QKV else _round_up(dim, _ROW_BYTES)
+    dim_out = lanes if hadamard is HadamardMode.QKV else round_up(dim, _ROW_BYTES)
     rows_v = dim_v if hadamard is HadamardMode.NONE else lanes_v
     if not e4m3:
-        rows_v = _round_up(rows_v, _ROW_BYTES)
+        rows_v = round_up(rows_v, _ROW_BYTES)
 
     single, eight_bit = torch.float32, torch.float8_e4m3fn if e4m3 else torch.int8
     # restore_output finds V's constant behind as much as other passes have there; floors of V's scales follow it.
     v_constant = (3 + 2 * lanes_v) * groups
-    parts, size = _laid_out(
+    parts, size = laid_out(
         4 * (v_constant + (lanes_v + 1) * groups),
         {
             "k_constant": (single, (batch, kv_heads, lanes)),
@@ -440,7 +299,7 @@ def _plan(
     )
     layout = Layout(
         bytes=size,
-        v_constant=_part(single, (batch, kv_heads, lanes_v), 4 * v_constant),
+        v_constant=part_of(single, (batch, kv_heads, lanes_v), 4 * v_constant),
         hadamard=hadamard,
         kv_len=kv_len,
         dim_v=dim_v,
@@ -473,30 +332,3 @@ def _plan(
         device,
     )
     return Quantization(layout, packed, sample, quantize)
-
-
-def _laid_out(
-    start: int, asked: dict[str, tuple[torch.dtype, tuple[int, ...]] | None]
-) -> tuple[dict[str, Part | None], int]:
-    """Parts behind each other, from ``start`` on, and where they end, in bytes.
-
-    Each starts at a multiple of 128 bytes: Triton compiles for the alignment of its tensors, and copies of tiles want
-    as much.
-    """
-    parts: dict[str, Part | None] = {}
-    end = start
-    for name, what in asked.items():
-        end = _round_up(end, _PART_BYTES)
-        parts[name] = None if what is None else _part(*what, end)
-        if what is not None:
-            end += what[0].itemsize * math.prod(what[1])
-    return parts, _round_up(end, _PART_BYTES)
-
-
-def _part(dtype: torch.dtype, shape: tuple[int, ...], start: int) -> Part:
-    strides = [1, *itertools.accumulate(reversed(shape[1:]), operator.mul)]
-    return Part(dtype, shape, tuple(reversed(strides)), start)
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
