@@ -267,6 +267,17 @@ def test_the_words_of_a_refusal_are_those_of_cudnn() -> None:
     assert graphs.words(RuntimeError("plain; words")) == "RuntimeError: plain; words"
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-30])
+def test_scales_of_nothing_are_numbers(size) -> None:
+    x = torch.full((1, 1, 4, 64), size)
+    call = AttentionCall(1, 1, 1, 4, 4, 64, 64, torch.float32, "cpu", softmax_scale=0.125)
+    operands = quantize(x, x, x, call)
+    # Finite and normal: cuDNN multiplies them, and makes NaN of a masked logit times zero.
+    product = operands.q_descale * operands.k_descale * 0.125
+    assert product.item() >= torch.finfo(torch.float32).tiny
+    assert operands.o_scale.isfinite()
+
+
 def test_outputs_in_e4m3_are_not_clipped() -> None:
     """All weights round up, all of v's tokens are its largest: the output exceeds them by 1/16."""
     v = torch.full((1, 1, 64, 64), 3.0)

@@ -17,6 +17,10 @@ OUTPUT_HEADROOM = 1.125
 """How far an output may exceed v's largest magnitude before e4m3 clips it. Rounding to e4m3 makes a weight up to 1/16
 larger, and the sum that divides the output counts the weights as they were."""
 
+LEAST_DESCALE = 2.0**-60
+"""Of q and k: the product of two is a normal float32, and logits that are lost by it are below 2^-100. cuDNN makes NaN
+of a masked logit times a scale of zero. v may be smaller: 2^-100, of which the output's scale is the inverse."""
+
 
 @dataclass(frozen=True)
 class Operands:
@@ -53,14 +57,14 @@ def quantize(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: 
         call: its softmax scale; where that is negative or zero, q takes the sign.
 
     Precision:
-        Means and scales in float32. A scale is the largest finite magnitude over 448. An output is a mean of v's
+        Means and scales in float32. A scale is the largest finite magnitude over 448, or the least one. An output is a mean of v's
         tokens, so v's largest magnitude bounds it: that makes the output's scale without a second pass.
     """
     k_mean, v_mean = (_finite(x).mean(2, keepdim=True, dtype=torch.float32) for x in (key, value))
     sign, _ = sign_and_scale(call.softmax_scale)
     q, q_descale = _to_e4m3(query.float() * sign)
     k, k_descale = _to_e4m3(key.float() - k_mean)
-    v, v_descale = _to_e4m3(value.float() - v_mean)
+    v, v_descale = _to_e4m3(value.float() - v_mean, least=2.0**-100)
     return Operands(q, k, v, q_descale, k_descale, v_descale, 1 / (v_descale * OUTPUT_HEADROOM), k_mean, v_mean)
 
 
@@ -69,9 +73,9 @@ def per_query_head(x: torch.Tensor, call: AttentionCall) -> torch.Tensor:
     return x.repeat_interleave(call.num_heads // call.num_kv_heads, 1)
 
 
-def _to_e4m3(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _to_e4m3(x: torch.Tensor, least: float = LEAST_DESCALE) -> tuple[torch.Tensor, torch.Tensor]:
     """([B, S, H, D] contiguous in e4m3, descale [1]); an inf becomes NaN, and neither enters the scale."""
-    descale = (_finite(x).abs().amax() / E4M3_MAX).clamp_min(torch.finfo(torch.float32).tiny)
+    descale = (_finite(x).abs().amax() / E4M3_MAX).clamp_min(least)
     scaled = torch.where(x.isfinite(), x / descale, torch.nan)
     return scaled.transpose(1, 2).to(torch.float8_e4m3fn, memory_format=torch.contiguous_format), descale.reshape(1)
 
