@@ -57,8 +57,8 @@ def quantize(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: 
         call: its softmax scale; where that is negative or zero, q takes the sign.
 
     Precision:
-        Means and scales in float32. A scale is the largest finite magnitude over 448, or the least one. An output is a mean of v's
-        tokens, so v's largest magnitude bounds it: that makes the output's scale without a second pass.
+        Means and scales in float32. A scale is the largest finite magnitude over 448, or the least one. An output is a
+        mean of v's tokens, so v's largest magnitude bounds it: that makes the output's scale without a second pass.
     """
     k_mean, v_mean = (_finite(x).mean(2, keepdim=True, dtype=torch.float32) for x in (key, value))
     sign, _ = sign_and_scale(call.softmax_scale)
