@@ -25,13 +25,13 @@ MULTIPROCESSORS = 132
 
 
 class HostOfFA3(FA3Backend):
-    """fp8_fa3 on tensors of the CPU; its operator returns what it returned before."""
+    """fp8_fa3 on tensors of the CPU; its operator returns the same result every time."""
 
     name = FA3
     capabilities = dataclasses.replace(FA3Backend.capabilities, device_types=frozenset({"cpu"}))
 
     def __init__(self) -> None:
-        self._result: tuple[torch.Tensor, ...] | None = None
+        self._results: dict[torch.Size, tuple[torch.Tensor, ...]] = {}
 
     def probe(self, device: torch.device) -> list[lpattn.Reason]:
         return []
@@ -40,11 +40,12 @@ class HostOfFA3(FA3Backend):
         return 0.0
 
     def _operator(self, query: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
-        batch, q_len, heads, _ = query.shape
-        if self._result is None:
+        found = self._results.get(query.shape)
+        if found is None:
+            batch, q_len, heads, _ = query.shape
             lse = torch.zeros(batch, heads, q_len)
-            self._result = torch.zeros(query.shape, dtype=torch.bfloat16), lse, lse, lse
-        return self._result
+            found = self._results[query.shape] = (torch.zeros(query.shape, dtype=torch.bfloat16), lse, lse, lse)
+        return found
 
 
 class HostOfTriton(TritonBackend):

@@ -1,5 +1,6 @@
 """The vocabulary: frozen, hashable, and worded as errors and reports print it."""
 
+import copy
 import dataclasses
 import pickle
 
@@ -133,6 +134,16 @@ def test_a_call_without_head_dim_can_be_described(make_call):
 )
 def test_key_padding_is_a_bool_mask_without_heads_and_queries(make_call, mask, shape, expected):
     assert make_call(mask=mask, mask_shape=shape).key_padding is expected
+
+
+def test_the_hash_of_a_call_stays_in_its_process(make_call):
+    call = make_call()
+    assert hash(call) == hash(make_call())
+    # As hashes of strings are, another process' is another one.
+    object.__setattr__(call, "_hash", hash(call) + 1)
+    for copied in (pickle.loads(pickle.dumps(call)), copy.deepcopy(call), dataclasses.replace(call)):
+        assert copied == call
+        assert hash(copied) == hash(make_call())
 
 
 def test_device_of_a_call(make_call):

@@ -163,6 +163,34 @@ def test_on_another_device_than_the_current_one_it_switches(launcher, monkeypatc
     assert len(kernel.compiled[0][0].called_with) == 1
 
 
+def test_launches_that_follow_each_other_share_what_was_found_out(launcher, monkeypatch) -> None:
+    kernel, tensor, made = Kernel(), torch.zeros(3), []
+    run = launch_of(launcher, kernel)
+    stream = launcher.short_way(DEVICE)
+    assert stream == 101
+    for _ in range(2):
+        run.on(stream, (tensor.data_ptr(),), lambda: made.append("tensors") or (tensor,))
+    assert made == ["tensors"]  # for Triton, the first time
+    ((compiled, _, _),) = kernel.compiled
+    assert compiled.run_with == [(7, 1, 1, 101, 4711, (4, 1, 0), None, None, None, tensor.data_ptr(), 3, 0.5, 64, True)]
+    run.on(None, (tensor.data_ptr(),), lambda: made.append("again") or (tensor,))
+    assert made == ["tensors", "again"]
+    assert len(compiled.called_with) == 1
+
+
+def test_there_is_no_short_way_where_others_must_know(launcher, monkeypatch) -> None:
+    hook = triton.knobs.runtime.launch_enter_hook
+    hook.add(print)
+    try:
+        assert launcher.short_way(DEVICE) is None
+    finally:
+        hook.remove(print)
+    assert launcher.short_way(torch.device("cuda:0")) is None
+    assert launcher.short_way(DEVICE) == 101
+    monkeypatch.setattr(launcher, "INTERPRETED", True)
+    assert launcher.short_way(DEVICE) is None
+
+
 def test_no_program_no_launch(launcher) -> None:
     kernel = Kernel()
     launch_of(launcher, kernel, programs=0)((torch.zeros(3),))
