@@ -24,12 +24,13 @@ from lpattn.dispatch import Explanation, explain_call
 from lpattn.errors import InvalidArgumentError, UnsupportedCallError
 from lpattn.execute import attend, attend_rope
 from lpattn.ledger import Ledger
+from lpattn.norm import normalize_both
 from lpattn.plan import refusal_outside
 from lpattn.registry import registry
 from lpattn.rope import rotate_heads_first
 from lpattn.settings import Settings, from_text, is_exact, make_settings, with_environment
 from lpattn.tracing import constant_while_tracing, is_traced
-from lpattn.types import AttentionBackend, HadamardMode, Provenance, Reason
+from lpattn.types import AttentionBackend, HadamardMode, Norm, Provenance, Reason
 from lpattn.varlen import attend_varlen
 from lpattn.varlen import check_inputs as check_varlen_inputs
 
@@ -114,6 +115,7 @@ def low_precision_rope_sdpa(
     interleaved: bool = False,
     cos_k: torch.Tensor | None = None,
     sin_k: torch.Tensor | None = None,
+    norm: Norm | None = None,
     backend: str | AttentionBackend | None = None,
     hadamard: str | HadamardMode | None = None,
     on_unsupported: str | None = None,
@@ -130,6 +132,7 @@ def low_precision_rope_sdpa(
             halves need not be equal, and cos^2 + sin^2 need not be 1.
         interleaved: rot(x) is (-x[2i+1], x[2i]) if True, else [-x2, x1] with the halves x1, x2 of the rotated lanes.
         cos_k, sin_k: tables of the keys, where their positions differ from those of the queries.
+        norm: normalizes q and k over D first, as :class:`lpattn.Norm` says; None does not.
         attn_mask, dropout_p, is_causal, scale, enable_gqa, backend, hadamard, on_unsupported, return_lse: as in
             :func:`low_precision_sdpa`.
 
@@ -140,15 +143,18 @@ def low_precision_rope_sdpa(
         As :func:`low_precision_sdpa`.
     """
     _check_rope(query, key, value, cos, sin, cos_k, sin_k)
+    _check_norm(query, norm)
     check_inputs(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask, dropout_p, is_causal, scale
     )
     settings = _resolve(backend, hadamard, on_unsupported)
     layer = active.layer
     if is_traced():
-        gradient = needs_grad(query, key, value, attn_mask, cos, sin, cos_k, sin_k)
+        given = () if norm is None else (norm.weight_q, norm.weight_k)
+        gradient = needs_grad(query, key, value, attn_mask, cos, sin, cos_k, sin_k, *given)
         # Autocast casts after the rotation, and while the graph is traced: it is off where compiled code runs.
         if gradient or dropout_p > 0.0 or autocast_dtype(query.device) is not None:
+            query, key = normalize_both(query, key, norm)
             q, k = rotate_heads_first(query, key, cos, sin, cos_k, sin_k, interleaved)
             v = value.transpose(1, 2)
             return redirect(
@@ -158,7 +164,8 @@ def low_precision_rope_sdpa(
         tag = None if layer is None else layer.tag
         tables = (cos, sin, cos_k, sin_k, interleaved)
         options = (attn_mask, dropout_p, is_causal, scale, tag, settings.text)
-        return operator(query, key, value, *tables, *options)
+        of_norm = () if norm is None else (norm.eps_q, norm.eps_k, norm.weight_q, norm.weight_k)
+        return operator(query, key, value, *tables, *options, *of_norm)
     return attend_rope(
         query,
         key,
@@ -172,6 +179,7 @@ def low_precision_rope_sdpa(
         interleaved=interleaved,
         cos_k=cos_k,
         sin_k=sin_k,
+        norm=norm,
         settings=settings,
         ledger=None if layer is None else layer.ledger,
         return_lse=return_lse,
@@ -418,6 +426,27 @@ def _look_for_rope() -> None:
 @constant_while_tracing
 def _refusal_while_tracing(settings_text: str, code: str, message: str) -> str:
     return refusal_outside(with_environment(from_text(settings_text)), Reason(code, message))
+
+
+def _check_norm(query: torch.Tensor, norm: Norm | None) -> None:
+    if norm is None:
+        return
+    if not isinstance(norm, Norm):
+        raise InvalidArgumentError(f"norm must be a lpattn.Norm; got {type(norm).__name__}")
+    for name, eps, weight in (("q", norm.eps_q, norm.weight_q), ("k", norm.eps_k, norm.weight_k)):
+        if eps is not None and not 0.0 <= eps < float("inf"):
+            raise InvalidArgumentError(f"norm.eps_{name} must be at least 0 and finite, or None; got {eps}")
+        if weight is None:
+            continue
+        if eps is None:
+            raise InvalidArgumentError(f"norm.weight_{name} is given, but norm.eps_{name} is None: {name} has no norm")
+        if tuple(weight.shape) != query.shape[-1:] or not weight.dtype.is_floating_point:
+            raise InvalidArgumentError(
+                f"norm.weight_{name} must be floating point of shape [head_dim] = {list(query.shape[-1:])}; got "
+                f"{weight.dtype} {list(weight.shape)}"
+            )
+        if weight.device != query.device:
+            raise InvalidArgumentError(f"norm.weight_{name} must be on {query.device} as q is; got {weight.device}")
 
 
 def _check_rope(

@@ -15,7 +15,7 @@ import torch
 from lpattn.backends.triton import packed
 from lpattn.kernels import hopper
 from lpattn.quantize import E4M3_MAX
-from lpattn.types import AttentionCall, CausalKind, HadamardMode
+from lpattn.types import AttentionCall, CausalKind, HadamardMode, Norm
 
 if TYPE_CHECKING:
     from lpattn.quantize.fused import Keys, PerBlock, Precision, Rotation
@@ -39,6 +39,7 @@ class Kernel(ABC):
         call: AttentionCall,
         attn_mask: torch.Tensor | None,
         rotation: Rotation | None,
+        norm: Norm | None = None,
     ) -> Result:
         """Quantize and attend: ([B, q_len, H, D_v], contiguous, in call.dtype; lse or None).
 
@@ -52,6 +53,7 @@ class Kernel(ABC):
         value: torch.Tensor,
         call: AttentionCall,
         rotation: Rotation | None,
+        norm: Norm | None,
         precision: Precision,
         qk_max: float,
         keys: Keys | None,
@@ -69,6 +71,7 @@ class Kernel(ABC):
             precision=precision,
             hadamard=call.hadamard,
             rope=rotation,
+            norm=norm,
             keys=keys,
             used=used,
             with_lse_shift=call.return_lse,
@@ -93,12 +96,13 @@ class HopperKernel(Kernel):
         call: AttentionCall,
         attn_mask: torch.Tensor | None,
         rotation: Rotation | None,
+        norm: Norm | None = None,
     ) -> Result:
         from lpattn.kernels.hopper.launch import QK_MAX, attend
         from lpattn.quantize.fused import Precision, restore_output, used_keys
 
         keys = None if attn_mask is None else used_keys(attn_mask, call.batch, key.shape[2])
-        quantized = self.quantize(query, key, value, call, rotation, Precision.E4M3, QK_MAX, keys)
+        quantized = self.quantize(query, key, value, call, rotation, norm, Precision.E4M3, QK_MAX, keys)
         # The transform's inverse runs on bfloat16, whatever the inputs are.
         transformed = call.hadamard is not HadamardMode.NONE
         dtype = torch.bfloat16 if transformed else call.dtype
@@ -127,6 +131,7 @@ class PortableKernel(Kernel):
         call: AttentionCall,
         attn_mask: torch.Tensor | None,
         rotation: Rotation | None,
+        norm: Norm | None = None,
     ) -> Result:
         from lpattn.kernels.attention import Band, attend
         from lpattn.kernels.mask_tiles import list_mask_tiles
@@ -146,7 +151,7 @@ class PortableKernel(Kernel):
             tiles = list_mask_tiles(attn_mask, key.shape[2], shape.queries, shape.keys)
             used = tiles.used_by(call.num_kv_heads, call.num_heads).expand(call.batch, -1, -1)
         precision = Precision.INT8_F16 if self._int8 else Precision.E4M3
-        quantized = self.quantize(query, key, value, call, rotation, precision, E4M3_MAX, keys, used)
+        quantized = self.quantize(query, key, value, call, rotation, norm, precision, E4M3_MAX, keys, used)
         band = Band(after=0) if call.causal is CausalKind.TOP_LEFT else Band()
         return attend(quantized, shape, call.dtype, band=band, mask=tiles, return_lse=call.return_lse)
 
@@ -173,7 +178,7 @@ class PortableKernel(Kernel):
         key, value = (packed.as_batch(x, call.batch, max_k) for x in (key, value))
         keys = packed.key_lists(cu_seqlens_k, max_k)
         precision = Precision.INT8_F16 if self._int8 else Precision.E4M3
-        quantized = self.quantize(padded, key, value, call, None, precision, E4M3_MAX, keys)
+        quantized = self.quantize(padded, key, value, call, None, None, precision, E4M3_MAX, keys)
         out, lse = attend(
             quantized,
             tile_shape(call.capability, lanes_of(max(call.head_dim, call.head_dim_v))),
