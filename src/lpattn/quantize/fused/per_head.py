@@ -64,7 +64,7 @@ def sample_heads(
     # The tensor that the program reads, and which part of which head.
     x, stride_b, stride_h, stride_s, stride_d = q, q_b, q_h, q_s, q_d
     cos, sin, turn_b, turn_h, turn_s, turn_d = cos_q, sin_q, turn_q_b, turn_q_h, turn_q_s, turn_q_d
-    weight, eps = weight_q, eps_q
+    norm_weight, eps = weight_q, eps_q
     index, parts, in_batch, length, least, which = program, q_parts, heads, q_len, FEW, 0
     if program >= kv_all:
         x, stride_b, stride_h, stride_s, stride_d = v, v_b, v_h, v_s, v_d
@@ -73,7 +73,7 @@ def sample_heads(
     elif program >= q_all:
         x, stride_b, stride_h, stride_s, stride_d = k, k_b, k_h, k_s, k_d
         cos, sin, turn_b, turn_h, turn_s, turn_d = cos_k, sin_k, turn_k_b, turn_k_h, turn_k_s, turn_k_d
-        weight, eps = weight_k, eps_k
+        norm_weight, eps = weight_k, eps_k
         index, parts, in_batch, length, least, which = program - q_all, k_parts, kv_heads, kv_len, FEW, 1
     part, row = index % parts, index // parts
     b, h = (row // in_batch).to(tl.int64), (row % in_batch).to(tl.int64)
@@ -101,7 +101,7 @@ def sample_heads(
             )  # fmt: skip
         else:
             _sample_part(
-                x, keys, weight, eps, cos, sin, scalars, sums, which, part, each, b, kv_len, length, least,
+                x, keys, norm_weight, eps, cos, sin, scalars, sums, which, part, each, b, kv_len, length, least,
                 stride_s, stride_d, turn_s, turn_d, D, HALF, NORM, ROPE, ROTARY, HADAMARD_QK,
             )  # fmt: skip
     else:
@@ -113,7 +113,7 @@ def sample_heads(
 
 @triton.jit
 def _sample_part(
-    x, keys, weight, eps, cos, sin, scalars, sums, which, part, each, b, kv_len, length, least,
+    x, keys, norm_weight, eps, cos, sin, scalars, sums, which, part, each, b, kv_len, length, least,
     stride_s, stride_d, turn_s, turn_d,
     D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr,
     HADAMARD: tl.constexpr,
@@ -134,7 +134,7 @@ def _sample_part(
                 tokens = tl.load(keys + b * kv_len + tokens, mask=used, other=0).to(tl.int64)
         low, high = load_tile(x, tokens, used, stride_s, stride_d, D, HALF)
         low, high = transform_tile(
-            low, high, x, tokens, used, stride_s, stride_d, weight, eps, cos, sin, turn_s, turn_d, True, True,
+            low, high, x, tokens, used, stride_s, stride_d, norm_weight, eps, cos, sin, turn_s, turn_d, True, True,
             D, HALF, NORM, ROPE, ROTARY, HADAMARD,
         )  # fmt: skip
         low = tl.where(tl.abs(low) < float("inf"), low, 0.0)
@@ -174,7 +174,7 @@ def quantize_heads(
     # The tensor that the program reads, and which tile of which head.
     x, out, stride_b, stride_h, stride_s, stride_d = q, q_out, q_b, q_h, q_s, q_d
     cos, sin, turn_b, turn_h, turn_s, turn_d = cos_q, sin_q, turn_q_b, turn_q_h, turn_q_s, turn_q_d
-    weight, eps = weight_q, eps_q
+    norm_weight, eps = weight_q, eps_q
     index, in_batch, length, least, which, floor = program, heads, q_len, FEW, 0, QK_FLOOR
     if program >= q_all + kv_all:
         x, out, stride_b, stride_h, stride_s, stride_d = v, v_out, v_b, v_h, v_s, v_d
@@ -183,7 +183,7 @@ def quantize_heads(
     elif program >= q_all:
         x, out, stride_b, stride_h, stride_s, stride_d = k, k_out, k_b, k_h, k_s, k_d
         cos, sin, turn_b, turn_h, turn_s, turn_d = cos_k, sin_k, turn_k_b, turn_k_h, turn_k_s, turn_k_d
-        weight, eps = weight_k, eps_k
+        norm_weight, eps = weight_k, eps_k
         index, in_batch, length, least, which = program - q_all, kv_heads, kv_len, FEW, 1
     factor = tl.where(which == 0, factor, 1.0)
     room = length
@@ -205,8 +205,8 @@ def quantize_heads(
             )  # fmt: skip
         else:
             _quantize_tiles(
-                x, out, keys, weight, eps, cos, sin, buffer, lse_shift, which, index, b, length, room, least, floor,
-                batch, heads, kv_heads, in_batch, q_len, kv_len, q_parts, k_parts, v_parts,
+                x, out, keys, norm_weight, eps, cos, sin, buffer, lse_shift, which, index, b, length, room, least,
+                floor, batch, heads, kv_heads, in_batch, q_len, kv_len, q_parts, k_parts, v_parts,
                 stride_h, stride_s, stride_d, turn_b, turn_h, turn_s, turn_d, each, factor, key_counts,
                 TURN_UNIT, TURN_DENSE, D, LANES, NORM, ROPE, ROTARY, HADAMARD_QK, TOKENS, Q_ROWS, OVERLAPS, INTERPRETED,
             )  # fmt: skip
@@ -221,7 +221,7 @@ def quantize_heads(
 
 @triton.jit
 def _quantize_tiles(
-    x, out, keys, weight, eps, cos, sin, buffer, lse_shift, which, index, b, length, room, least, floor,
+    x, out, keys, norm_weight, eps, cos, sin, buffer, lse_shift, which, index, b, length, room, least, floor,
     batch, heads, kv_heads, in_batch, q_len, kv_len, q_parts, k_parts, v_parts,
     stride_h, stride_s, stride_d, turn_b, turn_h, turn_s, turn_d, each, factor, key_counts,
     TURN_UNIT: tl.constexpr, TURN_DENSE: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr,
@@ -301,7 +301,7 @@ def _quantize_tiles(
             used = rows < length
             tokens = _tokens(keys, which, b, kv_len, rows, used)
             low, high = transform_tile(
-                low, high, x + head * stride_h, tokens, used, stride_s, stride_d, weight, eps,
+                low, high, x + head * stride_h, tokens, used, stride_s, stride_d, norm_weight, eps,
                 None if ROPE == NO_ROPE else cos + (b * turn_b + head * turn_h) * TURN_UNIT,
                 None if ROPE == NO_ROPE else sin + (b * turn_b + head * turn_h) * TURN_UNIT,
                 turn_s * TURN_UNIT, 1 if TURN_DENSE else turn_d, True, True, D, HALF, NORM, ROPE, ROTARY, HADAMARD,

@@ -57,8 +57,8 @@ def transform_tile(
         # Lanes past D are zeros.
         mean_square = tl.sum(low * low + high * high, 1) * (1.0 / D)
         inverse = tl.where(eps < 0.0, 1.0, tl.rsqrt(mean_square + eps))[:, None]
-        low = _normalized(low, inverse, weight, lanes, lanes < D)
-        high = _normalized(high, inverse, weight, lanes + HALF, lanes < D - HALF)
+        low = _weighted(low, weight, lanes, lanes < D)
+        high = _weighted(high, weight, lanes + HALF, lanes < D - HALF)
     if ROPE != NO_ROPE:
         if turns:
             turn = rows[:, None].to(tl.int64) * cos_s + lanes[None, :] * cos_d
@@ -74,10 +74,13 @@ def transform_tile(
                 turned_low, turned_high = _swap_pairs(low), _swap_pairs(high)
             else:
                 start = x + rows[:, None].to(tl.int64) * stride_s
-                turned_low = _partner(start, lanes, low_turns, stride_d, inverse, weight, NORM, ROTARY)
-                turned_high = _partner(start, lanes + HALF, high_turns, stride_d, inverse, weight, NORM, ROTARY)
+                turned_low = _partner(start, lanes, low_turns, stride_d, weight, NORM, ROTARY)
+                turned_high = _partner(start, lanes + HALF, high_turns, stride_d, weight, NORM, ROTARY)
             low = low * cos_low + turned_low * sin_low
             high = high * cos_high + turned_high * sin_high
+    if NORM:
+        # One number per row: after the rotation it is the same, and there are fewer values to keep in registers.
+        low, high = low * inverse, high * inverse
     if HADAMARD:
         if transforms:
             low, high = hadamard(low.to(dtype), high.to(dtype), HALF)
@@ -85,11 +88,12 @@ def transform_tile(
 
 
 @triton.jit
-def _normalized(x, inverse, weight, lanes, there):
-    """The ``lanes`` [HALF] of rows [TOKENS, HALF], times a number per row, and times a weight where there is one."""
-    x = x * inverse
+def _weighted(x, weight, lanes, there):
+    """The ``lanes`` [HALF] of rows [TOKENS, HALF], times a weight each where there is one."""
     if weight is not None:
-        x = x * tl.load(weight + lanes, mask=there, other=0.0).to(tl.float32)[None, :]
+        # One load per element, as for tables: those of a row alone would go through shared memory to where x is.
+        at = weight + tl.zeros_like(x).to(tl.int32) + lanes[None, :]
+        x = x * tl.load(at, mask=there[None, :], other=0.0).to(tl.float32)
     return x
 
 
@@ -101,13 +105,13 @@ def _swap_pairs(x):
 
 
 @triton.jit
-def _partner(start, lanes, turns, stride_d, inverse, weight, NORM: tl.constexpr, ROTARY: tl.constexpr):
+def _partner(start, lanes, turns, stride_d, weight, NORM: tl.constexpr, ROTARY: tl.constexpr):
     """The lane that the half-split rotation turns each lane towards, with its sign."""
     first = lanes < ROTARY // 2
     partner = tl.where(first, lanes + ROTARY // 2, lanes - ROTARY // 2)
     x = tl.load(start + partner[None, :] * stride_d, mask=turns, other=0.0).to(tl.float32)
     if NORM:
-        x = _normalized(x, inverse, weight, partner, (partner >= 0) & (partner < ROTARY))
+        x = _weighted(x, weight, partner, (partner >= 0) & (partner < ROTARY))
     return tl.where(first[None, :], -x, x)
 
 
