@@ -17,7 +17,7 @@ from torch import fx
 from lpattn.compile.linear import PullBack, args_of, constant_of, is_transparent, is_view
 from lpattn.compile.proof import constants_of, dependents, rows_to_look_at
 from lpattn.compile.rotation import Rotation, read_order
-from lpattn.compile.sizes import Sizes, UnknownSizeError, value_of
+from lpattn.compile.sizes import Sizes, value_of
 from lpattn.compile.tables import Extent, Place
 from lpattn.compile.terms import Points, RefusedError, ravel
 
@@ -103,8 +103,6 @@ def prove_norm(
     steps, source = _steps(rotation.source)
     scale = _scale(steps[-1])
     weights = [step.factor for step in steps[:-1]]
-    if len(weights) > 1:
-        raise RefusedError(f"{steps[0].node.name} multiplies by a second weight")
     inside = dependents(operand, source)
     for node in inside:
         for user in node.users:
@@ -115,6 +113,8 @@ def prove_norm(
             raise RefusedError(
                 f"{weight.name}, by which {steps[0].node.name} multiplies, depends on what is normalized"
             )
+    if len(weights) > 1:
+        raise RefusedError(f"{steps[0].node.name} multiplies by a second weight")
     orders = {_check(operand, rotation, steps, scale, source, s) for s in sizes}
     if len(orders) > 1:
         raise RefusedError(f"{source.name} lies in another order at other lengths")
@@ -284,8 +284,8 @@ def _followed(begin: fx.Node, end: fx.Node, at: torch.Tensor, sizes: Sizes) -> t
         return at
     try:
         terms = PullBack(end, dependents(begin, end), sizes)(begin, Points(torch.arange(at.numel(), device="cpu"), at))
-    except UnknownSizeError as error:
-        raise RefusedError(f"{begin.name}: {error}") from None
+    except RefusedError as refused:
+        raise RefusedError(f"{begin.name} is no view of {end.name}") from refused
     order = terms.sample.argsort()
     same = torch.equal(terms.sample[order], torch.arange(at.numel(), device="cpu"))
     if not same or bool((terms.factor != 1.0).any()) or bool((terms.leaf >= 0).any()):
