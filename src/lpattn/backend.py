@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from lpattn.types import AttentionCall, CausalKind, HadamardMode, MaskKind, Reason
+from lpattn.types import AttentionCall, CausalKind, HadamardMode, MaskKind, Norm, Reason
 
 PROTOCOL_VERSION = 1
 """Raised when a change of the protocol breaks existing backends. A backend of another version is not registered."""
@@ -36,6 +36,7 @@ class Capabilities:
         lse, dropout: whether the log-sum-exp can be returned, whether dropout can be applied.
         hadamard: modes that can be applied. HadamardMode.NONE belongs in it.
         rope: whether ``rope_attention`` is implemented. Elsewhere lpattn rotates q and k first.
+        norm: whether ``rope_attention`` takes the keyword ``norm``. Elsewhere lpattn normalizes q and k first.
         varlen: whether ``varlen_attention`` is implemented.
         strided_last_dim: whether the last dimension of q, k, v may have a stride other than 1.
         backward: whether gradients flow through the output.
@@ -55,6 +56,7 @@ class Capabilities:
     dropout: bool = False
     hadamard: frozenset[HadamardMode] = frozenset({HadamardMode.NONE})
     rope: bool = False
+    norm: bool = False
     varlen: bool = False
     strided_last_dim: bool = True
     backward: bool = False
@@ -227,6 +229,8 @@ class Backend(ABC):
         dropout_p: float = 0.0,
         cos_k: torch.Tensor | None = None,
         sin_k: torch.Tensor | None = None,
+        *,
+        norm: Norm | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Rotate q and k, then attend; called only where ``capabilities.rope``.
 
@@ -235,6 +239,7 @@ class Backend(ABC):
             cos, sin: broadcastable to [B, S, H, rotary_dim], any strides; ``cos_k``, ``sin_k`` for the keys where
                 their positions differ.
             call: ``call.rope`` says how lanes pair up.
+            norm: the RMS norm of q and k that comes first. Passed only where ``capabilities.norm`` and there is one.
 
         Returns:
             As :meth:`attention`.

@@ -13,10 +13,11 @@ from lpattn.calls import autocast_dtype, cast_like_autocast, narrowed_mask, need
 from lpattn.dispatch import reason_lines
 from lpattn.errors import BackendError, InvalidArgumentError, warn
 from lpattn.ledger import Ledger
+from lpattn.norm import normalize_both
 from lpattn.plan import QUIET_CODES, Plan, bshd_strides, make_plan, outside_plan
 from lpattn.rope import rotate_heads_first
 from lpattn.settings import Settings
-from lpattn.types import AttentionCall, Choice, HadamardMode, Reason, Rope
+from lpattn.types import AttentionCall, Choice, HadamardMode, Norm, Reason, Rope
 
 _warned: set[tuple[int, str, str]] = set()
 
@@ -79,22 +80,33 @@ def attend_rope(
     interleaved: bool = False,
     cos_k: torch.Tensor | None = None,
     sin_k: torch.Tensor | None = None,
+    norm: Norm | None = None,
     settings: Settings,
     ledger: Ledger | None = None,
     return_lse: bool = False,
 ) -> Any:
-    """Rotate q and k, then attend. q, k, v are [B, S, H, D]; the result is as :func:`attend`'s.
+    """Normalize q and k if there is a norm, rotate them, then attend.
 
-    A backend without a fused rotation gets q and k rotated in plain PyTorch.
+    q, k, v are [B, S, H, D]; the result is as :func:`attend`'s. What a backend does not do itself is done for it in
+    plain PyTorch.
     """
     rope = Rope(interleaved, cos.shape[-1])
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    gradient = needs_grad(query, key, value, attn_mask, cos, sin, cos_k, sin_k)
+    weights = () if norm is None else (norm.weight_q, norm.weight_k)
+    gradient = needs_grad(query, key, value, attn_mask, cos, sin, cos_k, sin_k, *weights)
     plan = make_plan(q, k, v, attn_mask, dropout_p, is_causal, scale, settings, return_lse, gradient, rope)
     call, choice, backend = plan.call, plan.choice, plan.backend
     account(call, choice, settings, ledger)
-    # Under autocast the rotation comes before the cast, as in the code that this function stands for.
-    if call is None or not backend.capabilities.rope or autocast_dtype(query.device) is not None:
+    # Under autocast these come before the cast, as in the code that this function stands for.
+    apart = call is None or not backend.capabilities.rope or autocast_dtype(query.device) is not None
+    if ledger is not None:
+        ledger.norm = None
+    if norm is not None and (apart or not backend.capabilities.norm):
+        query, key = normalize_both(query, key, norm)
+        norm = None
+        if ledger is not None:
+            ledger.norm = "autocast is enabled" if backend.capabilities.norm else f"{choice.backend} has no fused norm"
+    if call is None or apart:
         q, k = rotate_heads_first(query, key, cos, sin, cos_k, sin_k, interleaved)
         if ledger is not None:
             fused = backend.capabilities.rope
@@ -105,10 +117,13 @@ def attend_rope(
         return _run(q, k, v, attn_mask, dropout_p, plan, dataclasses.replace(call, rope=None))
     if ledger is not None:
         ledger.rope = "fused"
+        ledger.norm = ledger.norm if norm is None else norm.said
     if attn_mask is not None:
         attn_mask = narrowed_mask(attn_mask)
+    # Not all backends that rotate have the keyword.
+    options: dict[str, Any] = {"cos_k": cos_k, "sin_k": sin_k} | ({} if norm is None else {"norm": norm})
     with outside_redirection():
-        out = backend.rope_attention(query, key, value, cos, sin, call, attn_mask, dropout_p, cos_k=cos_k, sin_k=sin_k)
+        out = backend.rope_attention(query, key, value, cos, sin, call, attn_mask, dropout_p, **options)
     return _finish(out, plan)
 
 

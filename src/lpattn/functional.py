@@ -13,10 +13,11 @@ from lpattn.calls import autocast_dtype, build_call, cast_like_autocast, check_i
 from lpattn.dispatch import Explanation, explain_call
 from lpattn.errors import InvalidArgumentError
 from lpattn.execute import attend, attend_rope
+from lpattn.norm import check_norm, normalize_both
 from lpattn.redirection import put_into_graph
 from lpattn.rope import check_rope, rotate_heads_first
 from lpattn.tracing import is_traced
-from lpattn.types import AttentionBackend, HadamardMode
+from lpattn.types import AttentionBackend, HadamardMode, Norm
 from lpattn.varlen import attend_varlen
 from lpattn.varlen import check_inputs as check_varlen_inputs
 
@@ -115,6 +116,7 @@ def low_precision_rope_sdpa(
     interleaved: bool = False,
     cos_k: torch.Tensor | None = None,
     sin_k: torch.Tensor | None = None,
+    norm: Norm | None = None,
     backend: str | AttentionBackend | None = None,
     hadamard: str | HadamardMode | None = None,
     on_unsupported: str | None = None,
@@ -131,6 +133,7 @@ def low_precision_rope_sdpa(
             halves need not be equal, and cos^2 + sin^2 need not be 1.
         interleaved: rot(x) is (-x[2i+1], x[2i]) if True, else [-x2, x1] with the halves x1, x2 of the rotated lanes.
         cos_k, sin_k: tables of the keys, where their positions differ from those of the queries.
+        norm: normalizes q and k over D first, as :class:`lpattn.Norm` says; None does not.
         attn_mask, dropout_p, is_causal, scale, enable_gqa, backend, hadamard, on_unsupported, return_lse: as in
             :func:`low_precision_sdpa`.
 
@@ -141,15 +144,18 @@ def low_precision_rope_sdpa(
         As :func:`low_precision_sdpa`.
     """
     check_rope(query, key, value, cos, sin, cos_k, sin_k)
+    check_norm(query, norm)
     check_inputs(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask, dropout_p, is_causal, scale
     )
     settings = settings_of_call(backend, hadamard, on_unsupported)
     layer = active.layer
     if is_traced():
-        gradient = needs_grad(query, key, value, attn_mask, cos, sin, cos_k, sin_k)
+        given = () if norm is None else (norm.weight_q, norm.weight_k)
+        gradient = needs_grad(query, key, value, attn_mask, cos, sin, cos_k, sin_k, *given)
         # Autocast casts after the rotation, and while the graph is traced: it is off where compiled code runs.
         if gradient or dropout_p > 0.0 or autocast_dtype(query.device) is not None:
+            query, key = normalize_both(query, key, norm)
             q, k = rotate_heads_first(query, key, cos, sin, cos_k, sin_k, interleaved)
             v = value.transpose(1, 2)
             return put_into_graph(
@@ -159,7 +165,8 @@ def low_precision_rope_sdpa(
         tag = None if layer is None else layer.tag
         tables = (cos, sin, cos_k, sin_k, interleaved)
         options = (attn_mask, dropout_p, is_causal, scale, tag, settings.text)
-        return operator(query, key, value, *tables, *options)
+        of_norm = () if norm is None else (norm.eps_q, norm.eps_k, norm.weight_q, norm.weight_k)
+        return operator(query, key, value, *tables, *options, *of_norm)
     return attend_rope(
         query,
         key,
@@ -173,6 +180,7 @@ def low_precision_rope_sdpa(
         interleaved=interleaved,
         cos_k=cos_k,
         sin_k=sin_k,
+        norm=norm,
         settings=settings,
         ledger=None if layer is None else layer.ledger,
         return_lse=return_lse,

@@ -21,11 +21,12 @@ class Ledger:
         exact: calls by code of the reason why they ran exactly.
         details: for each such code, the latest reason in full.
         rope: ``"fused"``, or why not; None while no compiled call ran, and none that asked for a rotation.
+        norm: ``"fused"``, or why not, of a norm in front of a rotation; None while there was none.
         provenance: which setting decided the latest call.
         captured: whether a CUDA graph captured a call: its replays run no host code and are not counted.
     """
 
-    __slots__ = ("__weakref__", "_lock", "captured", "details", "exact", "id", "low", "provenance", "rope")
+    __slots__ = ("__weakref__", "_lock", "captured", "details", "exact", "id", "low", "norm", "provenance", "rope")
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -34,6 +35,7 @@ class Ledger:
         self.exact: dict[str, int] = {}
         self.details: dict[str, Reason] = {}
         self.rope: str | None = None
+        self.norm: str | None = None
         self.provenance: Provenance | None = None
         self.captured = False
         _ledgers[self.id] = self
@@ -60,6 +62,7 @@ class Ledger:
             self.exact.clear()
             self.details.clear()
             self.rope = None
+            self.norm = None
             self.provenance = None
             self.captured = False
 

@@ -2,8 +2,8 @@
 
 Settings travel as one string and the layer as a 0-dim CPU tensor: with the string alone, or an int, torch.compile
 would make a graph per layer. The backend is chosen when the operator runs, on real sizes. Why a rotation in front of
-attention was not fused travels as a string too, which :mod:`lpattn.compile` adds: when a graph comes out of a cache,
-nothing else knows.
+attention, or a norm in front of that, was not fused travels as a string too, which :mod:`lpattn.compile` adds: when a
+graph comes out of a cache, nothing else knows.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import torch
 from lpattn.execute import attend, attend_rope, in_bshd_memory
 from lpattn.ledger import Ledger, find_ledger
 from lpattn.settings import from_text
-from lpattn.types import Reason
+from lpattn.types import Norm, Reason
 from lpattn.varlen import attend_varlen
 
 _OPTIONS = "Tensor? attn_mask, float dropout_p, bool is_causal, float? scale"
 _SETTINGS = "Tensor? layer, str settings"
 _REASON = "str rope=''"
 _ROPE = "Tensor cos, Tensor sin, Tensor? cos_k, Tensor? sin_k, bool interleaved"
+_NORM = "float? eps_q=None, float? eps_k=None, Tensor? weight_q=None, Tensor? weight_k=None, str norm=''"
 _QKV = "Tensor query, Tensor key, Tensor value"
 
 _NOT_LOOKED_FOR = "not looked for: the graph was not compiled by inductor, or not with lpattn's pass"
@@ -27,8 +28,8 @@ _NOT_LOOKED_FOR = "not looked for: the graph was not compiled by inductor, or no
 _library = torch.library.Library("lpattn", "DEF")
 _library.define(f"sdpa({_QKV}, {_OPTIONS}, {_SETTINGS}, {_REASON}) -> Tensor")
 _library.define(f"sdpa_lse({_QKV}, {_OPTIONS}, {_SETTINGS}, {_REASON}) -> (Tensor, Tensor)")
-_library.define(f"rope_sdpa({_QKV}, {_ROPE}, {_OPTIONS}, {_SETTINGS}) -> Tensor")
-_library.define(f"rope_sdpa_lse({_QKV}, {_ROPE}, {_OPTIONS}, {_SETTINGS}) -> (Tensor, Tensor)")
+_library.define(f"rope_sdpa({_QKV}, {_ROPE}, {_OPTIONS}, {_SETTINGS}, {_NORM}) -> Tensor")
+_library.define(f"rope_sdpa_lse({_QKV}, {_ROPE}, {_OPTIONS}, {_SETTINGS}, {_NORM}) -> (Tensor, Tensor)")
 _VARLEN = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_q, SymInt max_k, float? scale, int left, int right"
 _library.define(f"varlen_sdpa({_QKV}, {_VARLEN}, {_SETTINGS}) -> Tensor")
 _library.define(f"varlen_sdpa_lse({_QKV}, {_VARLEN}, {_SETTINGS}) -> (Tensor, Tensor)")
@@ -46,7 +47,7 @@ def _sdpa_with(return_lse: bool):  # type: ignore[no-untyped-def]
     ):
         ledger = _ledger(layer)
         if ledger is not None:
-            ledger.rope = rope or _NOT_LOOKED_FOR
+            ledger.rope, ledger.norm = rope or _NOT_LOOKED_FOR, None
         result = attend(
             query,
             key,
@@ -81,7 +82,13 @@ def _rope_sdpa_with(return_lse: bool):  # type: ignore[no-untyped-def]
         scale,
         layer,
         settings,
+        eps_q=None,
+        eps_k=None,
+        weight_q=None,
+        weight_k=None,
+        norm="",
     ):
+        ledger = _ledger(layer)
         result = attend_rope(
             query,
             key,
@@ -95,10 +102,13 @@ def _rope_sdpa_with(return_lse: bool):  # type: ignore[no-untyped-def]
             interleaved=interleaved,
             cos_k=cos_k,
             sin_k=sin_k,
+            norm=None if eps_q is None and eps_k is None else Norm(eps_q, eps_k, weight_q, weight_k),
             settings=from_text(settings),
-            ledger=_ledger(layer),
+            ledger=ledger,
             return_lse=return_lse,
         )
+        if ledger is not None and norm:
+            ledger.norm = f"{ledger.norm}; {norm}" if ledger.norm else norm
         return result if return_lse else in_bshd_memory(result)
 
     return run

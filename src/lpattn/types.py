@@ -103,6 +103,28 @@ class Rope:
     rotary_dim: int
 
 
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """The RMS norm of q and k that a fused call applies in front of the rotation: see :func:`lpattn.norm.normalize`.
+
+    Attributes:
+        eps_q, eps_k: what is added to the mean square over head_dim, at least 0; None leaves that tensor as it is.
+        weight_q, weight_k: [head_dim], floating point, on the device of q; None is ones.
+    """
+
+    eps_q: float | None
+    eps_k: float | None
+    weight_q: torch.Tensor | None = None
+    weight_k: torch.Tensor | None = None
+
+    @property
+    def said(self) -> str:
+        """What reports say where it was fused."""
+        if self.eps_q is not None and self.eps_k is not None:
+            return "fused"
+        return "fused in q" if self.eps_q is not None else "fused in k"
+
+
 @dataclass(frozen=True)
 class Varlen:
     """That sequences are packed behind each other, and what a query sees of its own.

@@ -18,14 +18,17 @@ class Spy:
     Attributes:
         fused: calls of ``rope_attention``. ``plain``: calls of ``attention`` that did not come from there.
         shapes: of q and k before rotation, of the fused calls.
+        norms: of the fused calls, None where there was none.
         turned: True makes the backend rotate the other way, so that a test sees whether its numbers would notice.
+        skewed: True makes the backend take other weights for the norm.
     """
 
     def __init__(self):
         self.clear()
 
     def clear(self):
-        self.fused, self.plain, self.shapes, self.tables, self.turned = [], 0, [], [], False
+        self.fused, self.plain, self.shapes, self.tables, self.norms = [], 0, [], [], []
+        self.turned = self.skewed = False
 
 
 @pytest.fixture
@@ -38,8 +41,14 @@ def spy(monkeypatch):
         spy.fused.append(call)
         spy.shapes.append((tuple(query.shape), tuple(key.shape)))
         spy.tables.append((cos, sin, kwargs.get("cos_k")))
+        norm = kwargs.get("norm")
+        spy.norms.append(norm)
         if spy.turned:
             sin = -sin
+        if spy.skewed and norm is not None:
+            other = torch.linspace(3, 0, query.shape[-1])
+            eps_q, eps_k = (1e-6 if eps is None else eps for eps in (norm.eps_q, norm.eps_k))
+            kwargs["norm"] = lpattn.Norm(eps_q, eps_k, other, other)
         inside.append(True)
         try:
             return rope_attention(self, query, key, value, cos, sin, call, *args, **kwargs)
@@ -84,8 +93,8 @@ def compiled():
 
 @pytest.fixture
 def reasons():
-    """``reasons(model)``: what the report says of RoPE, by layer."""
-    return lambda model: {name: layer.rope for name, layer in lpattn.attention_report(model).items()}
+    """``reasons(model)``: what the report says of RoPE, by layer; with ``of="norm"``, of the norm in front of it."""
+    return lambda model, of="rope": {name: layer[of] for name, layer in lpattn.attention_report(model).items()}
 
 
 @pytest.fixture

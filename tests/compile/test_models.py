@@ -220,6 +220,18 @@ CASES = {
 }
 
 
+# Calls of which the norm of q and k is fused, too. What the report says where there is one that is not.
+NORMED = {"qwen3": 2, "gemma3": 2, "flux": 1}
+NOT_NORMED = {
+    "flux": "puts streams of tokens together that are normalized apart",
+    "olmo2": "is normalized over 64 elements; a head has 16",
+    "wan": "is normalized over 24 elements; a head has 12",
+    "qwen_image": "streams of tokens are normalized and rotated apart",
+    "hunyuan_video": "streams of tokens are normalized and rotated apart",
+    "ltx": "is normalized over 16 elements; a head has 8",
+}
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_rope_is_fused(name, spy, compiled, sharpen, reasons):
     build, fused, calls, kv_heads, interleaved, rotary_dim = CASES[name]
@@ -235,16 +247,26 @@ def test_rope_is_fused(name, spy, compiled, sharpen, reasons):
     assert len(reasons(model)) == calls
     for call in spy.fused:
         assert (call.num_kv_heads, call.rope) == (kv_heads, lpattn.Rope(interleaved, rotary_dim))
+    norms = list(reasons(model, "norm").values())
+    assert norms.count("fused") == sum(norm is not None for norm in spy.norms) == NORMED.get(name, 0)
+    others = {norm for norm in norms if norm not in ("fused", None)}
+    assert bool(others) == (name in NOT_NORMED)
+    assert all(NOT_NORMED[name] in other for other in others)
+    if name in NORMED:
+        spy.skewed = True
+        assert not torch.allclose(run(under), want, rtol=1e-2, atol=1e-2)
+        spy.skewed = False
     # A rotation that went the other way would show in these numbers.
     spy.turned = True
     assert not torch.allclose(run(under), want, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma3"])
 def test_rotations_in_low_precision_are_fused(family, spy, compiled, sharpen):
     """In bfloat16 the untouched model rounds after every product, the fused rotation once."""
-    options = {"head_dim": 16} if family == "Qwen3" else {}
-    model, run = text(family, **options)(torch.bfloat16)
+    names = ("TextModel", "TextConfig") if family == "Gemma3" else ("Model", "Config")
+    options = {} if family == "Llama" else {"head_dim": 16}
+    model, run = text(family, *names, **options)(torch.bfloat16)
     sharpen(model)
     want = run(model.float())
     model.bfloat16()
@@ -252,6 +274,7 @@ def test_rotations_in_low_precision_are_fused(family, spy, compiled, sharpen):
     lpattn.apply_low_precision_attention(model, "bf16_reference")
     got = run(compiled(model))
     assert len(spy.fused) == 2
+    assert all((norm is not None) == (family != "Llama") for norm in spy.norms)
     error, budget = ((x.float() - want).square().mean().sqrt() for x in (got, plain))
     assert error < 1.5 * budget
 

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 from lpattn.backend import Backend, Capabilities
 from lpattn.hookspecs import hookimpl
+from lpattn.norm import normalize_both
 from lpattn.rope import rotate_heads_first
-from lpattn.types import AttentionBackend, AttentionCall, CausalKind, HadamardMode, MaskKind, Reason
+from lpattn.types import AttentionBackend, AttentionCall, CausalKind, HadamardMode, MaskKind, Norm, Reason
 
 _LSE_ROWS = 1024
 """Rows of scores that the log-sum-exp holds in memory at once."""
@@ -31,6 +32,7 @@ class ReferenceBackend(Backend):
         dropout=True,
         hadamard=frozenset({HadamardMode.NONE}),
         rope=True,
+        norm=True,
         varlen=True,
         backward=True,
     )
@@ -83,8 +85,11 @@ class ReferenceBackend(Backend):
         dropout_p: float = 0.0,
         cos_k: torch.Tensor | None = None,
         sin_k: torch.Tensor | None = None,
+        *,
+        norm: Norm | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         assert call.rope is not None
+        query, key = normalize_both(query, key, norm)
         q, k = rotate_heads_first(query, key, cos, sin, cos_k, sin_k, call.rope.interleaved)
         return self.attention(q, k, value.transpose(1, 2), call, attn_mask, dropout_p)
 

@@ -36,6 +36,7 @@ def run(arguments: Namespace) -> int:
         layers = {
             name: {
                 "rope": layer.rope,
+                "norm": layer.norm,
                 "low": dict(layer.low),
                 "exact": dict(layer.exact),
                 "reasons": dict(layer.reasons),

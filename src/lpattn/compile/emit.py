@@ -89,6 +89,11 @@ class Emitter:
             raise RefusedError(f"{node.name} cannot be brought into [B, S, H, D] at every length")
         return given
 
+    def flat(self, node: fx.Node) -> fx.Node:
+        """The tensor in one dimension."""
+        shape = value_of(node).shape
+        return node if len(shape) == 1 else self.call(aten.reshape.default, node, [-1])
+
     def table(self, table: Table, rotary_dim: int, interleaved: bool, like: fx.Node) -> fx.Node:
         """A table, [B or 1, S or 1, H or 1, rotary_dim].
 

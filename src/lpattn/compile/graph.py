@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from lpattn import ops
 from lpattn.compile.emit import Emitter
 from lpattn.compile.linear import args_of, is_transparent
+from lpattn.compile.norm import Normalized, is_of_norm, prove_norm
 from lpattn.compile.proof import Prover
 from lpattn.compile.rotation import Rotation
 from lpattn.compile.sizes import Sizes, UnknownSizeError, assignments, value_of
 from lpattn.compile.terms import RefusedError
-from lpattn.compile.worth import reason_against
+from lpattn.compile.worth import reason_against, reason_against_norm
 
 log = logging.getLogger(__name__)
 
@@ -73,10 +75,18 @@ def _fuse(call: fx.Node, sizes: Sequence[Sizes]) -> str | None:
 
 
 class _Found:
-    """What was proven of the three operands of one call."""
+    """What was proven of the three operands of one call.
+
+    Attributes:
+        query, key, value: rotations, and what v is a view of.
+        norms: of q and of k, where there is one to fuse.
+        unfused: why other norms in front of the rotations are not fused; empty if there are none.
+    """
 
     def __init__(self, query: list[Rotation], key: list[Rotation], value: Rotation) -> None:
         self.query, self.key, self.value = query, key, value
+        self.norms: list[Normalized | None] = [None, None]
+        self.unfused = ""
         q, k = (next(r for r in rotations if r.rotary_dim) for rotations in (query, key))
         self.rotary_dim = q.rotary_dim
         for name, rotations in (("q", query), ("k", key)):
@@ -105,7 +115,24 @@ def _prove(call: fx.Node, sizes: Sequence[Sizes]) -> _Found:
     except RefusedError as refused:
         k = _rotations_otherwise(keys, groups, refused)
         groups = 1
-    return _Found(q, k, values.view(groups))
+    found = _Found(q, k, values.view(groups))
+    _add_norms(call, found, sizes)
+    return found
+
+
+def _add_norms(call: fx.Node, found: _Found, sizes: Sequence[Sizes]) -> None:
+    """Look for norms in front of the rotations that were found."""
+    against = reason_against_norm(call, sizes[0])
+    reasons = []
+    for number, rotations in enumerate((found.query, found.key)):
+        try:
+            norm = prove_norm(call, args_of(call)[number], rotations, sizes)
+            if norm is not None and against is not None:
+                raise RefusedError(against)
+            found.norms[number] = norm
+        except (RefusedError, UnknownSizeError) as refused:
+            reasons.append(f"{'qk'[number]}: {refused}")
+    found.unfused = "; ".join(reasons)
 
 
 def _rotations_otherwise(keys: Prover, groups: int, refused: RefusedError) -> list[Rotation]:
@@ -135,8 +162,12 @@ def _rotations(name: str, prover: Prover, groups: int) -> list[Rotation]:
 
 def _replace(call: fx.Node, found: _Found, emitter: Emitter) -> None:
     query, key, value, *rest = args_of(call)
-    q = _streams(emitter, query, found.query)
-    k = _streams(emitter, key, found.key)
+    before_norm = [
+        rotations if norm is None else [replace(rotations[0], source=norm.source, order=norm.order)]
+        for rotations, norm in zip((found.query, found.key), found.norms, strict=True)
+    ]
+    q = _streams(emitter, query, before_norm[0])
+    k = _streams(emitter, key, before_norm[1])
     shared = _described(found.query) == _described(found.key)
     tables = [
         *_tables(emitter, found.query, q, found),
@@ -144,10 +175,12 @@ def _replace(call: fx.Node, found: _Found, emitter: Emitter) -> None:
     ]
     v = emitter.heads_last(found.value, _shape(value, found.value.groups))
     operands = (_joined(emitter, q), _joined(emitter, k), v)
+    eps = [None if norm is None else norm.eps for norm in found.norms]
+    weights = [None if norm is None or norm.weight is None else emitter.flat(norm.weight) for norm in found.norms]
     with call.graph.inserting_before(call):
         fused = call.graph.call_function(
             _FUSED[call.target],  # type: ignore[index]
-            (*operands, *tables, found.interleaved, *rest[: _REASON - 3]),
+            (*operands, *tables, found.interleaved, *rest[: _REASON - 3], *eps, *weights, found.unfused),
         )
     fused.meta = dict(call.meta)
     _keep_strides(fused)
@@ -222,7 +255,8 @@ def _erase_unused(nodes: Sequence[fx.Node]) -> None:
     stack = list(nodes)
     while stack:
         node = stack.pop()
-        if node.users or node.op != "call_function" or not is_transparent(node) or node._erased:
+        erasable = node.op == "call_function" and (is_transparent(node) or is_of_norm(node))
+        if node.users or not erasable or node._erased:
             continue
         stack += node.all_input_nodes
         node.graph.erase_node(node)

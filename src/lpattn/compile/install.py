@@ -42,6 +42,7 @@ class RopePass(CustomGraphPass):
                 name,
                 backend.version,
                 backend.capabilities.rope,
+                backend.capabilities.norm,
                 backend.automatic,
                 backend.exact,
                 [not registry.probe(name, device) for device in local_devices()],

@@ -63,7 +63,7 @@ class PullBack:
         if node is self.source:
             none = torch.full_like(points.flat, -1)
             return Terms(points.sample, points.flat, torch.ones_like(points.flat, dtype=torch.float64), none, none)
-        if points.flat.numel() == 0 or _number(node) == 0:
+        if points.flat.numel() == 0 or constant_of(node) == 0:
             none = points.flat[:0]
             return Terms(none, none, none.double(), none, none)
         if node not in self._dependent:
@@ -255,7 +255,7 @@ class PullBack:
         if self.depends(right):
             raise RefusedError(f"{node.name} multiplies two tensors that both depend on what is rotated")
         inner = points.at(self.broadcast(points.flat, node, left))
-        if (number := _number(right)) is not None:
+        if (number := constant_of(right)) is not None:
             return self(left, inner).scaled(number)
         return self._times_leaf(node, left, inner, right, self.broadcast(points.flat, node, right))
 
@@ -288,7 +288,7 @@ class PullBack:
     def divide(self, node: fx.Node, points: Points) -> Terms:
         """Quotients by a number."""
         left, right = args_of(node)[:2]
-        number = _number(right)
+        number = constant_of(right)
         if not self.depends(left) or number is None:
             raise RefusedError(f"{node.name} divides by a tensor")
         if node.kwargs.get("rounding_mode") is not None or number == 0:
@@ -307,7 +307,7 @@ class PullBack:
 
 Rule = Callable[[PullBack, fx.Node, Points], Terms]
 
-_RULES: dict[Any, Rule] = {
+_VIEWS: dict[Any, Rule] = {
     **dict.fromkeys(
         (
             aten.view.default,
@@ -330,6 +330,10 @@ _RULES: dict[Any, Rule] = {
     aten.permute.default: PullBack.permute,
     aten.slice.Tensor: PullBack.slice,
     aten.select.int: PullBack.select,
+}
+
+_RULES: dict[Any, Rule] = {
+    **_VIEWS,
     operator.getitem: PullBack.item,
     aten.cat.default: PullBack.cat,
     aten.slice_scatter.default: PullBack.slice_scatter,
@@ -350,6 +354,11 @@ _SEVERAL = (aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default)
 def is_transparent(node: fx.Node) -> bool:
     """Whether forms can be pulled back through a node, at least for some arguments."""
     return node.target in _RULES or node.target in _SEVERAL
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a node holds elements of its first argument, cast or not, and nothing else."""
+    return node.target in _VIEWS
 
 
 def args_of(node: fx.Node) -> Any:
@@ -374,7 +383,7 @@ def _int(value: Any, default: int | None = None) -> int:
     return value
 
 
-def _number(value: Any) -> float | None:
+def constant_of(value: Any) -> float | None:
     """A real number, also where a tensor is full of it; None for anything else."""
     if isinstance(value, fx.Node) and value.target is aten.full.default:
         value = value.args[1]

@@ -160,8 +160,7 @@ class Prover:
         if 0 in (batch, heads, rows, dim):
             raise RefusedError("the operand is empty")
         extent = Extent(batch, rows, heads // groups, dim)
-        constants = _constants(self.operand, dependent, sizes)
-        triples = _rows(batch, heads, rows, groups, constants)
+        triples = rows_to_look_at(batch, heads, rows, groups, constants_of(dependent, sizes))
         lanes = torch.arange(dim, device="cpu").repeat(len(triples))
         b, h, s = (c.repeat_interleave(dim) for c in torch.tensor(triples, device="cpu").unbind(1))
         flat = ravel([b, h, s + start, lanes], (batch, heads, length, dim))
@@ -238,7 +237,7 @@ def dependents(node: fx.Node, source: fx.Node) -> set[fx.Node]:
     return {current for current, depends in found.items() if depends and current is not source}
 
 
-def _constants(operand: fx.Node, dependent: Iterable[fx.Node], sizes: Sizes) -> list[int]:
+def constants_of(dependent: Iterable[fx.Node], sizes: Sizes) -> list[int]:
     """Whole numbers at which what the graph computes may change from one row to the next."""
     found: set[int] = set()
     for node in dependent:
@@ -260,7 +259,9 @@ def _constants(operand: fx.Node, dependent: Iterable[fx.Node], sizes: Sizes) -> 
     return sorted(found)
 
 
-def _rows(batch: int, heads: int, rows: int, groups: int, constants: Sequence[int]) -> list[tuple[int, int, int]]:
+def rows_to_look_at(
+    batch: int, heads: int, rows: int, groups: int, constants: Sequence[int]
+) -> list[tuple[int, int, int]]:
     """(b, h, s) to look at: corners, neighbours of constants, and others at random, always the same ones."""
     if batch * heads * rows <= _MAX_ROWS:
         return list(itertools.product(range(batch), range(heads), range(rows)))

@@ -41,6 +41,13 @@ def reason_against(call: fx.Node, sizes: Sizes) -> str | None:
     return None
 
 
+def reason_against_norm(call: fx.Node, sizes: Sizes) -> str | None:
+    """Why a norm in front of rotations that a backend is to have should stay with the compiler; None if not."""
+    choice = choose(describe(call, sizes), with_environment(from_text(str(call.args[8]))))
+    backend = registry.get(choice.backend)
+    return None if backend is not None and backend.capabilities.norm else f"{choice.backend} has no fused norm"
+
+
 def describe(call: fx.Node, sizes: Sizes) -> AttentionCall:
     """The call that an attention operator of a graph makes, at given sizes."""
     query, key, value, mask, dropout_p, is_causal, scale, _, settings, *_ = args_of(call)

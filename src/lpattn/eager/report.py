@@ -21,6 +21,7 @@ class LayerReport:
         exact: number of calls that ran exactly, by code of the reason.
         reasons: for each such code, the latest reason in words.
         rope: ``"fused"`` or why not, of the latest call that was compiled or asked for a rotation; None if none was.
+        norm: ``"fused"`` or why not, of the norm of q and k in front of that rotation; None where there is none.
         provenance: which setting decided the latest call, such as ``"model"`` or ``"layer rule"``.
         captured: True if a CUDA graph captured calls of this layer; its replays run no host code and are not counted.
     """
@@ -29,6 +30,7 @@ class LayerReport:
     exact: Mapping[str, int]
     reasons: Mapping[str, str]
     rope: str | None
+    norm: str | None
     provenance: str | None
     captured: bool
 
@@ -59,9 +61,10 @@ class AttentionReport(Mapping[str, LayerReport]):
             ran = [f"{backend} x{count}" for backend, count in layer.low.items()]
             ran += [f"exact x{count} ({layer.reasons[code]})" for code, count in layer.exact.items()]
             rope = f"; rope {layer.rope}" if layer.rope else ""
+            norm = f"; norm {layer.norm}" if layer.norm else ""
             replays = "; captured in a CUDA graph, replays are not counted" if layer.captured else ""
             decided = f" [{layer.provenance}]" if layer.provenance else ""
-            lines.append(f"{name or '(root)'}: {', '.join(ran)}{decided}{rope}{replays}")
+            lines.append(f"{name or '(root)'}: {', '.join(ran)}{decided}{rope}{norm}{replays}")
         return "\n".join(lines)
 
 
@@ -91,6 +94,7 @@ def attention_report(model: nn.Module) -> AttentionReport:
             exact=dict(ledger.exact),
             reasons={code: str(reason) for code, reason in ledger.details.items()},
             rope=ledger.rope,
+            norm=ledger.norm,
             provenance=str(ledger.provenance) if ledger.provenance else None,
             captured=ledger.captured,
         )

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from lpattn.norm import normalize_both
 from lpattn.quantize import E4M3_MAX, hadamard_transform, round_e4m3
 from lpattn.rope import rotate
-from lpattn.types import HadamardMode
+from lpattn.types import HadamardMode, Norm
 
 HEADROOM = 16.0
 # So many tokens of a head are looked at, at least; all of v, if there are many keys. Where that is not all, there is
@@ -67,11 +68,14 @@ def largest_finite(x: torch.Tensor) -> float:
 
 
 def operands(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hadamard: HadamardMode, rope: Any
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hadamard: HadamardMode, rope: Any, norm: Norm | None = None
 ) -> list[torch.Tensor]:
     """What is smoothed, scaled and rounded, in plain PyTorch: float32 [B, H or Hkv, S, D] on the CPU."""
     dtype = q.dtype
     q, k, v = (x.cpu().float() for x in (q, k, v))
+    if norm is not None:
+        weights = (None if w is None else w.cpu().float() for w in (norm.weight_q, norm.weight_k))
+        q, k = normalize_both(q, k, Norm(norm.eps_q, norm.eps_k, *weights))
     if rope is not None:
         cos, sin, cos_k, sin_k = (x.cpu().float() for x in (rope.cos, rope.sin, rope.cos_k, rope.sin_k))
         q = rotate(q.transpose(1, 2), cos, sin, rope.interleaved).transpose(1, 2)
@@ -216,6 +220,7 @@ class Fused:
         factor: float = 1.0,
         hadamard: HadamardMode = HadamardMode.NONE,
         rope: Any = None,
+        norm: Norm | None = None,
         used: torch.Tensor | None = None,
         with_lse_shift: bool = False,
     ) -> Any:
@@ -227,9 +232,9 @@ class Fused:
         """
         keys = None if used is None else self.keys(used)
         found = self.quantize_per_head(
-            q, k, v, factor=factor, hadamard=hadamard, rope=rope, keys=keys, with_lse_shift=with_lse_shift
+            q, k, v, factor=factor, hadamard=hadamard, rope=rope, norm=norm, keys=keys, with_lse_shift=with_lse_shift
         )
-        wanted = operands(q, k, v, hadamard, rope)
+        wanted = operands(q, k, v, hadamard, rope, norm)
         batch, heads, q_len, dim = q.shape
         kv_heads, kv_len = k.shape[1:3]
         group = heads // kv_heads
@@ -245,7 +250,7 @@ class Fused:
             assert not constant[..., dim:].any()
             constants.append(constant.cpu()[..., :dim])
 
-        exact = hadamard is HadamardMode.NONE and (rope is None or self.interpreted)
+        exact = norm is None and hadamard is HadamardMode.NONE and (rope is None or self.interpreted)
         wanted[0] = wanted[0] * factor
         outputs = ((found.query, found.q_descale), (found.key, found.k_descale), (found.value, found.v_descale))
         for which, (x, constant, (data, descale)) in enumerate(zip(wanted, constants, outputs, strict=True)):

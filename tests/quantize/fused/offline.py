@@ -2,8 +2,8 @@
 
 `python offline.py 90:128-half 100:64 ...` prints a line of JSON for every kernel that these launch, compiled with the
 arguments, constants and options that it would be launched with. A configuration is a compute capability, a head_dim,
-and what is asked for: a rotation (half, interleaved, partial), a Hadamard mode (qkv, v_only), and keys, a padding mask
-with lse. Where Triton refuses a kernel, the line says so.
+and what is asked for: a rotation (half, interleaved, partial), norm, a Hadamard mode (qkv, v_only), keys, a padding
+mask with lse, and blocks, the passes for scales per token and block. Where Triton refuses a kernel, the line says so.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lpattn.quantize import fused
-from lpattn.quantize.fused import operands
+from lpattn.quantize.fused import blocks, operands
 from lpattn.quantize.fused.launcher import Launch
 from lpattn.quantize.fused.layout import PART
-from lpattn.types import HadamardMode
+from lpattn.types import HadamardMode, Norm
 
 TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int8: "*i8",
     torch.int32: "*i32",
     torch.bool: "*i1",
 }
@@ -46,6 +47,7 @@ def launches(capability: int, dim: int, *asked: str) -> Recorded:
     Launch.on = lambda launch, stream, pointers, tensors: recorded.append((launch, tensors()))  # type: ignore[method-assign]
     operands.short_way = lambda device: None
     operands.overlaps_on = lambda device: capability >= 90
+    blocks.overlaps_on = operands.overlaps_on
     operands._plan.cache_clear()
     operands._restore.cache_clear()
     q = torch.zeros(2, 1024, 8, dim, dtype=torch.bfloat16).transpose(1, 2)
@@ -54,12 +56,17 @@ def launches(capability: int, dim: int, *asked: str) -> Recorded:
     if {"half", "interleaved", "partial"} & set(asked):
         table = torch.zeros(1, 1024, 1, dim // (2 if "partial" in asked else 1))
         options["rope"] = fused.rotation_of(q, k, [table] * 4, "interleaved" in asked)
+    if "norm" in asked:
+        options["norm"] = Norm(1e-6, 1e-6, *torch.zeros(2, dim, dtype=torch.bfloat16))
     for mode in HadamardMode:
         if mode.value in asked:
             options["hadamard"] = mode
     if "keys" in asked:
         options["keys"] = fused.used_keys(torch.ones(2, 1, 1, 1024, dtype=torch.bool), 2, 1024)
         options["with_lse_shift"] = True
+    if "blocks" in asked:
+        fused.quantize_per_block(q, k, k, **options)
+        return recorded
     quantized = fused.quantize_per_head(q, k, k, **options)
     out = torch.zeros(2, 1024, 8, dim, dtype=torch.bfloat16)
     fused.restore_output(out, quantized, torch.float16 if "keys" in asked else torch.bfloat16)

@@ -36,7 +36,7 @@ def compiled(configurations: Sequence[str]) -> list[dict[str, object]]:
 
 @pytest.mark.slow
 def test_on_hopper_nothing_spills_and_loads_are_wide() -> None:
-    kinds = ["64-half", "128-keys", "128-qkv", "128-interleaved-v_only", "256"]
+    kinds = ["64-half", "128-keys", "128-qkv", "128-interleaved-v_only", "256", "128-interleaved-norm"]
     for kernel in compiled([f"90:{kind}" for kind in kinds]):
         assert kernel["stack"] == 0, kernel
         if kernel["kernel"] != "list_used":
@@ -46,7 +46,7 @@ def test_on_hopper_nothing_spills_and_loads_are_wide() -> None:
 
 @pytest.mark.slow
 def test_every_architecture_with_e4m3() -> None:
-    found = compiled(["89:64-half-keys", "100:128-qkv", "120:96-partial"])
+    found = compiled(["89:64-half-keys", "100:128-qkv", "120:96-partial-norm"])
     assert {kernel["kernel"] for kernel in found} == PASSES
     assert not [kernel for kernel in found if "refused" in kernel]
 

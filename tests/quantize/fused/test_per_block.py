@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lpattn.quantize import Granularity, quantize_e4m3, round_e4m3
-from lpattn.types import HadamardMode
+from lpattn.types import HadamardMode, Norm
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 BLOCK = 128
@@ -45,11 +45,11 @@ def check(
 
     packs = options.pop("pack", False)
     precision = options.get("precision", Precision.E4M3)
-    hadamard, rope = options.get("hadamard", HadamardMode.NONE), options.get("rope")
+    hadamard, rope, norm = options.get("hadamard", HadamardMode.NONE), options.get("rope"), options.get("norm")
     if used is not None:
         options |= {"keys": fused.keys(used[:, 0])} if packs else {"used": used.to(fused.device)}
     found = quantize_per_block(q, k, v, with_lse_shift=True, **options)
-    wanted = fused.operands(q, k, v, hadamard, rope)
+    wanted = fused.operands(q, k, v, hadamard, rope, norm)
     wanted[0] = wanted[0] * options.get("factor", 1.0)
     batch, kv_heads, kv_len = k.shape[:3]
     blocks = -(-kv_len // BLOCK)
@@ -84,7 +84,7 @@ def check(
         smoothed = torch.where(seen[..., None], smoothed, 0.0) if which else smoothed
         limit, part = (448.0, 2**0.5) if which == 2 else (options.get("qk_max", 448.0), 1.0)
         oracle = quantize_e4m3(smoothed / part, kind, qmax=limit, power_of_two=True)
-        exact = hadamard is HadamardMode.NONE and (rope is None or fused.interpreted)
+        exact = norm is None and hadamard is HadamardMode.NONE and (rope is None or fused.interpreted)
         tokens = x.shape[2] if which == 0 else blocks * BLOCK
         spread = scale[..., None] if which == 0 else scale.repeat_interleave(BLOCK, 2)[..., None]
         smoothed = padded(smoothed, tokens, got.shape[3])
@@ -176,6 +176,28 @@ def test_rotation(fused, interleaved) -> None:
     v = fused.make(kv_len=140, dim=32, seed=1)[2]
     tables = [torch.randn(1, 140, 1, 64, device=fused.device) for _ in range(4)]
     check(fused, q, k, v, rope=fused.rotation(q, k, tables, interleaved), factor=-0.5)
+
+
+@pytest.mark.parametrize("precision", ["e4m3", "int8_f16"])
+@pytest.mark.parametrize(
+    ("dim", "rotary", "interleaved", "weighted", "dtype"),
+    [
+        (64, 64, False, "both", BF16),
+        (40, 24, False, "k", F32),
+        (80, 80, True, "none", BF16),
+        (128, 64, True, "both", F16),
+    ],
+)
+def test_normalized_then_rotated(fused, dim, rotary, interleaved, weighted, dtype, precision) -> None:
+    from lpattn.quantize.fused import Precision
+
+    q, k, _ = fused.make(heads=4, kv_heads=2, q_len=140, kv_len=300, dim=dim, dtype=dtype)
+    v = fused.make(kv_heads=2, kv_len=300, dim=32, dtype=dtype, seed=1)[2]
+    weights = (torch.randn(2, dim, device=fused.device) + 1).unbind(0)
+    norm = Norm(1e-6, 0.3, *(w if weighted in ("both", n) else None for w, n in zip(weights, "qk", strict=True)))
+    tables = [torch.randn(1, n, 1, rotary, device=fused.device) for n in (140, 140, 300, 300)]
+    rope = fused.rotation(q, k, tables, interleaved)
+    check(fused, q, k, v, rope=rope, norm=norm, factor=-0.5, precision=Precision(precision))
 
 
 @pytest.mark.parametrize(("dim", "mode"), [(64, HadamardMode.NONE), (24, HadamardMode.NONE), (32, HadamardMode.QKV)])

@@ -18,7 +18,7 @@ from lpattn.backend import Backend, Capabilities
 from lpattn.backends.fa3.wheel import HEAD_DIMS, NOT_INSTALLED, Wheel, installed_wheels, is_installed
 from lpattn.hookspecs import hookimpl
 from lpattn.policy import measured_speedup
-from lpattn.types import AttentionBackend, AttentionCall, CausalKind, HadamardMode, Reason
+from lpattn.types import AttentionBackend, AttentionCall, CausalKind, HadamardMode, Norm, Reason
 
 if TYPE_CHECKING:
     from lpattn.quantize.fused import PerHead, Rotation
@@ -56,6 +56,7 @@ class FA3Backend(Backend):
         lse=True,
         hadamard=frozenset(HadamardMode),
         rope=True,
+        norm=True,
     )
 
     @functools.cached_property
@@ -114,7 +115,7 @@ class FA3Backend(Backend):
         attn_mask: torch.Tensor | None = None,
         dropout_p: float = 0.0,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        return self._attend(query, key, value, call, attn_mask, None)
+        return self._attend(query, key, value, call, attn_mask, None, None)
 
     def rope_attention(
         self,
@@ -128,12 +129,14 @@ class FA3Backend(Backend):
         dropout_p: float = 0.0,
         cos_k: torch.Tensor | None = None,
         sin_k: torch.Tensor | None = None,
+        *,
+        norm: Norm | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         assert call.rope is not None
         tables = (cos, sin, cos if cos_k is None else cos_k, sin if sin_k is None else sin_k)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         rotation = self._fused.rotation_of(query, key, tables, call.rope.interleaved)
-        return self._attend(query, key, value, call, attn_mask, rotation)
+        return self._attend(query, key, value, call, attn_mask, rotation, norm)
 
     def _attend(
         self,
@@ -143,6 +146,7 @@ class FA3Backend(Backend):
         call: AttentionCall,
         attn_mask: torch.Tensor | None,
         rotation: Rotation | None,
+        norm: Norm | None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         fused = self._fused
         sign, scale = _split_scale(call.softmax_scale)
@@ -154,6 +158,7 @@ class FA3Backend(Backend):
             factor=sign,
             hadamard=call.hadamard,
             rope=rotation,
+            norm=norm,
             keys=keys,
             with_lse_shift=call.return_lse,
         )

@@ -16,7 +16,7 @@ from lpattn.backend import Backend, Capabilities
 from lpattn.backends.triton.kernels import LARGEST_HEAD_DIM, HopperKernel, kernel_for, portable_for
 from lpattn.hookspecs import hookimpl
 from lpattn.policy import measured_speedup
-from lpattn.types import AttentionBackend, AttentionCall, CausalKind, HadamardMode, MaskKind, Reason
+from lpattn.types import AttentionBackend, AttentionCall, CausalKind, HadamardMode, MaskKind, Norm, Reason
 
 if TYPE_CHECKING:
     from lpattn.quantize.fused import Rotation
@@ -55,6 +55,7 @@ class TritonBackend(Backend):
         lse=True,
         hadamard=frozenset(HadamardMode),
         rope=True,
+        norm=True,
         varlen=True,
     )
 
@@ -93,7 +94,7 @@ class TritonBackend(Backend):
         attn_mask: torch.Tensor | None = None,
         dropout_p: float = 0.0,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        return self._attend(query, key, value, call, attn_mask, None)
+        return self._attend(query, key, value, call, attn_mask, None, None)
 
     def rope_attention(
         self,
@@ -107,6 +108,8 @@ class TritonBackend(Backend):
         dropout_p: float = 0.0,
         cos_k: torch.Tensor | None = None,
         sin_k: torch.Tensor | None = None,
+        *,
+        norm: Norm | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         from lpattn.quantize.fused import rotation_of
 
@@ -114,7 +117,7 @@ class TritonBackend(Backend):
         tables = (cos, sin, cos if cos_k is None else cos_k, sin if sin_k is None else sin_k)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         rotation = rotation_of(query, key, tables, call.rope.interleaved)
-        return self._attend(query, key, value, call, attn_mask, rotation)
+        return self._attend(query, key, value, call, attn_mask, rotation, norm)
 
     def varlen_attention(
         self,
@@ -137,11 +140,13 @@ class TritonBackend(Backend):
         call: AttentionCall,
         attn_mask: torch.Tensor | None,
         rotation: Rotation | None,
+        norm: Norm | None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         if call.causal is CausalKind.TOP_LEFT and call.kv_len > call.q_len:
             # No query sees the keys behind, so they must not count in a scale either.
             key, value = key[:, :, : call.q_len], value[:, :, : call.q_len]
-        out, lse = kernel_for(call, self.int8, self.exponential).attend(query, key, value, call, attn_mask, rotation)
+        kernel = kernel_for(call, self.int8, self.exponential)
+        out, lse = kernel.attend(query, key, value, call, attn_mask, rotation, norm)
         out = out.transpose(1, 2)
         return out if lse is None else (out, lse)
 

@@ -17,7 +17,7 @@ import torch
 from lpattn.backends.triton import packed
 from lpattn.kernels import hopper
 from lpattn.quantize import E4M3_MAX
-from lpattn.types import AttentionCall, CausalKind, HadamardMode
+from lpattn.types import AttentionCall, CausalKind, HadamardMode, Norm
 
 if TYPE_CHECKING:
     from lpattn.kernels.hopper.launch import Attention
@@ -44,6 +44,7 @@ class Kernel(ABC):
         call: AttentionCall,
         attn_mask: torch.Tensor | None,
         rotation: Rotation | None,
+        norm: Norm | None = None,
     ) -> Result:
         """Quantize and attend: ([B, q_len, H, D_v], contiguous, in call.dtype; lse or None).
 
@@ -57,6 +58,7 @@ class Kernel(ABC):
         value: torch.Tensor,
         call: AttentionCall,
         rotation: Rotation | None,
+        norm: Norm | None,
         precision: Precision,
         qk_max: float,
         keys: Keys | None,
@@ -72,6 +74,7 @@ class Kernel(ABC):
             precision=precision,
             hadamard=call.hadamard,
             rope=rotation,
+            norm=norm,
             keys=keys,
             used=used,
             with_lse_shift=call.return_lse,
@@ -121,11 +124,12 @@ class HopperKernel(Kernel):
         call: AttentionCall,
         attn_mask: torch.Tensor | None,
         rotation: Rotation | None,
+        norm: Norm | None = None,
     ) -> Result:
         more = None
         if attn_mask is not None or rotation is not None:
             keys = None if attn_mask is None else self._fused.used_keys(attn_mask, call.batch, key.shape[2])
-            more = self._fused.more_of(rotation, keys)
+            more = self._fused.more_of(rotation, keys, norm)
         at = (query.data_ptr(), key.data_ptr(), value.data_ptr())
         # All that the steps depend on: the call has shapes, dtype and device.
         facts = (
@@ -136,7 +140,7 @@ class HopperKernel(Kernel):
             at[0] % 16,
             at[1] % 16,
             at[2] % 16,
-            None if more is None else (more.turns, more.kinds),
+            None if more is None else (more.turns, more.eps, more.kinds),
         )
         steps = self._steps.get(facts)
         if steps is None:
@@ -207,6 +211,7 @@ class PortableKernel(Kernel):
         call: AttentionCall,
         attn_mask: torch.Tensor | None,
         rotation: Rotation | None,
+        norm: Norm | None = None,
     ) -> Result:
         from lpattn.kernels.attention import Band, attend
         from lpattn.kernels.mask_tiles import list_mask_tiles
@@ -226,7 +231,7 @@ class PortableKernel(Kernel):
             tiles = list_mask_tiles(attn_mask, key.shape[2], shape.queries, shape.keys)
             used = tiles.used_by(call.num_kv_heads, call.num_heads).expand(call.batch, -1, -1)
         precision = Precision.INT8_F16 if self._int8 else Precision.E4M3
-        quantized = self.quantize(query, key, value, call, rotation, precision, E4M3_MAX, keys, used)
+        quantized = self.quantize(query, key, value, call, rotation, norm, precision, E4M3_MAX, keys, used)
         band = Band(after=0) if call.causal is CausalKind.TOP_LEFT else Band()
         return attend(quantized, shape, call.dtype, band=band, mask=tiles, return_lse=call.return_lse)
 
@@ -253,7 +258,7 @@ class PortableKernel(Kernel):
         key, value = (packed.as_batch(x, call.batch, max_k) for x in (key, value))
         keys = packed.key_lists(cu_seqlens_k, max_k)
         precision = Precision.INT8_F16 if self._int8 else Precision.E4M3
-        quantized = self.quantize(padded, key, value, call, None, precision, E4M3_MAX, keys)
+        quantized = self.quantize(padded, key, value, call, None, None, precision, E4M3_MAX, keys)
         out, lse = attend(
             quantized,
             tile_shape(call.capability, lanes_of(max(call.head_dim, call.head_dim_v))),

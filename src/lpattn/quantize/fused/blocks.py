@@ -30,7 +30,7 @@ from lpattn.quantize.fused.operands import (
 )
 from lpattn.quantize.fused.per_block import quantize_blocks, sample_blocks
 from lpattn.quantize.fused.tile import E4M3_MAX
-from lpattn.types import HadamardMode
+from lpattn.types import HadamardMode, Norm
 
 BLOCK = 128
 """Keys that share a scale."""
@@ -68,6 +68,7 @@ def quantize_per_block(
     precision: Precision = Precision.E4M3,
     hadamard: HadamardMode = HadamardMode.NONE,
     rope: Rotation | None = None,
+    norm: Norm | None = None,
     keys: Keys | None = None,
     used: torch.Tensor | None = None,
     with_lse_shift: bool = False,
@@ -83,19 +84,20 @@ def quantize_per_block(
         precision: what q, k and v are rounded to.
         hadamard: which operands are transformed along head_dim, after rotation: any D, padded to a power of two.
         rope: rotates q and k first.
+        norm: normalizes q and k before that.
         keys: which tokens of k and v are used: these come first, in their order, and are followed by zeros.
         used: bool [B, Hkv or 1, kv_len], which tokens of k and v are used: the others become zeros where they are, and
             enter no scale and (unless another head uses them) no constant. Not together with ``keys``.
         with_lse_shift: also compute q.constant, which the smoothing of k takes from every logit.
 
     Precision:
-        Rotation, transform (inputs rounded to their own dtype in between) and smoothing are float32. The constants are
-        means of a sample of 256 tokens, or of a sixteenth of them up to 4096. Scales of e4m3 are powers of two (for v,
-        times sqrt(2)) that map the largest magnitude to at most ``qk_max`` (448 for v): at least 2^-56 for q and k; for
-        v at least 2^-60 of what the largest sampled value would get. An inf or NaN becomes NaN, alone (with a Hadamard
-        transform: its whole token), and enters neither scale nor constant. Magnitudes above about 1e36 may overflow in
-        the transform. int8 has no NaN: there, the scale of its token (of its block, in k) becomes NaN. The scales of
-        int8 map the largest magnitude to 127; v in float16 is scaled like v in e4m3. The oracle is
+        Norm and rotation are float32, as are the transform (inputs rounded to their own dtype) and smoothing. The
+        constants are means of a sample of 256 tokens, or of a sixteenth of them up to 4096. Scales of e4m3 are powers
+        of two (for v, times sqrt(2)) that map the largest magnitude to at most ``qk_max`` (448 for v): at least 2^-56
+        for q and k; for v at least 2^-60 of what the largest sampled value would get. An inf or NaN becomes NaN, alone
+        (with a Hadamard transform: its whole token), and enters neither scale nor constant. Magnitudes above about 1e36
+        may overflow in the transform. int8 has no NaN: there, the scale of its token (of its block, in k) becomes NaN.
+        The scales of int8 map the largest magnitude to 127; v in float16 is scaled like v in e4m3. The oracle is
         :func:`lpattn.quantize.quantize_e4m3` with ``power_of_two=True``, given the constants.
     """
     if keys is not None and used is not None:
@@ -105,7 +107,7 @@ def quantize_per_block(
         batch, kv_heads, kv_len, _ = key.shape
         sampled = used_keys(used.any(1, keepdim=True)[:, :, None], batch, kv_len)
         flags = used.expand(batch, kv_heads, kv_len)
-    more = None if rope is None and sampled is None else more_of(rope, sampled)
+    more = None if rope is None and sampled is None and norm is None else more_of(rope, sampled, norm)
     at = (query.data_ptr(), key.data_ptr(), value.data_ptr())
     plan = plan_per_block(
         query,
@@ -159,6 +161,7 @@ def plan_per_block(
         key.stride(),
         value.stride(),
         None if more is None else more.turns,
+        None if more is None else more.eps,
         hadamard,
         factor,
         qk_max,
@@ -208,8 +211,8 @@ class Quantization(NamedTuple):
         # Each launch by the addresses of what it takes, and by the tensors themselves, in the same order.
         sample.on(
             stream,
-            (*at[1:], *extra_at[:2], *extra_at[4:], k_constant, v_constant),
-            lambda: (key, value, *extra[:2], *extra[4:], found.k_constant, found.v_constant),
+            (*at[1:], *extra_at[:2], *extra_at[4:6], extra_at[7], k_constant, v_constant),
+            lambda: (key, value, *extra[:2], *extra[4:6], extra[7], found.k_constant, found.v_constant),
         )
         quantize.on(
             stream,
@@ -255,6 +258,7 @@ def _plan(
     k_strides: tuple[int, ...],
     v_strides: tuple[int, ...],
     turns: Turns | None,
+    eps: tuple[float, float] | None,
     hadamard: HadamardMode,
     factor: float,
     qk_max: float,
@@ -307,14 +311,16 @@ def _plan(
         **parts,  # type: ignore[arg-type]
     )
 
-    strides, reading = how_to_read(dim, q_strides, k_strides, v_strides, turns, hadamard)
+    strides, reading = how_to_read(dim, q_strides, k_strides, v_strides, turns, eps, hadamard)
     unit, dense, turn_unit, turn_dense, _, _, *transforms = reading
+    eps_q, eps_k = eps or (0.0, 0.0)
+    factors = (float(factor), float(qk_max))
     constants = (unit, dense, turn_unit, turn_dense, dim, lanes, dim_v, lanes_v, *transforms)
     overlaps = overlaps_on(device)
     sample = Launch(
         sample_blocks,
         2 * groups,
-        (batch, kv_heads, kv_len, *strides[4:12], *strides[16:20]),
+        (batch, kv_heads, kv_len, *strides[4:12], *strides[16:20], eps_k),
         (*constants, overlaps),
         (kinds, more_kinds, v_constant % 4),
         _SAMPLE_WARPS,
@@ -324,7 +330,7 @@ def _plan(
     quantize = Launch(
         quantize_blocks,
         batch * heads * q_blocks + 2 * groups * blocks,
-        (batch, heads, kv_heads, q_len, kv_len, *strides, *(flag_strides or (0, 0, 0)), float(factor), float(qk_max)),
+        (batch, heads, kv_heads, q_len, kv_len, *strides, eps_q, eps_k, *(flag_strides or (0, 0, 0)), *factors),
         (*constants, dim_out, rows_v, packed, BLOCK, overlaps, INTERPRETED),
         (kinds, more_kinds, v_constant % 4, with_lse_shift, precision, flag_strides is None),
         _WARPS if max(lanes, lanes_v) <= 128 else _WIDE_WARPS,

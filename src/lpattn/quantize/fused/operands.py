@@ -16,7 +16,7 @@ from lpattn.quantize.fused.launcher import INTERPRETED, Launch, kinds_of, launch
 from lpattn.quantize.fused.output import restore
 from lpattn.quantize.fused.per_head import quantize_heads, sample_heads
 from lpattn.quantize.fused.tile import HALF_SPLIT, HALF_SPLIT_PARTIAL, INTERLEAVED, NO_ROPE
-from lpattn.types import HadamardMode
+from lpattn.types import HadamardMode, Norm
 
 # Tile shapes and programs per multiprocessor that were the fastest on an H200.
 _TILE = 4096
@@ -31,6 +31,8 @@ _RESTORE_WARPS = 4
 _RESTORE_PROGRAMS = 3
 _MANY_TILES = 16
 """Tiles per program where there are more heads than programs."""
+
+_NO_EPS = (0.0, 0.0)
 
 E4M3_FROM = (8, 9)
 """Compute capability from which on Triton casts to e4m3."""
@@ -69,6 +71,10 @@ def rotation_of(query: torch.Tensor, key: torch.Tensor, tables: Sequence[torch.T
     cos, sin = (table.expand(batch, q_len, heads, rotary_dim) for table in tables[:2])
     cos_k, sin_k = (table.expand(batch, kv_len, kv_heads, rotary_dim) for table in tables[2:])
     return Rotation(cos, sin, cos_k, sin_k, interleaved)
+
+
+Weights = tuple[torch.Tensor | None, torch.Tensor | None]
+"""Of the norms of q and of k, [D], contiguous and of one dtype: both, or none."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +173,7 @@ def quantize_per_head(
     factor: float = 1.0,
     hadamard: HadamardMode = HadamardMode.NONE,
     rope: Rotation | None = None,
+    norm: Norm | None = None,
     keys: Keys | None = None,
     with_lse_shift: bool = False,
 ) -> PerHead:
@@ -178,17 +185,18 @@ def quantize_per_head(
         factor: what q is multiplied by.
         hadamard: which operands are transformed along head_dim, after rotation. D must then be a power of two.
         rope: rotates q and k first.
+        norm: normalizes q and k before that.
         keys: which tokens of k and v are used: these come first, in their order, and are followed by zeros.
         with_lse_shift: also compute q.constant, which the smoothing of k takes from every logit.
 
     Precision:
-        Rotation, transform (inputs rounded to their own dtype in between) and smoothing are float32. Scales are powers
-        of two, at least 2^-56 (2^-126 for v). They map a bound of the sampled magnitudes (the largest, plus the largest
-        constant) to at most 448, with a headroom of 16 where not all tokens were sampled: e4m3 is floating point, and
-        loses precision only below 2^-6. An inf or NaN becomes NaN, alone (with a Hadamard transform: its whole token),
-        and enters neither scale nor constant. Magnitudes above about 1e36 may overflow in the transform.
+        Norm and rotation are float32, as are the transform (inputs rounded to their own dtype) and smoothing. Scales
+        are powers of two, at least 2^-56 (2^-126 for v). They map a bound of the sampled magnitudes (the largest, plus
+        the largest constant) to at most 448, with a headroom of 16 where not all tokens were sampled: e4m3 is floating
+        point, and loses precision only below 2^-6. An inf or NaN becomes NaN, alone (with a Hadamard transform: its
+        whole token), and enters neither scale nor constant. Magnitudes above about 1e36 may overflow in the transform.
     """
-    more = None if rope is None and keys is None else more_of(rope, keys)
+    more = None if rope is None and keys is None and norm is None else more_of(rope, keys, norm)
     q_at, k_at, v_at = query.data_ptr(), key.data_ptr(), value.data_ptr()
     plan = _plan(
         query.shape,
@@ -197,6 +205,7 @@ def quantize_per_head(
         key.stride(),
         value.stride(),
         None if more is None else more.turns,
+        None if more is None else more.eps,
         hadamard,
         factor,
         with_lse_shift,
@@ -250,6 +259,7 @@ def _plan(
     k_strides: tuple[int, ...],
     v_strides: tuple[int, ...],
     turns: Turns | None,
+    eps: tuple[float, float] | None,
     hadamard: HadamardMode,
     factor: float,
     with_lse_shift: bool,
@@ -269,10 +279,10 @@ def _plan(
     v_parts = layout.parts(kv_len, layout.ALL.value) if kv_len >= layout.EXACT_FROM else k_parts
     parts = batch * heads * q_parts + groups * (k_parts + v_parts)
 
-    strides, constants = how_to_read(dim, q_strides, k_strides, v_strides, turns, hadamard)
-    numbers = (batch, heads, kv_heads, q_len, kv_len, q_parts, k_parts, v_parts, *strides)
+    strides, constants = how_to_read(dim, q_strides, k_strides, v_strides, turns, eps, hadamard)
+    numbers = (batch, heads, kv_heads, q_len, kv_len, q_parts, k_parts, v_parts, *strides, *(eps or _NO_EPS))
     overlaps = overlaps_on(device)
-    light = turns is None and hadamard is HadamardMode.NONE and lanes <= 128
+    light = turns is None and eps is None and hadamard is HadamardMode.NONE and lanes <= 128
     sample = Launch(
         sample_heads,
         parts,
@@ -320,6 +330,7 @@ def how_to_read(
     k_strides: tuple[int, ...],
     v_strides: tuple[int, ...],
     turns: Turns | None,
+    eps: tuple[float, float] | None,
     hadamard: HadamardMode,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """How inputs are read: the strides, and what is compiled in."""
@@ -333,8 +344,9 @@ def how_to_read(
         kind = (INTERLEAVED if interleaved else HALF_SPLIT if whole else HALF_SPLIT_PARTIAL).value
         (q_b, q_s, q_h, q_d), (k_b, k_s, k_h, k_d) = turn_q, turn_k
         turn_strides, turn_unit, turn_dense = _in_units((q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d))
-    transforms = (hadamard is HadamardMode.QKV, hadamard is not HadamardMode.NONE)
-    return (*strides, *turn_strides), (unit, dense, turn_unit, turn_dense, dim, lanes, kind, rotary, *transforms)
+    norm, transforms = eps is not None, (hadamard is HadamardMode.QKV, hadamard is not HadamardMode.NONE)
+    read = (unit, dense, turn_unit, turn_dense, dim, lanes, kind, rotary, norm, *transforms)
+    return (*strides, *turn_strides), read
 
 
 def restore_output(out: torch.Tensor, quantized: Quantized, dtype: torch.dtype) -> torch.Tensor:
@@ -401,36 +413,55 @@ class More(NamedTuple):
     """What the passes read besides q, k and v.
 
     Attributes:
-        tensors: indices and counts of the keys that are used, then cos and sin of q and of k; None for what there is
-            not.
+        tensors: indices and counts of the keys that are used, cos and sin of q and of k, then the weights of their
+            norms; None for what there is not.
         turns: what is to be known of the tables; None without any.
+        eps: of the norms of q and of k, as :func:`weights_of` has it; None without a norm.
         kinds: of the tensors, as kernels are compiled for them.
     """
 
     tensors: tuple[torch.Tensor | None, ...]
     turns: Turns | None
+    eps: tuple[float, float] | None
     kinds: Hashable
 
 
-NO_MORE = (None,) * 6
+NO_MORE = (None,) * 8
 """In place of :attr:`More.tensors`."""
 
 
-def more_of(rope: Rotation | None, keys: Keys | None) -> More:
-    """What the passes are to read of a rotation and of a list of keys."""
+def more_of(rope: Rotation | None, keys: Keys | None, norm: Norm | None = None) -> More:
+    """What the passes are to read of a rotation, a list of keys and a norm."""
     indices, counts = (None, None) if keys is None else (keys.indices, keys.counts)
     turns = cos_q = sin_q = cos_k = sin_k = None
     if rope is not None:
         cos_q, sin_q = _alike(rope.cos, rope.sin)
         cos_k, sin_k = _alike(rope.cos_k, rope.sin_k)
         turns = (rope.interleaved, cos_q.shape[-1], cos_q.stride(), cos_k.stride())
-    tensors = (indices, counts, cos_q, sin_q, cos_k, sin_k)
-    return More(tensors, turns, kinds_of(tensors))
+    weights, eps = weights_of(norm)
+    tensors = (indices, counts, cos_q, sin_q, cos_k, sin_k, *weights)
+    return More(tensors, turns, eps, kinds_of(tensors))
 
 
 def addresses_of(tensors: tuple[torch.Tensor | None, ...]) -> tuple[int | None, ...]:
     """As a launch takes them; None for none."""
     return tuple([None if t is None else t.data_ptr() for t in tensors])
+
+
+def weights_of(norm: Norm | None) -> tuple[Weights, tuple[float, float] | None]:
+    """Weights of the norms of q and of k, and their eps: negative where that tensor has no norm."""
+    if norm is None:
+        return (None, None), None
+    eps = tuple([-1.0 if number is None else float(number) for number in (norm.eps_q, norm.eps_k)])
+    q, k = norm.weight_q, norm.weight_k
+    if q is not None or k is not None:
+        # One is missing hardly ever: a kernel without it would be another one to compile.
+        q = torch.ones_like(k) if q is None else q  # type: ignore[arg-type]
+        k = torch.ones_like(q) if k is None else k
+        if q.dtype != k.dtype:
+            q, k = q.float(), k.float()
+        q, k = q.contiguous(), k.contiguous()
+    return (q, k), (eps[0], eps[1])
 
 
 def _alike(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

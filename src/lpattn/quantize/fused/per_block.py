@@ -43,17 +43,17 @@ _INT8_MAX = tl.constexpr(127.0)
 _VARYING = [
     "batch", "heads", "kv_heads", "q_len", "kv_len", "factor", "qk_max", "flag_b", "flag_h", "flag_s",
     "q_b", "q_h", "q_s", "q_d", "k_b", "k_h", "k_s", "k_d", "v_b", "v_h", "v_s", "v_d",
-    "turn_q_b", "turn_q_h", "turn_q_s", "turn_q_d", "turn_k_b", "turn_k_h", "turn_k_s", "turn_k_d",
+    "turn_q_b", "turn_q_h", "turn_q_s", "turn_q_d", "turn_k_b", "turn_k_h", "turn_k_s", "turn_k_d", "eps_q", "eps_k",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def sample_blocks(
-    k, v, keys, key_counts, cos_k, sin_k, k_constant, v_constant, batch, kv_heads, kv_len,
-    k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, turn_k_b, turn_k_h, turn_k_s, turn_k_d,
+    k, v, keys, key_counts, cos_k, sin_k, weight_k, k_constant, v_constant, batch, kv_heads, kv_len,
+    k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, turn_k_b, turn_k_h, turn_k_s, turn_k_d, eps_k,
     UNIT: tl.constexpr, DENSE: tl.constexpr, TURN_UNIT: tl.constexpr, TURN_DENSE: tl.constexpr,
     D: tl.constexpr, LANES: tl.constexpr, D_V: tl.constexpr, LANES_V: tl.constexpr,
-    ROPE: tl.constexpr, ROTARY: tl.constexpr, HADAMARD_QK: tl.constexpr, HADAMARD_V: tl.constexpr,
+    ROPE: tl.constexpr, ROTARY: tl.constexpr, NORM: tl.constexpr, HADAMARD_QK: tl.constexpr, HADAMARD_V: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Mean of a sample of the tokens of each head of k, then of v: one program each. Of v also the least scale.
@@ -82,8 +82,8 @@ def sample_blocks(
         for first in tl.range(0, size, PART, num_stages=1):
             tokens, used = _sampled(keys, b, kv_len, first, size, length)
             low, high = _qk_tile(
-                x, tokens, used, k_s, k_d, cos_k, sin_k, b, h, turn_k_b, turn_k_h, turn_k_s, turn_k_d,
-                UNIT, DENSE, TURN_UNIT, TURN_DENSE, D, HALF, ROPE, ROTARY, HADAMARD_QK,
+                x, tokens, used, k_s, k_d, weight_k, eps_k, cos_k, sin_k, b, h, turn_k_b, turn_k_h, turn_k_s, turn_k_d,
+                UNIT, DENSE, TURN_UNIT, TURN_DENSE, D, HALF, NORM, ROPE, ROTARY, HADAMARD_QK,
             )  # fmt: skip
             low_sum += tl.sum(_finite(low) * weight, 0)
             high_sum += tl.sum(_finite(high) * weight, 0)
@@ -112,15 +112,15 @@ def sample_blocks(
 
 @triton.jit(do_not_specialize=_VARYING)
 def quantize_blocks(
-    q, k, v, keys, key_counts, cos_q, sin_q, cos_k, sin_k, flags, k_constant, v_constant,
+    q, k, v, keys, key_counts, cos_q, sin_q, cos_k, sin_k, weight_q, weight_k, flags, k_constant, v_constant,
     q_out, k_out, v_out, q_scale, k_scale, v_scale, lse_shift,
     batch, heads, kv_heads, q_len, kv_len,
     q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d,
     turn_q_b, turn_q_h, turn_q_s, turn_q_d, turn_k_b, turn_k_h, turn_k_s, turn_k_d,
-    flag_b, flag_h, flag_s, factor, qk_max,
+    eps_q, eps_k, flag_b, flag_h, flag_s, factor, qk_max,
     UNIT: tl.constexpr, DENSE: tl.constexpr, TURN_UNIT: tl.constexpr, TURN_DENSE: tl.constexpr,
     D: tl.constexpr, LANES: tl.constexpr, D_V: tl.constexpr, LANES_V: tl.constexpr,
-    ROPE: tl.constexpr, ROTARY: tl.constexpr, HADAMARD_QK: tl.constexpr, HADAMARD_V: tl.constexpr,
+    ROPE: tl.constexpr, ROTARY: tl.constexpr, NORM: tl.constexpr, HADAMARD_QK: tl.constexpr, HADAMARD_V: tl.constexpr,
     D_OUT: tl.constexpr, D_V_OUT: tl.constexpr, PACKED: tl.constexpr,
     BLOCK: tl.constexpr, OVERLAPS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -145,8 +145,8 @@ def quantize_blocks(
         used = rows < q_len
         low, high = _qk_tile(
             q + (b * q_b + h * q_h) * UNIT, rows, used, q_s, q_d,
-            cos_q, sin_q, b, h, turn_q_b, turn_q_h, turn_q_s, turn_q_d,
-            UNIT, DENSE, TURN_UNIT, TURN_DENSE, D, HALF, ROPE, ROTARY, HADAMARD_QK,
+            weight_q, eps_q, cos_q, sin_q, b, h, turn_q_b, turn_q_h, turn_q_s, turn_q_d,
+            UNIT, DENSE, TURN_UNIT, TURN_DENSE, D, HALF, NORM, ROPE, ROTARY, HADAMARD_QK,
         )  # fmt: skip
         low, high = low * factor, high * factor
         if lse_shift is not None:
@@ -168,8 +168,8 @@ def quantize_blocks(
         tokens, used = _used(keys, key_counts, flags, b, h, kv_len, rows, flag_b, flag_h, flag_s, PACKED)
         low, high = _qk_tile(
             k + (b * k_b + h * k_h) * UNIT, tokens, used, k_s, k_d,
-            cos_k, sin_k, b, h, turn_k_b, turn_k_h, turn_k_s, turn_k_d,
-            UNIT, DENSE, TURN_UNIT, TURN_DENSE, D, HALF, ROPE, ROTARY, HADAMARD_QK,
+            weight_k, eps_k, cos_k, sin_k, b, h, turn_k_b, turn_k_h, turn_k_s, turn_k_d,
+            UNIT, DENSE, TURN_UNIT, TURN_DENSE, D, HALF, NORM, ROPE, ROTARY, HADAMARD_QK,
         )  # fmt: skip
         if OVERLAPS:
             tl.extra.cuda.gdc_wait()
@@ -238,18 +238,19 @@ def _round_rows(low, high, largest, spoiled, qk_max, DTYPE: tl.constexpr, INTERP
 
 @triton.jit
 def _qk_tile(
-    x, tokens, used, stride_s, stride_d, cos, sin, b, h, turn_b, turn_h, turn_s, turn_d,
+    x, tokens, used, stride_s, stride_d, weight, eps, cos, sin, b, h, turn_b, turn_h, turn_s, turn_d,
     UNIT: tl.constexpr, DENSE: tl.constexpr, TURN_UNIT: tl.constexpr, TURN_DENSE: tl.constexpr,
-    D: tl.constexpr, HALF: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr, HADAMARD: tl.constexpr,
+    D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr,
+    HADAMARD: tl.constexpr,
 ):  # fmt: skip
-    """Tokens of a head of q or k, rotated and transformed: two float32 tensors [BLOCK, HALF]."""
+    """Tokens of a head of q or k, normalized, rotated and transformed: two float32 tensors [BLOCK, HALF]."""
     stride_s, stride_d = stride_s * UNIT, 1 if DENSE else stride_d
     low, high = load_tile(x, tokens, used, stride_s, stride_d, D, HALF)
     return transform_tile(
-        low, high, x, tokens, used, stride_s, stride_d,
+        low, high, x, tokens, used, stride_s, stride_d, weight, eps,
         None if ROPE == NO_ROPE else cos + (b * turn_b + h * turn_h) * TURN_UNIT,
         None if ROPE == NO_ROPE else sin + (b * turn_b + h * turn_h) * TURN_UNIT,
-        turn_s * TURN_UNIT, 1 if TURN_DENSE else turn_d, True, True, D, HALF, ROPE, ROTARY, HADAMARD,
+        turn_s * TURN_UNIT, 1 if TURN_DENSE else turn_d, True, True, D, HALF, NORM, ROPE, ROTARY, HADAMARD,
     )  # fmt: skip
 
 
@@ -262,8 +263,9 @@ def _v_tile(
     stride_s, stride_d = stride_s * UNIT, 1 if DENSE else stride_d
     low, high = load_tile(x, tokens, used, stride_s, stride_d, D, HALF)
     return transform_tile(
-        low, high, x, tokens, used, stride_s, stride_d, None, None, 0, 1, False, True, D, HALF, NO_ROPE, 0, HADAMARD
-    )
+        low, high, x, tokens, used, stride_s, stride_d, None, 0.0, None, None, 0, 1, False, True,
+        D, HALF, False, NO_ROPE, 0, HADAMARD,
+    )  # fmt: skip
 
 
 @triton.jit

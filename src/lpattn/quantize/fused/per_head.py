@@ -34,18 +34,18 @@ V_FLOOR = tl.constexpr(2.0**-126)
 VARYING = [
     "batch", "heads", "kv_heads", "q_len", "kv_len", "q_parts", "k_parts", "v_parts", "each", "factor",
     "q_b", "q_h", "q_s", "q_d", "k_b", "k_h", "k_s", "k_d", "v_b", "v_h", "v_s", "v_d",
-    "turn_q_b", "turn_q_h", "turn_q_s", "turn_q_d", "turn_k_b", "turn_k_h", "turn_k_s", "turn_k_d",
+    "turn_q_b", "turn_q_h", "turn_q_s", "turn_q_d", "turn_k_b", "turn_k_h", "turn_k_s", "turn_k_d", "eps_q", "eps_k",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=VARYING)
 def sample_heads(
-    q, k, v, keys, key_counts, cos_q, sin_q, cos_k, sin_k, buffer,
+    q, k, v, keys, key_counts, cos_q, sin_q, cos_k, sin_k, weight_q, weight_k, buffer,
     batch, heads, kv_heads, q_len, kv_len, q_parts, k_parts, v_parts,
     q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d,
-    turn_q_b, turn_q_h, turn_q_s, turn_q_d, turn_k_b, turn_k_h, turn_k_s, turn_k_d,
+    turn_q_b, turn_q_h, turn_q_s, turn_q_d, turn_k_b, turn_k_h, turn_k_s, turn_k_d, eps_q, eps_k,
     UNIT: tl.constexpr, DENSE: tl.constexpr, TURN_UNIT: tl.constexpr, TURN_DENSE: tl.constexpr,
-    D: tl.constexpr, LANES: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr,
+    D: tl.constexpr, LANES: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr, NORM: tl.constexpr,
     HADAMARD_QK: tl.constexpr, HADAMARD_V: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Sample all heads: one program per part of a head of q, then of k, then of v. It also clears the counters.
@@ -64,6 +64,7 @@ def sample_heads(
     # The tensor that the program reads, and which part of which head.
     x, stride_b, stride_h, stride_s, stride_d = q, q_b, q_h, q_s, q_d
     cos, sin, turn_b, turn_h, turn_s, turn_d = cos_q, sin_q, turn_q_b, turn_q_h, turn_q_s, turn_q_d
+    norm_weight, eps = weight_q, eps_q
     index, parts, in_batch, length, least, which = program, q_parts, heads, q_len, FEW, 0
     if program >= kv_all:
         x, stride_b, stride_h, stride_s, stride_d = v, v_b, v_h, v_s, v_d
@@ -72,6 +73,7 @@ def sample_heads(
     elif program >= q_all:
         x, stride_b, stride_h, stride_s, stride_d = k, k_b, k_h, k_s, k_d
         cos, sin, turn_b, turn_h, turn_s, turn_d = cos_k, sin_k, turn_k_b, turn_k_h, turn_k_s, turn_k_d
+        norm_weight, eps = weight_k, eps_k
         index, parts, in_batch, length, least, which = program - q_all, k_parts, kv_heads, kv_len, FEW, 1
     part, row = index % parts, index // parts
     b, h = (row // in_batch).to(tl.int64), (row % in_batch).to(tl.int64)
@@ -91,28 +93,30 @@ def sample_heads(
     stride_s, stride_d = stride_s * UNIT, 1 if DENSE else stride_d
     turn_s, turn_d = turn_s * TURN_UNIT, 1 if TURN_DENSE else turn_d
     # A branch within the loop over the tokens would keep it from loading ahead.
-    if (ROPE != NO_ROPE) | (HADAMARD_QK != HADAMARD_V):
+    if (ROPE != NO_ROPE) | (HADAMARD_QK != HADAMARD_V) | NORM:
         if which == 2:
             _sample_part(
-                x, keys, None, None, scalars, sums, which, part, each, b, kv_len, length, least,
-                stride_s, stride_d, turn_s, turn_d, D, HALF, NO_ROPE, 0, HADAMARD_V,
+                x, keys, None, 0.0, None, None, scalars, sums, which, part, each, b, kv_len, length, least,
+                stride_s, stride_d, turn_s, turn_d, D, HALF, False, NO_ROPE, 0, HADAMARD_V,
             )  # fmt: skip
         else:
             _sample_part(
-                x, keys, cos, sin, scalars, sums, which, part, each, b, kv_len, length, least,
-                stride_s, stride_d, turn_s, turn_d, D, HALF, ROPE, ROTARY, HADAMARD_QK,
+                x, keys, norm_weight, eps, cos, sin, scalars, sums, which, part, each, b, kv_len, length, least,
+                stride_s, stride_d, turn_s, turn_d, D, HALF, NORM, ROPE, ROTARY, HADAMARD_QK,
             )  # fmt: skip
     else:
         _sample_part(
-            x, keys, None, None, scalars, sums, which, part, each, b, kv_len, length, least,
-            stride_s, stride_d, turn_s, turn_d, D, HALF, NO_ROPE, 0, HADAMARD_V,
+            x, keys, None, 0.0, None, None, scalars, sums, which, part, each, b, kv_len, length, least,
+            stride_s, stride_d, turn_s, turn_d, D, HALF, False, NO_ROPE, 0, HADAMARD_V,
         )  # fmt: skip
 
 
 @triton.jit
 def _sample_part(
-    x, keys, cos, sin, scalars, sums, which, part, each, b, kv_len, length, least, stride_s, stride_d, turn_s, turn_d,
-    D: tl.constexpr, HALF: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr, HADAMARD: tl.constexpr,
+    x, keys, norm_weight, eps, cos, sin, scalars, sums, which, part, each, b, kv_len, length, least,
+    stride_s, stride_d, turn_s, turn_d,
+    D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr,
+    HADAMARD: tl.constexpr,
 ):  # fmt: skip
     """Sample tokens ``part * each`` and on of a head, whose token 0 is at x, cos and sin."""
     size = sample_size(length, least)
@@ -131,8 +135,8 @@ def _sample_part(
                 tokens = tl.load(keys + b * kv_len + tokens, mask=used, other=0).to(tl.int64)
         low, high = load_tile(x, tokens, used, stride_s, stride_d, D, HALF)
         low, high = transform_tile(
-            low, high, x, tokens, used, stride_s, stride_d, cos, sin, turn_s, turn_d, True, True,
-            D, HALF, ROPE, ROTARY, HADAMARD,
+            low, high, x, tokens, used, stride_s, stride_d, norm_weight, eps, cos, sin, turn_s, turn_d, True, True,
+            D, HALF, NORM, ROPE, ROTARY, HADAMARD,
         )  # fmt: skip
         low = tl.where(tl.abs(low) < float("inf"), low, 0.0)
         high = tl.where(tl.abs(high) < float("inf"), high, 0.0)
@@ -149,12 +153,12 @@ def _sample_part(
 
 @triton.jit(do_not_specialize=VARYING)
 def quantize_heads(
-    q, k, v, keys, key_counts, cos_q, sin_q, cos_k, sin_k, buffer, q_out, k_out, v_out, lse_shift,
+    q, k, v, keys, key_counts, cos_q, sin_q, cos_k, sin_k, weight_q, weight_k, buffer, q_out, k_out, v_out, lse_shift,
     batch, heads, kv_heads, q_len, kv_len, q_parts, k_parts, v_parts,
     q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d,
-    turn_q_b, turn_q_h, turn_q_s, turn_q_d, turn_k_b, turn_k_h, turn_k_s, turn_k_d, each, factor,
+    turn_q_b, turn_q_h, turn_q_s, turn_q_d, turn_k_b, turn_k_h, turn_k_s, turn_k_d, eps_q, eps_k, each, factor,
     UNIT: tl.constexpr, DENSE: tl.constexpr, TURN_UNIT: tl.constexpr, TURN_DENSE: tl.constexpr,
-    D: tl.constexpr, LANES: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr,
+    D: tl.constexpr, LANES: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr, NORM: tl.constexpr,
     HADAMARD_QK: tl.constexpr, HADAMARD_V: tl.constexpr,
     TOKENS: tl.constexpr, Q_ROWS: tl.constexpr, OVERLAPS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -171,6 +175,7 @@ def quantize_heads(
     # The tensor that the program reads, and which tile of which head.
     x, out, stride_b, stride_h, stride_s, stride_d = q, q_out, q_b, q_h, q_s, q_d
     cos, sin, turn_b, turn_h, turn_s, turn_d = cos_q, sin_q, turn_q_b, turn_q_h, turn_q_s, turn_q_d
+    norm_weight, eps = weight_q, eps_q
     index, in_batch, length, least, which, floor = program, heads, q_len, FEW, 0, QK_FLOOR
     if program >= q_all + kv_all:
         x, out, stride_b, stride_h, stride_s, stride_d = v, v_out, v_b, v_h, v_s, v_d
@@ -179,6 +184,7 @@ def quantize_heads(
     elif program >= q_all:
         x, out, stride_b, stride_h, stride_s, stride_d = k, k_out, k_b, k_h, k_s, k_d
         cos, sin, turn_b, turn_h, turn_s, turn_d = cos_k, sin_k, turn_k_b, turn_k_h, turn_k_s, turn_k_d
+        norm_weight, eps = weight_k, eps_k
         index, in_batch, length, least, which = program - q_all, kv_heads, kv_len, FEW, 1
     factor = tl.where(which == 0, factor, 1.0)
     room = length
@@ -190,37 +196,37 @@ def quantize_heads(
     out += b * in_batch * room * D
     stride_h, stride_s, stride_d = stride_h * UNIT, stride_s * UNIT, 1 if DENSE else stride_d
     # A branch within the loop over the tiles would keep it from loading ahead.
-    if (ROPE != NO_ROPE) | (HADAMARD_QK != HADAMARD_V):
+    if (ROPE != NO_ROPE) | (HADAMARD_QK != HADAMARD_V) | NORM:
         if which == 2:
             _quantize_tiles(
-                x, out, keys, None, None, buffer, lse_shift, which, index, b, length, room, least, floor,
+                x, out, keys, None, 0.0, None, None, buffer, lse_shift, which, index, b, length, room, least, floor,
                 batch, heads, kv_heads, in_batch, q_len, kv_len, q_parts, k_parts, v_parts,
                 stride_h, stride_s, stride_d, turn_b, turn_h, turn_s, turn_d, each, factor, key_counts,
-                TURN_UNIT, TURN_DENSE, D, LANES, NO_ROPE, 0, HADAMARD_V, TOKENS, Q_ROWS, OVERLAPS, INTERPRETED,
+                TURN_UNIT, TURN_DENSE, D, LANES, False, NO_ROPE, 0, HADAMARD_V, TOKENS, Q_ROWS, OVERLAPS, INTERPRETED,
             )  # fmt: skip
         else:
             _quantize_tiles(
-                x, out, keys, cos, sin, buffer, lse_shift, which, index, b, length, room, least, floor,
-                batch, heads, kv_heads, in_batch, q_len, kv_len, q_parts, k_parts, v_parts,
+                x, out, keys, norm_weight, eps, cos, sin, buffer, lse_shift, which, index, b, length, room, least,
+                floor, batch, heads, kv_heads, in_batch, q_len, kv_len, q_parts, k_parts, v_parts,
                 stride_h, stride_s, stride_d, turn_b, turn_h, turn_s, turn_d, each, factor, key_counts,
-                TURN_UNIT, TURN_DENSE, D, LANES, ROPE, ROTARY, HADAMARD_QK, TOKENS, Q_ROWS, OVERLAPS, INTERPRETED,
+                TURN_UNIT, TURN_DENSE, D, LANES, NORM, ROPE, ROTARY, HADAMARD_QK, TOKENS, Q_ROWS, OVERLAPS, INTERPRETED,
             )  # fmt: skip
     else:
         _quantize_tiles(
-            x, out, keys, None, None, buffer, lse_shift, which, index, b, length, room, least, floor,
+            x, out, keys, None, 0.0, None, None, buffer, lse_shift, which, index, b, length, room, least, floor,
             batch, heads, kv_heads, in_batch, q_len, kv_len, q_parts, k_parts, v_parts,
             stride_h, stride_s, stride_d, turn_b, turn_h, turn_s, turn_d, each, factor, key_counts,
-            TURN_UNIT, TURN_DENSE, D, LANES, NO_ROPE, 0, HADAMARD_V, TOKENS, Q_ROWS, OVERLAPS, INTERPRETED,
+            TURN_UNIT, TURN_DENSE, D, LANES, False, NO_ROPE, 0, HADAMARD_V, TOKENS, Q_ROWS, OVERLAPS, INTERPRETED,
         )  # fmt: skip
 
 
 @triton.jit
 def _quantize_tiles(
-    x, out, keys, cos, sin, buffer, lse_shift, which, index, b, length, room, least, floor,
+    x, out, keys, norm_weight, eps, cos, sin, buffer, lse_shift, which, index, b, length, room, least, floor,
     batch, heads, kv_heads, in_batch, q_len, kv_len, q_parts, k_parts, v_parts,
     stride_h, stride_s, stride_d, turn_b, turn_h, turn_s, turn_d, each, factor, key_counts,
     TURN_UNIT: tl.constexpr, TURN_DENSE: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr,
-    ROPE: tl.constexpr, ROTARY: tl.constexpr, HADAMARD: tl.constexpr,
+    NORM: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr, HADAMARD: tl.constexpr,
     TOKENS: tl.constexpr, Q_ROWS: tl.constexpr, OVERLAPS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Quantize the ``index``-th chunk of tiles of a tensor; x and out are at batch entry b of it.
@@ -296,10 +302,10 @@ def _quantize_tiles(
             used = rows < length
             tokens = _tokens(keys, which, b, kv_len, rows, used)
             low, high = transform_tile(
-                low, high, x + head * stride_h, tokens, used, stride_s, stride_d,
+                low, high, x + head * stride_h, tokens, used, stride_s, stride_d, norm_weight, eps,
                 None if ROPE == NO_ROPE else cos + (b * turn_b + head * turn_h) * TURN_UNIT,
                 None if ROPE == NO_ROPE else sin + (b * turn_b + head * turn_h) * TURN_UNIT,
-                turn_s * TURN_UNIT, 1 if TURN_DENSE else turn_d, True, True, D, HALF, ROPE, ROTARY, HADAMARD,
+                turn_s * TURN_UNIT, 1 if TURN_DENSE else turn_d, True, True, D, HALF, NORM, ROPE, ROTARY, HADAMARD,
             )  # fmt: skip
             if lse_shift is not None:
                 products = tl.sum(low * low_k[None, :] + high * high_k[None, :], 1) * factor

@@ -36,21 +36,31 @@ def load_tile(x, rows, used, stride_s, stride_d, D: tl.constexpr, HALF: tl.const
 
 @triton.jit
 def transform_tile(
-    low, high, x, rows, used, stride_s, stride_d, cos, sin, cos_s, cos_d, turns, transforms,
-    D: tl.constexpr, HALF: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr, HADAMARD: tl.constexpr,
+    low, high, x, rows, used, stride_s, stride_d, weight, eps, cos, sin, cos_s, cos_d, turns, transforms,
+    D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr,
+    HADAMARD: tl.constexpr,
 ):  # fmt: skip
-    """Rotate and Hadamard-transform a loaded tile: two float32 tensors [TOKENS, HALF].
+    """Normalize, rotate and Hadamard-transform a loaded tile: two float32 tensors [TOKENS, HALF].
 
     Args:
         low, high, x, rows, used, stride_s, stride_d: of :func:`load_tile`.
+        weight, eps: of the norm, where NORM compiles it. A negative eps leaves the rows as they are; weight may be
+            None.
         cos, sin: at token 0 of this (batch, head).
         turns, transforms: whether this tensor is rotated and transformed, where ROPE and HADAMARD compile that.
     """
     dtype: tl.constexpr = low.dtype
     low, high = low.to(tl.float32), high.to(tl.float32)
+    lanes = tl.arange(0, HALF)
+    inverse = None
+    if NORM:
+        # Lanes past D are zeros.
+        mean_square = tl.sum(low * low + high * high, 1) * (1.0 / D)
+        inverse = tl.where(eps < 0.0, 1.0, tl.rsqrt(mean_square + eps))[:, None]
+        low = _weighted(low, weight, lanes, lanes < D)
+        high = _weighted(high, weight, lanes + HALF, lanes < D - HALF)
     if ROPE != NO_ROPE:
         if turns:
-            lanes = tl.arange(0, HALF)
             turn = rows[:, None].to(tl.int64) * cos_s + lanes[None, :] * cos_d
             low_turns = used[:, None] & (lanes < ROTARY)[None, :]
             high_turns = used[:, None] & (lanes < ROTARY - HALF)[None, :]
@@ -64,14 +74,27 @@ def transform_tile(
                 turned_low, turned_high = _swap_pairs(low), _swap_pairs(high)
             else:
                 start = x + rows[:, None].to(tl.int64) * stride_s
-                turned_low = _partner(start, lanes, low_turns, stride_d, ROTARY)
-                turned_high = _partner(start, lanes + HALF, high_turns, stride_d, ROTARY)
+                turned_low = _partner(start, lanes, low_turns, stride_d, weight, NORM, ROTARY)
+                turned_high = _partner(start, lanes + HALF, high_turns, stride_d, weight, NORM, ROTARY)
             low = low * cos_low + turned_low * sin_low
             high = high * cos_high + turned_high * sin_high
+    if NORM:
+        # One number per row: after the rotation it is the same, and there are fewer values to keep in registers.
+        low, high = low * inverse, high * inverse
     if HADAMARD:
         if transforms:
             low, high = hadamard(low, high, dtype, HALF)
     return low, high
+
+
+@triton.jit
+def _weighted(x, weight, lanes, there):
+    """The ``lanes`` [HALF] of rows [TOKENS, HALF], times a weight each where there is one."""
+    if weight is not None:
+        # One load per element, as for tables: those of a row alone would go through shared memory to where x is.
+        at = weight + tl.zeros_like(x).to(tl.int32) + lanes[None, :]
+        x = x * tl.load(at, mask=there[None, :], other=0.0).to(tl.float32)
+    return x
 
 
 @triton.jit
@@ -82,11 +105,13 @@ def _swap_pairs(x):
 
 
 @triton.jit
-def _partner(start, lanes, turns, stride_d, ROTARY: tl.constexpr):
+def _partner(start, lanes, turns, stride_d, weight, NORM: tl.constexpr, ROTARY: tl.constexpr):
     """The lane that the half-split rotation turns each lane towards, with its sign."""
     first = lanes < ROTARY // 2
     partner = tl.where(first, lanes + ROTARY // 2, lanes - ROTARY // 2)
     x = tl.load(start + partner[None, :] * stride_d, mask=turns, other=0.0).to(tl.float32)
+    if NORM:
+        x = _weighted(x, weight, partner, (partner >= 0) & (partner < ROTARY))
     return tl.where(first[None, :], -x, x)
 
 

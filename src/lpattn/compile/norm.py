@@ -1,0 +1,293 @@
+"""Proves that what is rotated is an RMS norm of an earlier tensor over the lanes of each head, or says what it is.
+
+A norm is a product: of the tensor before it, of one number per row, and of a weight per lane. The number is read off
+the graph as one over the root of a mean of squares plus a constant. That it is of the very row that it scales, and that
+the weight is the same for all tokens and heads, is shown by where sampled elements come from, as for rotations.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from lpattn.compile.linear import PullBack, args_of, constant_of, is_transparent, is_view
+from lpattn.compile.proof import constants_of, dependents, rows_to_look_at
+from lpattn.compile.rotation import Rotation, read_order
+from lpattn.compile.sizes import Sizes, value_of
+from lpattn.compile.tables import Extent, Place
+from lpattn.compile.terms import Points, RefusedError, ravel
+
+aten = torch.ops.aten
+
+_MAX_ANCESTORS = 40
+_SUMS = (aten.add.Tensor, aten.add.Scalar)
+_PRODUCTS = (aten.mul.Tensor, aten.div.Tensor)
+_ROOTS = (aten.rsqrt.default, aten.sqrt.default)
+_POINTWISE = (
+    *_SUMS,
+    *_PRODUCTS,
+    *_ROOTS,
+    aten.sub.Tensor,
+    aten.pow.Tensor_Scalar,
+    aten.reciprocal.default,
+    aten.mean.dim,
+    aten.var_mean.correction,
+)
+
+
+@dataclass(frozen=True)
+class Normalized:
+    """What was proven of the source of a rotation.
+
+    Attributes:
+        source: the tensor before the norm, in the dtype of what it makes.
+        order: how its elements, read as contiguous, hold [B, S, H, D].
+        eps: what is added to the mean square.
+        weight: a tensor of D elements; None is ones.
+    """
+
+    source: fx.Node
+    order: tuple[int, ...]
+    eps: float
+    weight: fx.Node | None
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One product of the chain: ``node = carrier * factor``, or divided by it."""
+
+    node: fx.Node
+    carrier: fx.Node
+    factor: fx.Node
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """The factor of a row, followed back to the squares.
+
+    Attributes:
+        hops: stretches of views on the way from the factor to the mean: (begin, end). Between the end of one and the
+            beginning of the next, elements stay where they are.
+        squared: the tensor whose squares the mean is of.
+        eps: what is added to the mean.
+    """
+
+    hops: tuple[tuple[fx.Node, fx.Node], ...]
+    squared: fx.Node
+    eps: float
+
+
+def prove_norm(
+    call: fx.Node, operand: fx.Node, rotations: Sequence[Rotation], sizes: Sequence[Sizes]
+) -> Normalized | None:
+    """The norm in front of a rotation; None where there is none.
+
+    Args:
+        call: the attention operator.
+        operand: its q or k, [B, H, S, D].
+        rotations: what was proven of the operand.
+        sizes: assignments of symbolic sizes; what is proven holds at all of them.
+
+    Raises:
+        RefusedError: there is a root in front of the rotation, and it is no norm that could be fused.
+    """
+    if not any(_has_root(rotation.source) for rotation in rotations):
+        return None
+    if len(rotations) > 1:
+        raise RefusedError("streams of tokens are normalized and rotated apart, and then put together")
+    rotation = rotations[0]
+    steps, source = _steps(rotation.source)
+    scale = _scale(steps[-1])
+    weights = [step.factor for step in steps[:-1]]
+    inside = dependents(operand, source)
+    for node in inside:
+        for user in node.users:
+            if user not in inside and user is not call and user.target is not aten.sym_size.int:
+                raise RefusedError(f"{node.name} is needed for something else, too")
+    for weight in weights:
+        if weight in inside or weight is source:
+            raise RefusedError(
+                f"{weight.name}, by which {steps[0].node.name} multiplies, depends on what is normalized"
+            )
+    if len(weights) > 1:
+        raise RefusedError(f"{steps[0].node.name} multiplies by a second weight")
+    orders = {_check(operand, rotation, steps, scale, source, s) for s in sizes}
+    if len(orders) > 1:
+        raise RefusedError(f"{source.name} lies in another order at other lengths")
+    return Normalized(source, orders.pop(), scale.eps, weights[0] if weights else None)
+
+
+def is_of_norm(node: fx.Node) -> bool:
+    """Whether a node computes what norms consist of; nothing is lost with it where nothing reads it."""
+    return node.target in _POINTWISE
+
+
+def _has_root(node: fx.Node) -> bool:
+    """Whether a root lies in front of a node, with no product of matrices in between."""
+    seen, queue = {node}, deque([node])
+    while queue and len(seen) < _MAX_ANCESTORS:
+        current = queue.popleft()
+        if _exponent(current) is not None:
+            return True
+        if is_transparent(current) or is_of_norm(current):
+            queue += [n for n in current.all_input_nodes if n not in seen]
+            seen.update(current.all_input_nodes)
+    return False
+
+
+def _exponent(node: fx.Node) -> float | None:
+    """0.5 or -0.5 where a node takes that power of its first argument."""
+    if node.target in _ROOTS:
+        return -0.5 if node.target is aten.rsqrt.default else 0.5
+    if node.target is aten.pow.Tensor_Scalar and args_of(node)[1] in (0.5, -0.5):
+        return float(args_of(node)[1])
+    return None
+
+
+def _behind_views(node: fx.Node) -> fx.Node:
+    """What a node is a view or a cast of."""
+    while is_view(node):
+        node = args_of(node)[0]
+    return node
+
+
+def _steps(normalized: fx.Node) -> tuple[list[_Step], fx.Node]:
+    """The products that a normalized tensor is made by, nearest first, and what the last one began with."""
+    dtype, steps, node = value_of(normalized).dtype, [], _behind_views(normalized)
+    while True:
+        if node.target is aten.cat.default:
+            raise RefusedError(f"{node.name} puts streams of tokens together that are normalized apart")
+        if node.target not in _PRODUCTS:
+            raise RefusedError(f"{node.name} ({node.target}) is no product of a tensor and its scale")
+        left, right = args_of(node)[:2]
+        for argument in (left, right):
+            if not isinstance(argument, fx.Node):
+                raise RefusedError(f"{node.name} scales by {argument}")
+        divides = node.target is aten.div.Tensor
+        if _is_scale(right, divides):
+            steps.append(_Step(node, left, right))
+            break
+        if not divides and _is_scale(left, False):
+            steps.append(_Step(node, right, left))
+            break
+        if divides or _has_root(left) == _has_root(right):
+            raise RefusedError(f"{node.name} is no product of a tensor and its scale")
+        carrier, factor = (left, right) if _has_root(left) else (right, left)
+        steps.append(_Step(node, carrier, factor))
+        node = _behind_views(carrier)
+    source = steps[-1].carrier
+    while value_of(source).dtype != dtype:
+        if not is_view(source):
+            raise RefusedError(f"{source.name} is {value_of(source).dtype}, and what is rotated is {dtype}")
+        source = args_of(source)[0]
+    return steps, source
+
+
+def _is_scale(factor: fx.Node, divides: bool) -> bool:
+    """Whether a factor is one over a root; or a divisor the root."""
+    node = _behind_views(factor)
+    if not divides and node.target is aten.reciprocal.default:
+        node, divides = _behind_views(args_of(node)[0]), True
+    return _exponent(node) == (0.5 if divides else -0.5)
+
+
+def _scale(step: _Step) -> _Scale:
+    """Follow the factor of a row back to the squares."""
+    hops = []
+
+    def hop(node: fx.Node) -> fx.Node:
+        end = _behind_views(node)
+        hops.append((node, end))
+        return end
+
+    node = hop(step.factor)
+    if node.target is aten.reciprocal.default:
+        node = hop(args_of(node)[0])
+    node, eps = hop(args_of(node)[0]), 0.0
+    if node.target in _SUMS:
+        left, right = args_of(node)[:2]
+        mean, constant = (left, right) if constant_of(left) is None else (right, left)
+        number = constant_of(constant)
+        if number is None or not isinstance(mean, fx.Node):
+            raise RefusedError(f"{node.name} adds two tensors under the root: no number for eps")
+        eps = number * (float(node.kwargs.get("alpha", 1)) if constant is right else 1.0)  # type: ignore[arg-type]
+        node = hop(mean)
+    if not 0.0 <= eps < float("inf"):
+        raise RefusedError(f"{eps} is added under the root")
+    if node.target is not aten.mean.dim:
+        raise RefusedError(f"{node.name} ({node.target}), of which the root is taken, is no mean of squares")
+    square = args_of(node)[0]
+    axes = {int(axis) % value_of(square).dim() for axis in args_of(node)[1] or ()}
+    if axes != {value_of(square).dim() - 1}:
+        raise RefusedError(f"{node.name} is the mean over dimensions {sorted(axes)}, not over the last one")
+    arguments = args_of(square)
+    by_itself = square.target is aten.mul.Tensor and arguments[0] is arguments[1]
+    if not by_itself and not (square.target is aten.pow.Tensor_Scalar and arguments[1] == 2):
+        raise RefusedError(f"{square.name} ({square.target}), of which the mean is taken, is no square")
+    return _Scale(tuple(hops), arguments[0], eps)
+
+
+def _check(
+    operand: fx.Node, rotation: Rotation, steps: Sequence[_Step], scale: _Scale, source: fx.Node, sizes: Sizes
+) -> tuple[int, ...]:
+    """Follow sampled elements of what is rotated: the order of [B, S, H, D] in the source.
+
+    Raises:
+        RefusedError: some element is scaled by another row's number, or by another lane's weight.
+    """
+    batch, heads, rows, dim = sizes.shape(operand)
+    heads //= rotation.groups
+    if (width := sizes.shape(scale.squared)[-1]) != dim:
+        raise RefusedError(f"{scale.squared.name} is normalized over {width} elements; a head has {dim}")
+    for node in (rotation.source, source):
+        if torch.Size(sizes.shape(node)).numel() != batch * heads * rows * dim:
+            raise RefusedError(f"{source.name} is not all of what is normalized")
+    constants = constants_of(dependents(rotation.source, source), sizes)
+    triples = rows_to_look_at(batch, heads, rows, 1, constants)
+    lanes = torch.arange(dim, device="cpu").repeat(len(triples))
+    b, h, s = (c.repeat_interleave(dim) for c in torch.tensor(triples, device="cpu").unbind(1))
+    place = Place(b, s, h, lanes)
+    extents, coordinates = (batch, rows, heads, dim), (b, s, h, lanes)
+    at = ravel([coordinates[o] for o in rotation.order], tuple(extents[o] for o in rotation.order))
+
+    node, of_row = rotation.source, None
+    for step in steps:
+        at = _followed(node, step.node, at, sizes)
+        of_factor = PullBack(step.node, set(), sizes).broadcast(at, step.node, step.factor)
+        if step is steps[-1]:
+            of_row = of_factor
+        elif torch.Size(sizes.shape(step.factor)).numel() != dim or not torch.equal(of_factor, lanes):
+            raise RefusedError(f"{step.factor.name}, by which {step.node.name} multiplies, is no weight of a lane")
+        at, node = PullBack(step.node, set(), sizes).broadcast(at, step.node, step.carrier), step.carrier
+    at = _followed(node, source, at, sizes)
+
+    assert of_row is not None
+    for begin, end in scale.hops:
+        of_row = _followed(begin, end, of_row, sizes)
+    squared = _followed(scale.squared, source, of_row * dim + lanes, sizes)
+    if not torch.equal(squared, at):
+        raise RefusedError(f"{steps[-1].node.name} scales a row by the root mean square of another one")
+    itself = PullBack(source, set(), sizes)(source, Points(torch.arange(at.numel(), device="cpu"), at))
+    order, lane = read_order(itself, place, Extent(batch, rows, heads, dim), place.head)
+    if not torch.equal(lane, lanes):
+        raise RefusedError(f"lanes change places between {source.name} and the rotation")
+    return order
+
+
+def _followed(begin: fx.Node, end: fx.Node, at: torch.Tensor, sizes: Sizes) -> torch.Tensor:
+    """Where in an earlier node elements of a view of it are; flat indices."""
+    if begin is end:
+        return at
+    try:
+        terms = PullBack(end, dependents(begin, end), sizes)(begin, Points(torch.arange(at.numel(), device="cpu"), at))
+    except RefusedError as refused:
+        raise RefusedError(f"{begin.name} is no view of {end.name}") from refused
+    order = terms.sample.argsort()
+    same = torch.equal(terms.sample[order], torch.arange(at.numel(), device="cpu"))
+    if not same or bool((terms.factor != 1.0).any()) or bool((terms.leaf >= 0).any()):
+        raise RefusedError(f"{begin.name} is no view of {end.name}")
+    return terms.index[order]

@@ -1,0 +1,409 @@
+"""RMS norms of q and k in front of a rotation, and what is nearly one: fused where proven, the right numbers always."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lpattn
+
+B, H, HKV, S, D = 2, 4, 2, 12, 16
+EPS = 1e-5
+
+
+def rotate(x, cos, sin):
+    turned = torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), -1)
+    return (x * cos + turned * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Normalizes q and k, rotates them, and attends. ``also`` is given the normalized k and v, and gives v."""
+
+    def __init__(self, q, k=None, also=lambda k, v: v):
+        super().__init__()
+        self.q, self.k, self.also = q, k or q, also
+
+    def forward(self, q, k, v, cos, sin, *weights):
+        q, k = self.q(q, weights[0]), self.k(k, weights[1])
+        v = self.also(k, v)
+        return F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, enable_gqa=True)
+
+
+def make(length=S, dtype=torch.float32):
+    """q, k, v [B, H, S, D] with tokens of different size, cos, sin, and a weight for each of q and k."""
+    size = torch.logspace(-0.5, 0.5, length)[:, None]
+    qkv = [(torch.randn(B, h, length, D) * size).to(dtype) for h in (H, HKV, HKV)]
+    angle = torch.arange(length)[:, None] * 10.0 ** -(torch.arange(D // 2) / (D // 2))
+    angle = torch.cat((angle, angle), -1)
+    return [*qkv, angle.cos(), angle.sin(), *(1.5 + 0.5 * torch.randn(2, D)).to(dtype).unbind()]
+
+
+def inverse(x, eps=EPS, dim=-1):
+    return torch.rsqrt(x.pow(2).mean(dim, keepdim=True) + eps)
+
+
+# Ways to write it
+
+
+def function(x, w):
+    return F.rms_norm(x, (D,), w, EPS)
+
+
+def llama(x, w):
+    wide = x.float()
+    return w * (wide * inverse(wide)).to(x.dtype)
+
+
+def gemma(x, w):
+    wide = x.float()
+    return (wide * inverse(wide) * (1.0 + w.float())).type_as(x)
+
+
+def powers(x, w):
+    return x * torch.pow(x.pow(2).mean(-1, keepdim=True) + EPS, -0.5) * w
+
+
+def divided(x, w):
+    return x / torch.sqrt(EPS + (x * x).mean(-1, keepdim=True)) * w
+
+
+def reciprocal(x, w):
+    return x * (x.square().mean(-1, keepdim=True) + EPS).sqrt().reciprocal() * w
+
+
+def unweighted(x, w):
+    return x * inverse(x)
+
+
+def without_eps(x, w):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True)) * w
+
+
+def heads_last(x, w):
+    return function(x.transpose(1, 2).contiguous(), w).transpose(1, 2)
+
+
+def of_rows(x, w):
+    rows = x.reshape(-1, D)
+    return (rows * torch.rsqrt(rows.pow(2).mean(1) + EPS).unsqueeze(1) * w.view(1, D)).view(x.shape)
+
+
+def other_eps(x, w):
+    return x * inverse(x, 0.3) * w
+
+
+def plain(x, w):
+    return x
+
+
+FUSED = {
+    name: (form,)
+    for name, form in {
+        "function": function,
+        "llama": llama,
+        "gemma": gemma,
+        "powers": powers,
+        "divided": divided,
+        "reciprocal": reciprocal,
+        "unweighted": unweighted,
+        "without_eps": without_eps,
+        "heads_last": heads_last,
+        "of_rows": of_rows,
+    }.items()
+} | {"each_its_own": (llama, other_eps)}
+
+
+@pytest.fixture
+def attend(spy, compiled, reasons):
+    """``attend(model, *inputs)``: eager and compiled outputs, and what the report says of the norm."""
+
+    def run(model, *inputs, dynamic=False):
+        want = model(*inputs)
+        lpattn.apply_low_precision_attention(model, "bf16_reference")
+        under = compiled(model, dynamic=None if dynamic else False)
+        for number, tensor in enumerate(inputs[:5] if dynamic else ()):
+            torch._dynamo.mark_dynamic(tensor, 2 if number < 3 else 0)
+        got = under(*inputs)
+        (norm,) = reasons(model, "norm").values()
+        assert (spy.norms[0] is not None) == (norm or "").startswith("fused")
+        if spy.norms[0] is not None:
+            spy.skewed = True
+            assert not torch.allclose(under(*inputs), want, rtol=1e-2, atol=1e-2), "these numbers would not show a bug"
+            del spy.norms[1:]
+        return want, got, norm
+
+    return run
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", FUSED)
+def test_fused(name, dynamic, attend, spy):
+    want, got, norm = attend(Attention(*FUSED[name]), *make(), dynamic=dynamic)
+    assert norm == "fused"
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+    (taken,) = spy.norms
+    eps = {"without_eps": (0.0, 0.0), "each_its_own": (EPS, 0.3)}.get(name, (EPS, EPS))
+    assert (taken.eps_q, taken.eps_k) == pytest.approx(eps)
+    assert (taken.weight_q is None) == (name == "unweighted")
+
+
+@pytest.mark.parametrize("form", [function, llama, gemma], ids=lambda form: form.__name__)
+def test_in_low_precision_it_is_rounded_less(form, attend, spy):
+    inputs = make(dtype=torch.bfloat16)
+    exact = Attention(form)(*(x.float() for x in inputs))
+    want, got, norm = attend(Attention(form), *inputs)
+    assert norm == "fused"
+    assert spy.shapes[0] == ((B, S, H, D), (B, S, HKV, D))
+    error, budget = ((x.float() - exact).square().mean().sqrt() for x in (got, want))
+    assert error < 1.2 * budget
+
+
+def test_one_of_two(attend, spy):
+    want, got, norm = attend(Attention(function, plain), *make())
+    assert norm == "fused in q"
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+    assert spy.norms[0].eps_k is None
+
+
+def test_none_is_not_spoken_of(attend):
+    want, got, norm = attend(Attention(plain), *make())
+    assert norm is None
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+
+
+def test_what_the_rest_of_the_model_needs_stays(attend, spy):
+    """Keys that are normalized for something else, too: the norm of q is fused, and that of k is not."""
+    want, got, norm = attend(Attention(function, also=lambda k, v: v + k), *make())
+    assert norm.startswith("fused in q; k: ")
+    assert norm.endswith(" is needed for something else, too")
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+    assert spy.norms[0].eps_k is None
+
+
+def test_ten_lengths_are_one_graph(spy, compiled):
+    plain_model, model = Attention(gemma), Attention(gemma)
+    lpattn.apply_low_precision_attention(model, "bf16_reference")
+    under = compiled(model)
+    for length in range(20, 30):
+        inputs = make(length)
+        for number, tensor in enumerate(inputs[:5]):
+            torch._dynamo.mark_dynamic(tensor, 2 if number < 3 else 0)
+        torch.testing.assert_close(under(*inputs), plain_model(*inputs), rtol=2e-5, atol=2e-5)
+    assert len(under.graphs) == 1
+    assert len([norm for norm in spy.norms if norm is not None]) == 10
+
+
+def test_a_backend_without_a_norm_leaves_it_to_the_compiler(attend, spy, monkeypatch):
+    from dataclasses import replace
+
+    from lpattn.backends.reference import ReferenceBackend
+
+    monkeypatch.setattr(ReferenceBackend, "capabilities", replace(ReferenceBackend.capabilities, norm=False))
+    want, got, norm = attend(Attention(function), *make())
+    assert norm == "q: bf16_reference has no fused norm; k: bf16_reference has no fused norm"
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+    assert len(spy.fused) == 1
+
+
+# What must not be fused as a norm of a head's lanes. By name: the function, and what the report must say; None where
+# it does not matter whether something is fused, only the numbers do.
+
+
+def over_tokens(x, w):
+    return x * inverse(x, dim=2) * w
+
+
+def over_heads_and_lanes(x, w):
+    return x * inverse(x, dim=(1, 3)) * w
+
+
+def over_all_heads(x, w):
+    flat = x.transpose(1, 2).flatten(2)
+    return (flat * inverse(flat)).unflatten(2, (-1, D)).transpose(1, 2) * w
+
+
+def over_half_the_lanes(x, w):
+    return x * inverse(x[..., : D // 2]) * w
+
+
+def halves_apart(x, w):
+    halves = x.unflatten(-1, (2, D // 2))
+    return (halves * inverse(halves)).flatten(-2) * w
+
+
+def layer_norm(x, w):
+    return F.layer_norm(x, (D,), w, None, EPS)
+
+
+def with_a_bias(x, w):
+    return function(x, w) + w
+
+
+def mean_subtracted(x, w):
+    x = x - x.mean(-1, keepdim=True)
+    return x * inverse(x) * w
+
+
+def eps_is_a_tensor(x, w):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + w[0].abs()) * w
+
+
+def weight_of_tokens(x, w):
+    return unweighted(x, w) * (torch.arange(1.0, x.shape[2] + 1)[:, None] * w)
+
+
+def weight_of_heads(x, w):
+    return unweighted(x, w) * (torch.arange(1.0, x.shape[1] + 1)[:, None, None] * w)
+
+
+def weight_of_halves(x, w):
+    return (unweighted(x, w).unflatten(-1, (2, D // 2)) * w[: D // 2]).flatten(-2)
+
+
+def one_weight(x, w):
+    return unweighted(x, w) * w[3]
+
+
+def two_weights(x, w):
+    return function(x, w) * w
+
+
+def scaled(x, w):
+    return 2.0 * function(x, w)
+
+
+def row_of_another(x, w):
+    return x * inverse(torch.cat((x[:, :, 1:], x[:, :, :1]), 2)) * w
+
+
+def rows_reversed(x, w):
+    return x * inverse(x.flip(2)) * w
+
+
+def head_of_another(x, w):
+    return x * inverse(torch.cat((x[:, 1:], x[:, :1]), 1)) * w
+
+
+def lanes_swapped_before_the_weight(x, w):
+    x = unweighted(x, w)
+    return torch.cat((x[..., D // 2 :], x[..., : D // 2]), -1) * w
+
+
+def last_row_is_not(x, w):
+    return torch.cat((function(x, w)[:, :, :-1], x[:, :, -1:]), 2)
+
+
+def square_root_forgotten(x, w):
+    return x * (x.pow(2).mean(-1, keepdim=True) + EPS).reciprocal() * w
+
+
+def root_itself(x, w):
+    return x * torch.sqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * w
+
+
+def of_magnitudes(x, w):
+    return x * torch.rsqrt(x.abs().mean(-1, keepdim=True) + EPS) * w
+
+
+def of_cubes(x, w):
+    return x * torch.rsqrt(x.abs().pow(3).mean(-1, keepdim=True) + EPS) * w
+
+
+def sum_of_squares(x, w):
+    return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + EPS) * w
+
+
+def product_of_two(x, w):
+    return x * (1.0 + w) * inverse(x) * w
+
+
+def gated(x, w):
+    return function(x, w) * x
+
+
+def weight_of_its_own(x, w):
+    return unweighted(x, w) * x.mean((0, 1, 2))
+
+
+def doubled_eps(x, w):
+    return x * torch.rsqrt(torch.add(x.pow(2).mean(-1, keepdim=True), torch.ones(()), alpha=EPS)) * w
+
+
+def negative_eps(x, w):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) - 1e-4) * w
+
+
+NEAR = {
+    "over_tokens": (over_tokens, "is the mean over dimensions [2], not over the last one"),
+    "over_heads_and_lanes": (over_heads_and_lanes, "is the mean over dimensions [1, 3]"),
+    "over_all_heads": (over_all_heads, "elements; a head has 16"),
+    "over_half_the_lanes": (over_half_the_lanes, "is normalized over 8 elements; a head has 16"),
+    "halves_apart": (halves_apart, "is normalized over 8 elements; a head has 16"),
+    "layer_norm": (layer_norm, "is no mean of squares"),
+    "with_a_bias": (with_a_bias, "is no product of a tensor and its scale"),
+    "mean_subtracted": (mean_subtracted, None),
+    "eps_is_a_tensor": (eps_is_a_tensor, "no number for eps"),
+    "weight_of_tokens": (weight_of_tokens, "is no weight of a lane"),
+    "weight_of_heads": (weight_of_heads, "is no weight of a lane"),
+    "weight_of_halves": (weight_of_halves, "is no weight of a lane"),
+    "one_weight": (one_weight, "is no weight of a lane"),
+    "two_weights": (two_weights, "multiplies by a second weight"),
+    "scaled": (scaled, "scales by 2.0"),
+    "row_of_another": (row_of_another, "by the root mean square of another"),
+    "rows_reversed": (rows_reversed, "is no view of"),
+    "head_of_another": (head_of_another, "by the root mean square of another"),
+    "lanes_swapped_before_the_weight": (lanes_swapped_before_the_weight, None),
+    "last_row_is_not": (last_row_is_not, "q: "),
+    "square_root_forgotten": (square_root_forgotten, None),
+    "root_itself": (root_itself, "q: "),
+    "of_magnitudes": (of_magnitudes, "is no square"),
+    "of_cubes": (of_cubes, "is no square"),
+    "sum_of_squares": (sum_of_squares, "is no mean of squares"),
+    "product_of_two": (product_of_two, "is no view of"),
+    "gated": (gated, "depends on what is normalized"),
+    "weight_of_its_own": (weight_of_its_own, "depends on what is normalized"),
+    "doubled_eps": (doubled_eps, None),
+    "negative_eps": (negative_eps, "q: "),
+}
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_near_norms_are_right(name, attend, spy):
+    form, expected = NEAR[name]
+    want, got, norm = attend(Attention(form), *make())
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5, equal_nan=True)
+    if expected is not None:
+        assert expected in norm
+        assert spy.norms == [None]
+        assert len(spy.fused) == 1, "the rotation is fused all the same"
+
+
+def test_of_another_tensor(attend, spy):
+    """Queries that are divided by the size of the keys."""
+
+    class Crossed(nn.Module):
+        def forward(self, q, k, v, cos, sin, *weights):
+            q, k = q * inverse(k.repeat(1, 2, 1, 1)), k * inverse(q[:, :HKV])
+            return F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, enable_gqa=True)
+
+    want, got, norm = attend(Crossed(), *make())
+    assert norm.startswith("q: ")
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+
+
+def test_what_holds_at_one_length_only(spy, compiled):
+    """Six rows are normalized, which are all of them at first, and not later."""
+
+    def first_rows(x, w):
+        return torch.cat((function(x[:, :, :6], w), x[:, :, 6:]), 2)
+
+    plain_model, model = Attention(first_rows), Attention(first_rows)
+    lpattn.apply_low_precision_attention(model, "bf16_reference")
+    under = compiled(model)
+    for length in (6, 9):
+        inputs = make(length)
+        for number, tensor in enumerate(inputs[:5]):
+            torch._dynamo.maybe_mark_dynamic(tensor, 2 if number < 3 else 0)
+        torch.testing.assert_close(under(*inputs), plain_model(*inputs), rtol=2e-5, atol=2e-5)
