@@ -88,8 +88,8 @@ HOST_HEAD = """## Host time
 
 What lpattn adds to the host's work. "plan, seen before" is the dispatch of a call like one before; its target is 5 us.
 A whole call of a low-precision backend is to take 80 us of the host at most. Names that begin with "host_" are backends
-on a machine without a GPU, with nothing behind their launches: what Triton, FlashAttention-3 and the driver take is left
-out.
+on a machine without a GPU, with nothing behind their launches: what Triton, FlashAttention-3 and the driver take is
+left out.
 """
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from lpattn.backends.triton import TritonBackend
 from lpattn.backends.triton.kernels import HopperKernel, kernel_for
 from lpattn.calls import build_call
-from lpattn.types import AttentionCall, HadamardMode, Rope
+from lpattn.types import AttentionCall, HadamardMode, Norm, Rope
 
 pytest.importorskip("triton", reason="triton, whose launches are looked at, is not installed")
 
@@ -129,6 +129,7 @@ class Case:
     lse: bool
     padding: bool
     rope: str | None
+    norm: tuple[float | None, float | None, torch.dtype | None] | None
     scale: float | None
 
     @property
@@ -155,8 +156,12 @@ class Case:
             laid_out(torch.zeros(1, 1, n, self.dim), self.rope).transpose(1, 2) for n in (self.q_len, self.kv_len)
         ]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        of_keys = {"cos_k": tables[1], "sin_k": tables[1]}
-        backend.rope_attention(q, k, v, tables[0], tables[0], call, mask, **of_keys)
+        options: dict[str, Any] = {"cos_k": tables[1], "sin_k": tables[1]}
+        if self.norm is not None:
+            eps_q, eps_k, dtype = self.norm
+            weight = None if dtype is None else torch.ones(self.dim, dtype=dtype)
+            options["norm"] = Norm(eps_q, eps_k, weight, weight)
+        backend.rope_attention(q, k, v, tables[0], tables[0], call, mask, **options)
 
 
 cases = st.builds(
@@ -174,6 +179,15 @@ cases = st.builds(
     lse=st.booleans(),
     padding=st.booleans(),
     rope=st.sampled_from([None, None, *LAYOUTS]),
+    norm=st.sampled_from(
+        [
+            None,
+            (1e-6, 1e-6, None),
+            (1e-5, 1e-6, torch.bfloat16),
+            (1e-5, 1e-6, torch.float32),
+            (1e-5, None, torch.float32),
+        ]
+    ),
     scale=st.sampled_from([None, 0.5]),
 )
 
@@ -183,7 +197,7 @@ def alike(draw: st.DrawFn) -> list[Case]:
     """Cases that differ in little, which is what could be taken for each other."""
     found = [draw(cases)]
     # Whatever is not in the call is what a plan may forget.
-    names = [*(field.name for field in dataclasses.fields(Case)), *["of_q", "of_k", "of_v", "rope"] * 4]
+    names = [*(field.name for field in dataclasses.fields(Case)), *["of_q", "of_k", "of_v", "rope", "norm"] * 4]
     for _ in range(draw(st.integers(4, 8))):
         name = draw(st.sampled_from(names))
         found.append(dataclasses.replace(found[-1], **{name: getattr(draw(cases), name)}))

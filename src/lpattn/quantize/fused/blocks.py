@@ -143,13 +143,13 @@ def plan_per_block(
 ) -> Quantization:
     """How :func:`quantize_per_block` quantizes such tensors. It holds for all that are alike.
 
-    They are alike with the same shapes, strides, dtype, device and alignment to 16 bytes, where ``more`` has the same
-    kinds, and flags the same strides.
+    They are alike with the same shapes, strides, dtype, device and alignment to 16 bytes, where ``more`` says the same
+    but for its tensors, and flags have the same strides.
 
     Args:
         query, key, value, factor, qk_max, precision, hadamard, with_lse_shift: of :func:`quantize_per_block`.
         at: addresses of q, k and v.
-        more: what :func:`lpattn.quantize.fused.operands.more_of` makes of ``rope`` and ``keys``.
+        more: what :func:`lpattn.quantize.fused.operands.more_of` makes of the rest.
         packed: whether keys that are used come first.
         flags: bool [B, Hkv, kv_len], which tokens are used, where they stay in their places.
     """
