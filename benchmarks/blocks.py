@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+EPS = 1e-6
+"""Of the norms of q and k."""
+
 Tables = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -44,19 +47,21 @@ class Between(nn.Module):
     def __init__(self, sizes: Sizes, normed: bool, interleaved: bool, causal: bool) -> None:
         super().__init__()
         self.sizes, self.interleaved, self.causal = sizes, interleaved, causal
-        self.q_norm, self.k_norm = (nn.RMSNorm(sizes.head_dim) if normed else nn.Identity() for _ in range(2))
+        self.normed = normed
+        self.q_norm, self.k_norm = (nn.RMSNorm(sizes.head_dim, EPS) if normed else nn.Identity() for _ in range(2))
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
         """q, k, v are [B, S, H * D] as projections write them, cos and sin [S, D]; the result is [B, S, H * D]."""
         q, k, v = (x.unflatten(-1, (-1, self.sizes.head_dim)).transpose(1, 2) for x in (q, k, v))
-        q, k = self._rotate(self.q_norm(q), cos, sin), self._rotate(self.k_norm(k), cos, sin)
+        q, k = self.rotate(self.q_norm(q), cos, sin), self.rotate(self.k_norm(k), cos, sin)
         grouped = self.sizes.heads != self.sizes.kv_heads
         out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=grouped)
         return out.transpose(1, 2).flatten(2)
 
-    def _rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """x is [B, H, S, D]."""
         if self.interleaved:
             # As diffusers does it for FLUX: in float32.
             a, b = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)

@@ -20,10 +20,11 @@ class Rotating(ReferenceBackend):
     automatic = False
 
     def __init__(self):
-        self.fused = 0
+        self.fused = self.normed = 0
 
     def rope_attention(self, *args, **kwargs):
         self.fused += 1
+        self.normed += kwargs.get("norm") is not None
         return super().rope_attention(*args, **kwargs)
 
 
@@ -58,10 +59,42 @@ def test_measure(name, part, rotating):
         dtype=torch.float32,
         how=passes_only,
     )
-    assert set(result["milliseconds"]) == {"exact:sdpa", "rotating_test opaque", "rotating_test fused"}
-    assert rotating.fused == 1 + 1 + 3  # when it was compiled, compared, and timed
+    kinds = ["opaque", "fused", *(["rope only"] if name == "flux" else [])]
+    assert set(result["milliseconds"]) == {"exact:sdpa", *(f"rotating_test {kind}" for kind in kinds)}
+    # When it was compiled, compared, and timed.
+    assert rotating.fused == (1 + 1 + 3) * (len(kinds) - 1)
+    assert rotating.normed == (1 + 1 + 3) * (name == "flux")
+    assert rotating.capabilities.norm
     assert result["fused_over_opaque"] > 0
     assert name in compiled.report([result])
+
+
+@pytest.mark.parametrize("name", ["llama", "flux"])
+def test_what_lies_in_front_of_the_kernel(name):
+    """All variants round the same q: in Triton's interpreter, or in plain PyTorch."""
+    pytest.importorskip("triton", reason="triton, in which q, k and v are quantized, is not installed")
+    torch._dynamo.reset()
+    result = compiled.measure_rounding(
+        name, 24, lambda run: (run(), 1.0)[1], 3, 1.0, sizes=blocks.SMALL[name], device="cpu", dtype=torch.float32,
+        how=passes_only,
+    )  # fmt: skip
+    kinds = ["opaque", "rope", *(["norm"] if name == "flux" else []), "row-local"]
+    assert list(result["sqnr_db_of_q"]) == kinds
+    assert min(result["sqnr_db_of_q"].values()) > compiled.ROUNDING_FLOOR
+    assert "no kernel reads it" in compiled.report([result])
+
+
+def test_a_quantization_of_another_q_is_no_result(monkeypatch):
+    pytest.importorskip("triton", reason="triton, in which q, k and v are quantized, is not installed")
+    torch._dynamo.reset()
+    monkeypatch.setattr(
+        compiled.rounding, "_per_token", lambda x: (x.flip(1).to(torch.float8_e4m3fn), x.new_ones(1, 1, 1, 1))
+    )
+    with pytest.raises(RuntimeError, match="row-local rounds q wrongly"):
+        compiled.measure_rounding(
+            "llama", 24, lambda run: 1.0, 3, 1.0, sizes=blocks.SMALL["llama"], device="cpu", dtype=torch.float32,
+            how=passes_only,
+        )  # fmt: skip
 
 
 def test_a_backend_that_does_not_fuse_is_no_result(rotating, monkeypatch):

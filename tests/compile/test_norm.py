@@ -332,7 +332,11 @@ def doubled_eps(x, w):
 
 
 def negative_eps(x, w):
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) - 1e-4) * w
+    return x * inverse(x, -1e-4) * w
+
+
+def of_twice_as_much(x, w):
+    return x * inverse(2.0 * x) * w
 
 
 NEAR = {
@@ -365,7 +369,8 @@ NEAR = {
     "gated": (gated, "depends on what is normalized"),
     "weight_of_its_own": (weight_of_its_own, "depends on what is normalized"),
     "doubled_eps": (doubled_eps, None),
-    "negative_eps": (negative_eps, "q: "),
+    "of_twice_as_much": (of_twice_as_much, "is no view of"),
+    "negative_eps": (negative_eps, "-0.0001 is added under the root"),
 }
 
 
@@ -378,6 +383,12 @@ def test_near_norms_are_right(name, attend, spy):
         assert expected in norm
         assert spy.norms == [None]
         assert len(spy.fused) == 1, "the rotation is fused all the same"
+
+
+def test_as_many_weights_as_lanes_but_one_per_token(attend, spy):
+    want, got, norm = attend(Attention(lambda x, w: unweighted(x, w) * w[:, None]), *make(length=D))
+    assert "is no weight of a lane" in norm
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
 
 
 def test_of_another_tensor(attend, spy):

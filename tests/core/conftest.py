@@ -95,14 +95,31 @@ class FakeRopeBackend(FakeBackend):
     def __init__(self, name="fake", **options):
         super().__init__(name, **{"rope": True, **options})
         self.tables: list[tuple[torch.Tensor | None, ...]] = []
+        self.norms: list[lpattn.Norm | None] = []
 
-    def rope_attention(self, query, key, value, cos, sin, call, attn_mask=None, dropout_p=0.0, cos_k=None, sin_k=None):
+    def rope_attention(
+        self, query, key, value, cos, sin, call, attn_mask=None, dropout_p=0.0, cos_k=None, sin_k=None, **norm
+    ):
         self.tables.append((cos, sin, cos_k, sin_k))
+        self.norms.append(norm.get("norm"))
+        assert bool(norm) <= self.capabilities.norm
+        if norm:
+            of = norm["norm"]
+            query, key = plain_norm(query, of.eps_q, of.weight_q), plain_norm(key, of.eps_k, of.weight_k)
         pairs = call.rope.interleaved
         q = plain_rotation(query, cos, sin, pairs)
         k = plain_rotation(key, cos if cos_k is None else cos_k, sin if sin_k is None else sin_k, pairs)
-        tensors = [t.to(query.dtype).transpose(1, 2) for t in (q, k, value)]
+        tensors = [t.to(value.dtype).transpose(1, 2) for t in (q, k, value)]
         return self.attention(*tensors, call, attn_mask, dropout_p)
+
+
+def plain_norm(x, eps, weight=None):
+    """Each row over its root mean square, row by row in float64; x is [..., D]. An eps of None leaves x as it is."""
+    x = x.double()
+    if eps is None:
+        return x
+    rows = [row / (sum(v * v for v in row.tolist()) / len(row) + eps) ** 0.5 for row in x.reshape(-1, x.shape[-1])]
+    return torch.stack(rows).reshape(x.shape) * (1.0 if weight is None else weight.double())
 
 
 def plain_rotation(x, cos, sin, interleaved):
@@ -164,6 +181,11 @@ def add_backend(make_backend):
 @pytest.fixture
 def plain():
     return plain_attention
+
+
+@pytest.fixture
+def normal():
+    return plain_norm
 
 
 @pytest.fixture
