@@ -43,6 +43,21 @@ def positional():
     return Model(), (torch.randn(1, 2, 6, 8), torch.randn(1, 1, 6, 8))
 
 
+class Normalized(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.RMSNorm(8)
+
+    def forward(self, x, cos):
+        q, k = self.norm(x), self.norm(x) + 0.0 * x
+        q, k = (t * cos + torch.cat((-t[..., 4:], t[..., :4]), -1) * cos for t in (q, k))
+        return F.scaled_dot_product_attention(q, k, x)
+
+
+def normalized():
+    return Normalized(), positional()[1]
+
+
 def nothing():
     return nn.Linear(2, 2)
 
@@ -71,10 +86,16 @@ def test_it_says_per_layer_whether_rope_was_fused(cli: Cli, module: str) -> None
     assert "; rope q: no rotation lies between rope_sdpa" in two
 
 
+def test_it_says_whether_the_norm_was_fused(cli: Cli, module: str) -> None:
+    result = cli("explain", "--compiled", f"{module}:normalized", "--backend", "bf16_reference")
+    assert "; rope fused; norm fused in q; k: add" in result.out
+
+
 def test_as_json(cli: Cli, module: str) -> None:
     result = cli("explain", "--compiled", f"{module}:positional", "--backend", "bf16_reference", "--json")
     layers = json.loads(result.out)["layers"]
     assert layers["one"]["rope"] == "fused"
+    assert layers["one"]["norm"] is None
     assert layers["one"]["exact"] == {"requested": 1}
     assert layers["two"]["rope"] != "fused"
 

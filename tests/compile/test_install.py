@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -183,12 +184,15 @@ def test_the_identity_depends_on_what_the_result_depends_on(monkeypatch):
     assert rope_pass.uuid() == found[0]
     lpattn.register_backend(Other())
     found.append(rope_pass.uuid())
+    for has in ("rope", "norm"):
+        monkeypatch.setattr(Other, "capabilities", dataclasses.replace(Other.capabilities, **{has: True}))
+        found.append(rope_pass.uuid())
     lpattn.unregister_backend("identity_test")
     monkeypatch.setenv("LPATTN_BACKEND", "bf16_reference")
     found.append(rope_pass.uuid())
     monkeypatch.setattr(install, "_sources", lambda: "changed")
     found.append(rope_pass.uuid())
-    assert len(set(found)) == 4
+    assert len(set(found)) == 6
 
 
 def test_one_line_per_graph(model, inputs, compiled, caplog, capsys):

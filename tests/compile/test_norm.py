@@ -250,6 +250,10 @@ def eps_is_a_tensor(x, w):
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + w[0].abs()) * w
 
 
+def eps_of_every_lane(x, w):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + torch.full((D,), EPS)) * w
+
+
 def weight_of_tokens(x, w):
     return unweighted(x, w) * (torch.arange(1.0, x.shape[2] + 1)[:, None] * w)
 
@@ -349,6 +353,7 @@ NEAR = {
     "with_a_bias": (with_a_bias, "is no product of a tensor and its scale"),
     "mean_subtracted": (mean_subtracted, None),
     "eps_is_a_tensor": (eps_is_a_tensor, "no number for eps"),
+    "eps_of_every_lane": (eps_of_every_lane, "is broadcast under the root"),
     "weight_of_tokens": (weight_of_tokens, "is no weight of a lane"),
     "weight_of_heads": (weight_of_heads, "is no weight of a lane"),
     "weight_of_halves": (weight_of_halves, "is no weight of a lane"),

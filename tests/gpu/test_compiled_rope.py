@@ -1,4 +1,4 @@
-"""RoPE fused into the quantization of fp8_fa3 by inductor: numbers, CUDA graphs, lengths, a model of transformers."""
+"""RoPE and the norm fused into the quantization of fp8_fa3 by inductor: numbers, CUDA graphs, lengths, a model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lpattn
+from lpattn.norm import normalize_both
 
 # Inductor and the model libraries warn about all kinds of things; lpattn's own warnings stay errors.
 pytestmark = [
@@ -75,6 +76,11 @@ def rope(model: nn.Module) -> str | None:
     return layer.rope
 
 
+def norm(model: nn.Module) -> str | None:
+    (layer,) = lpattn.attention_report(model).values()
+    return layer.norm
+
+
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_fused_is_as_exact_as_not_fused(fa3, tools, like, mode) -> None:
     inputs = make(like, 1000)
@@ -87,6 +93,7 @@ def test_fused_is_as_exact_as_not_fused(fa3, tools, like, mode) -> None:
         torch.compiler.cudagraph_mark_step_begin()
         got = under(*inputs).clone()
     assert rope(model) == "fused"
+    assert norm(model) == ("fused" if like == "flux" else None)
     assert apart > 18
     assert tools.sqnr(exact, got) > apart - 1.0
 
@@ -97,6 +104,34 @@ def test_a_planted_bug_would_show(fa3, tools, like) -> None:
     exact = Attention(like).to("cuda", torch.bfloat16)(*inputs)
     turned = torch.compile(applied(like), fullgraph=True)(*inputs[:4], -inputs[4])
     assert tools.sqnr(exact, turned) < 12
+
+
+@pytest.mark.parametrize("backend", ["fp8_fa3", "fp8_triton", "int8_triton"])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotary_dim", [128, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_norm_in_the_quantization_is_as_exact_as_one_in_front_of_it(
+    fa3, tools, backend, interleaved, rotary_dim, dtype
+) -> None:
+    torch.manual_seed(0)
+    size = torch.logspace(-1, 1, 700, device="cuda")[:, None, None]
+    q, k, v = ((torch.randn(2, 700, h, 128, device="cuda") * size).to(dtype) for h in (8, 2, 2))
+    angle = torch.randn(1, 700, 1, rotary_dim, device="cuda")
+    weights = (1 + torch.rand(2, 128, device="cuda")).to(dtype).unbind()
+    both = lpattn.Norm(1e-6, 0.01, *weights)
+    options = {"interleaved": interleaved, "enable_gqa": True}
+    tables = (angle.cos(), angle.sin())
+    want = lpattn.low_precision_rope_sdpa(
+        *(x.float() for x in (q, k, v)), *tables, norm=both, backend="bf16_reference", **options
+    )
+    of_q, of_k = normalize_both(q, k, both)
+    apart = lpattn.low_precision_rope_sdpa(of_q, of_k, v, *tables, backend=backend, **options)
+    got = lpattn.low_precision_rope_sdpa(q, k, v, *tables, norm=both, backend=backend, **options)
+    assert tools.sqnr(want, apart) > 18
+    assert tools.sqnr(want, got) > tools.sqnr(want, apart) - 0.5
+    other = lpattn.Norm(1e-6, 0.01, weights[0].flip(0), weights[1])
+    wrong = lpattn.low_precision_rope_sdpa(q, k, v, *tables, norm=other, backend=backend, **options)
+    assert tools.sqnr(want, wrong) < 15, "this would not show a wrong weight"
 
 
 def test_ten_lengths_are_one_graph(fa3, tools, like) -> None:
@@ -110,6 +145,7 @@ def test_ten_lengths_are_one_graph(fa3, tools, like) -> None:
         assert tools.sqnr(plain(*inputs), under(*inputs)) > 17
     assert counter.frame_count == 1
     assert rope(model) == "fused"
+    assert norm(model) == ("fused" if like == "flux" else None)
 
 
 def test_models_of_transformers(tools) -> None:

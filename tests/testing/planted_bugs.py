@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lpattn import Backend, Capabilities, CausalKind, HadamardMode, MaskKind, Reason, Rope
+from lpattn.norm import normalize_both
 from lpattn.quantize import Granularity, hadamard_transform, quantize_e4m3, round_e4m3
 from lpattn.rope import rotate_heads_first
 
@@ -32,6 +33,7 @@ class Honest(Backend):
         lse=True,
         hadamard=frozenset(HadamardMode),
         rope=True,
+        norm=True,
     )
     p_scale = 256.0
 
@@ -68,8 +70,11 @@ class Honest(Backend):
         lse = self.clean_lse(lse, (top == -torch.inf).squeeze(-1))
         return (self.finish(out, call), lse) if call.return_lse else self.finish(out, call)
 
-    def rope_attention(self, query, key, value, cos, sin, call, attn_mask=None, dropout_p=0.0, cos_k=None, sin_k=None):
-        q, k = rotate_heads_first(query.float(), key.float(), cos, sin, cos_k, sin_k, call.rope.interleaved)
+    def rope_attention(
+        self, query, key, value, cos, sin, call, attn_mask=None, dropout_p=0.0, cos_k=None, sin_k=None, norm=None
+    ):
+        q, k = normalize_both(query.float(), key.float(), norm)
+        q, k = rotate_heads_first(q, k, cos, sin, cos_k, sin_k, call.rope.interleaved)
         return self.attention(q, k, value.transpose(1, 2).float(), call, attn_mask)
 
     # Steps
@@ -516,6 +521,26 @@ class RotationAlwaysHalfSplit(Honest):
 class KeysRotatedByTheTablesOfQueries(Honest):
     def rope_attention(self, query, key, value, cos, sin, call, attn_mask=None, dropout_p=0.0, **tables):
         return super().rope_attention(query, key, value, cos, sin, call, attn_mask)
+
+
+@bug("fused_norm", "norm in q and k, half-split rotation")
+class NormWithoutItsWeights(Honest):
+    def rope_attention(self, *args, norm=None, **tables):
+        norm = norm and replace(norm, weight_q=None, weight_k=None)
+        return super().rope_attention(*args, norm=norm, **tables)
+
+
+@bug("fused_norm", "norm in q, half-split rotation")
+class KeysAreNormalizedWhereQueriesAre(Honest):
+    def rope_attention(self, *args, norm=None, **tables):
+        norm = norm and replace(norm, eps_k=norm.eps_q if norm.eps_k is None else norm.eps_k)
+        return super().rope_attention(*args, norm=norm, **tables)
+
+
+@bug("fused_norm", "norm in q and k, half-split rotation")
+class NormIsTakenAndForgotten(Honest):
+    def rope_attention(self, *args, norm=None, **tables):
+        return super().rope_attention(*args, **tables)
 
 
 @bug("hadamard", "hadamard qkv")

@@ -72,11 +72,14 @@ class _Scale:
     Attributes:
         hops: stretches of views on the way from the factor to the mean: (begin, end). Between the end of one and the
             beginning of the next, elements stay where they are.
-        squared: the tensor whose squares the mean is of.
+        averaged: what the mean is of: squares, or a view of them.
+        square: the squares themselves. ``squared``: the tensor that they are of.
         eps: what is added to the mean.
     """
 
     hops: tuple[tuple[fx.Node, fx.Node], ...]
+    averaged: fx.Node
+    square: fx.Node
     squared: fx.Node
     eps: float
 
@@ -220,15 +223,17 @@ def _scale(step: _Step) -> _Scale:
         raise RefusedError(f"{eps} is added under the root")
     if node.target is not aten.mean.dim:
         raise RefusedError(f"{node.name} ({node.target}), of which the root is taken, is no mean of squares")
-    square = args_of(node)[0]
-    axes = {int(axis) % value_of(square).dim() for axis in args_of(node)[1] or ()}
-    if axes != {value_of(square).dim() - 1}:
+    averaged = args_of(node)[0]
+    last = value_of(averaged).dim() - 1
+    axes = {int(axis) % (last + 1) for axis in args_of(node)[1] or ()}
+    if axes != {last}:
         raise RefusedError(f"{node.name} is the mean over dimensions {sorted(axes)}, not over the last one")
+    square = _behind_views(averaged)
     arguments = args_of(square)
     by_itself = square.target is aten.mul.Tensor and arguments[0] is arguments[1]
     if not by_itself and not (square.target is aten.pow.Tensor_Scalar and arguments[1] == 2):
         raise RefusedError(f"{square.name} ({square.target}), of which the mean is taken, is no square")
-    return _Scale(tuple(hops), arguments[0], eps)
+    return _Scale(tuple(hops), averaged, square, arguments[0], eps)
 
 
 def _check(
@@ -241,7 +246,7 @@ def _check(
     """
     batch, heads, rows, dim = sizes.shape(operand)
     heads //= rotation.groups
-    if (width := sizes.shape(scale.squared)[-1]) != dim:
+    if (width := sizes.shape(scale.averaged)[-1]) != dim:
         raise RefusedError(f"{scale.squared.name} is normalized over {width} elements; a head has {dim}")
     for node in (rotation.source, source):
         if torch.Size(sizes.shape(node)).numel() != batch * heads * rows * dim:
@@ -266,9 +271,12 @@ def _check(
     at = _followed(node, source, at, sizes)
 
     assert of_row is not None
-    for begin, end in scale.hops:
+    for number, (begin, end) in enumerate(scale.hops):
+        if number and sizes.shape(scale.hops[number - 1][1]) != sizes.shape(begin):
+            raise RefusedError(f"{begin.name} is broadcast under the root")
         of_row = _followed(begin, end, of_row, sizes)
-    squared = _followed(scale.squared, source, of_row * dim + lanes, sizes)
+    squared = _followed(scale.averaged, scale.square, of_row * dim + lanes, sizes)
+    squared = _followed(scale.squared, source, squared, sizes)
     if not torch.equal(squared, at):
         raise RefusedError(f"{steps[-1].node.name} scales a row by the root mean square of another one")
     itself = PullBack(source, set(), sizes)(source, Points(torch.arange(at.numel(), device="cpu"), at))

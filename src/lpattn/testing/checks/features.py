@@ -7,13 +7,14 @@ from typing import Any
 import torch
 
 import lpattn
+from lpattn.norm import normalize_both
 from lpattn.rope import rotate_heads_first
 from lpattn.testing.budget import LSE_TOLERANCE, floor_for, require_close
 from lpattn.testing.exact import sqnr
 from lpattn.testing.inputs import Problem
 from lpattn.testing.outcome import CheckFailed, NotApplicable, check, require
 from lpattn.testing.subject import Subject
-from lpattn.types import HadamardMode
+from lpattn.types import HadamardMode, Norm
 
 
 @check
@@ -40,12 +41,40 @@ def fused_rotation(subject: Subject) -> str:
     return f"{seen} rotations"
 
 
-def _require_rotation(subject: Subject, problem: Problem, tables: dict[str, torch.Tensor], interleaved: bool) -> None:
+@check
+def fused_norm(subject: Subject) -> str:
+    """rope_attention with a norm: of q and k or of one of them, with weights and without, each with its own eps."""
+    if not (subject.capabilities.rope and subject.capabilities.norm):
+        raise NotApplicable("declares no fused norm")
+    (plain,) = subject.accepted([subject.problem(length=subject.fitting(60))])
+    generator = torch.Generator().manual_seed(3)
+    length, dim = plain.query.shape[2:]
+    tables = {name: torch.randn(1, length, 1, dim, generator=generator).to(plain.query) for name in ("cos", "sin")}
+    # Tokens of different sizes: a norm of anything but each of them shows.
+    size = torch.logspace(-0.3, 0.3, length, device=plain.query.device)[:, None]
+    plain = plain.changed(query=(plain.query * size).to(plain.query), key=(plain.key / size).to(plain.key))
+    of_q, of_k = ((1 + torch.randn(dim, generator=generator) / 2).to(plain.query) for _ in range(2))
+    norms = [Norm(1e-6, 0.5, of_q, of_k), Norm(0.5, None, of_q), Norm(None, 1e-6, None, of_k), Norm(0.5, 1e-6)]
+    for interleaved in (False, True):
+        for norm in norms:
+            _require_rotation(subject, plain, tables, interleaved, norm)
+    return f"{2 * len(norms)} norms"
+
+
+def _require_rotation(
+    subject: Subject,
+    problem: Problem,
+    tables: dict[str, torch.Tensor],
+    interleaved: bool,
+    norm: Norm | None = None,
+) -> None:
     q, k, v = (x.transpose(1, 2) for x in (problem.query, problem.key, problem.value))
     label = f"{'interleaved' if interleaved else 'half-split'} rotation of {tables['cos'].shape[-1]} lanes"
     label += ", own tables for the keys" if "cos_k" in tables else ""
+    if norm is not None:
+        label = f"norm {norm.said.removeprefix('fused').strip() or 'in q and k'}, {label}"
     options: dict[str, Any] = {"is_causal": problem.is_causal, "interleaved": interleaved, "backend": subject.name}
-    options.update(tables, enable_gqa=True, on_unsupported="raise")
+    options.update(tables, norm=norm, enable_gqa=True, on_unsupported="raise")
     try:
         out = lpattn.low_precision_rope_sdpa(q, k, v, **options)
     except Exception as error:
@@ -53,7 +82,8 @@ def _require_rotation(subject: Subject, problem: Problem, tables: dict[str, torc
     # In float64 the reference rounds nothing that a fused rotation would not have to.
     turned = {name: t.double() for name, t in tables.items()}
     cos_k, sin_k = turned.get("cos_k"), turned.get("sin_k")
-    rotated = rotate_heads_first(q.double(), k.double(), turned["cos"], turned["sin"], cos_k, sin_k, interleaved)
+    q, k = normalize_both(q.double(), k.double(), norm)
+    rotated = rotate_heads_first(q, k, turned["cos"], turned["sin"], cos_k, sin_k, interleaved)
     reference = problem.changed(query=rotated[0], key=rotated[1], value=problem.value.double(), label=label)
     require_close(subject, reference, out, "sharp")
 
