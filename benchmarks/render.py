@@ -354,10 +354,10 @@ def page() -> str:
         hopper("h100-hopper.json"),
         lengths("h100-sweep.json"),
         quantization("h200-quantization.json"),
-        demo("h200-demo.json"),
+        demo("h100-demo.json"),
         HOST_HEAD,
     ]
-    for machine in ("h200", "cpu"):
+    for machine in ("h100", "cpu"):
         parts += [dispatch(f"{machine}-dispatch.json"), eager(f"{machine}-eager-overhead.json")]
     return "\n".join(filter(None, parts))
 
