@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import lpattn
 from lpattn import AttentionCall, CausalKind, MaskKind
@@ -90,12 +91,18 @@ class Graph:
         assert workspace.numel() >= 17
         read = {name: float(pack[tensor]) for name, tensor in self.scalars.items()}
         assert read["descale_s"] * read["scale_s"] == 1.0
-        q, k, v = (self._operand(pack[t], t, read[f"descale_{n}"]) for t, n in zip(self.inputs, "qkv", strict=True))
+        q, k, v = (self._operand(pack[tensor], tensor) for tensor in self.inputs)
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        scores = q @ k.mT * self.scale
+        v = v * read["descale_v"]
+        scores = q @ k.mT
         if self.causal:
             scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
+        # Keys are hidden before the multiplication, also those that fill the last tile; and what is too small is 0.
+        factor = read["descale_q"] * read["descale_k"] * self.scale
+        factor = factor if factor >= torch.finfo(torch.float32).tiny else 0.0
+        scores = F.pad(scores, (0, -scores.shape[-1] % 128), value=-torch.inf) * factor
+        v = F.pad(v, (0, 0, 0, -v.shape[-2] % 128))
         top = scores.amax(-1, keepdim=True)
         weights = (scores - top).exp()
         p = round_e4m3(weights * read["scale_s"]).float() * read["descale_s"]
@@ -117,11 +124,11 @@ class Graph:
             pack[stats].copy_(top + total.log())
 
     @staticmethod
-    def _operand(data, described, descale):
+    def _operand(data, described):
         assert data.dtype == torch.float8_e4m3fn
         assert data.is_contiguous()
         assert tuple(data.transpose(1, 2).shape) == described.dim
-        return data.float().transpose(1, 2) * descale
+        return data.float().transpose(1, 2)
 
 
 MODULE = types.SimpleNamespace(
