@@ -1,6 +1,7 @@
-"""Run the conformance suite on every backend that this machine can run, each in a process of its own.
+"""Run the conformance suite on every backend that this machine can run, each check in a process of its own.
 
-A kernel that hangs or breaks CUDA's context ends its own process alone. Plugins on the path count, installed or not.
+A kernel that hangs or breaks CUDA's context ends its own check alone, and kernels compile side by side. Plugins on the
+path count, installed or not.
 
     python benchmarks/conformance.py --out benchmarks/results/h200-conformance.json
 """
@@ -9,13 +10,18 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 from common import Budget, parser, write  # first: it finds lpattn in a checkout
 
 import lpattn
+from lpattn.testing import CHECKS, Status
 
 BACKENDS = (
     "bf16_reference",
@@ -37,25 +43,52 @@ def register(name: str) -> None:
             lpattn.register_backend(backend)
 
 
-def check_here(name: str, skip: str) -> int:
+def check_here(name: str, only: str) -> int:
     """``lpattn check NAME --json`` in this process."""
     from lpattn.cli import main
 
     register(name)
-    return main(["check", name, "--json", *(["--skip", skip] if skip else [])])
+    return main(["check", name, "--json", "--only", only])
 
 
-def check(name: str, seconds: float, skip: str) -> dict[str, Any]:
-    """The document of ``lpattn check``; what the process said where there is none."""
-    command = [sys.executable, __file__, "--one", name, "--skip", skip]
+def check(name: str, checks: list[str], end: float, jobs: int) -> Iterator[dict[str, Any]]:
+    """The document of ``lpattn check`` of each check, as it ends, in a process of its own; ``jobs`` at a time."""
+    threads = ThreadPoolExecutor(jobs)
+    try:
+        waiting = [threads.submit(check_apart, name, one, end) for one in checks]
+        for future in as_completed(waiting):
+            yield future.result()
+    finally:  # an interrupted run does not wait to write what it found
+        threads.shutdown(wait=False, cancel_futures=True)
+
+
+def check_apart(name: str, one: str, end: float) -> dict[str, Any]:
+    """The document of one check; a failure where the process says something else, or nothing in time."""
+    seconds = max(end - time.monotonic(), 0.0)
+    command = [sys.executable, __file__, "--one", name, "--only", one]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+        return json.loads(done.stdout)
     except subprocess.TimeoutExpired:
-        return {"backend": name, "error": f"not done after {seconds:.0f} s"}
-    try:
-        return {**json.loads(done.stdout), "version": version(name)}
+        detail = f"not done after {seconds:.0f} s" if seconds else "no time left"
     except ValueError:
-        return {"backend": name, "error": (done.stderr or done.stdout)[-2000:]}
+        detail = (done.stderr or done.stdout)[-2000:]
+    outcome = {"check": one, "status": Status.FAILED.value, "detail": detail, "seconds": round(seconds, 4)}
+    return {"backend": name, "device": None, "checks": [outcome], "failed": [one]}
+
+
+def merged(documents: list[dict[str, Any]]) -> dict[str, Any]:
+    """One document of a backend's, with the checks in their order."""
+    order = list(CHECKS)
+    checks = sorted((c for document in documents for c in document["checks"]), key=lambda c: order.index(c["check"]))
+    return {
+        "backend": documents[0]["backend"],
+        "device": next((document["device"] for document in documents if document["device"]), None),
+        "checks": checks,
+        "failed": [
+            c["check"] for document in documents for c in document["checks"] if c["check"] in document["failed"]
+        ],
+    }
 
 
 def version(name: str) -> str:
@@ -69,30 +102,32 @@ def main() -> int:
     arguments = parser(__doc__ or "", budget=540.0)
     arguments.add_argument("--backends", default=",".join(BACKENDS), help="names, separated by commas")
     arguments.add_argument("--skip", default="", help="checks that do not run, separated by commas")
+    arguments.add_argument("--only", default="", help="checks that run, separated by commas; all if empty")
+    arguments.add_argument("--jobs", type=int, default=max(1, min(8, (os.cpu_count() or 1) // 2)), help="processes")
     arguments.add_argument("--one", help="only this backend, in this process")
     options = arguments.parse_args()
     if options.one:
-        return check_here(options.one, options.skip)
+        return check_here(options.one, options.only)
     budget = Budget(options.budget, 300.0)
-    found: list[dict[str, Any]] = []
+    checks = [c for c in options.only.split(",") if c] or [c for c in CHECKS if c not in options.skip.split(",")]
     names = options.backends.split(",")
     if options.quick:
-        names = names[:1]
+        names, checks = names[:1], checks[:3]
+    found: dict[str, list[dict[str, Any]]] = {}
     try:
         for name in names:
-            seconds = budget.item()
-            found.append(check(name, seconds, options.skip) if seconds else {"backend": name, "error": "no time left"})
-            show(found[-1])
+            found[name] = []
+            for document in check(name, checks, time.monotonic() + budget.item(), options.jobs):
+                found[name].append(document)
+            show(merged(found[name]))
     finally:  # what was found is written, whatever came next
-        write(options.out, {"conformance": found})
-    return 1 if any(document.get("failed") or document.get("error") for document in found) else 0
+        documents = [{**merged(told), "version": version(name)} for name, told in found.items() if told]
+        write(options.out, {"conformance": documents})
+    return 1 if any(document["failed"] for document in documents) else 0
 
 
 def show(document: dict[str, Any]) -> None:
     """One line for a backend, and one for each failure."""
-    if "error" in document:
-        print(f"{document['backend']}: {document['error']}", flush=True)
-        return
     passed = sum(check["status"] == "passed" for check in document["checks"])
     where = document["device"] or "no device of this machine"
     seconds = sum(check["seconds"] for check in document["checks"])
