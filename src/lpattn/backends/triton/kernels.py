@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lpattn.kernels.hopper.launch import Attention
     from lpattn.quantize.fused import Keys, PerBlock, Precision, Rotation
     from lpattn.quantize.fused.blocks import Quantization
-    from lpattn.quantize.fused.operands import More
+    from lpattn.quantize.fused.inputs import More
 
 LARGEST_HEAD_DIM = 256
 FIRST_WITH_E4M3 = (8, 9)

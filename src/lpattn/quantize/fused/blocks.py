@@ -12,22 +12,10 @@ from typing import NamedTuple
 
 import torch
 
+from lpattn.quantize.fused.inputs import NO_MORE, Keys, More, Rotation, Turns, addresses_of, more_of, used_keys
 from lpattn.quantize.fused.launcher import INTERPRETED, Launch, short_way
 from lpattn.quantize.fused.memory import Layout, PerBlock, laid_out, part_of, round_up
-from lpattn.quantize.fused.operands import (
-    NO_MORE,
-    Keys,
-    More,
-    Rotation,
-    Turns,
-    addresses_of,
-    check_device,
-    how_to_read,
-    lanes_of,
-    more_of,
-    overlaps_on,
-    used_keys,
-)
+from lpattn.quantize.fused.operands import check_device, how_to_read, lanes_of, overlaps_on
 from lpattn.quantize.fused.per_block import quantize_blocks, sample_blocks
 from lpattn.quantize.fused.tile import E4M3_MAX
 from lpattn.types import HadamardMode, Norm
@@ -149,7 +137,7 @@ def plan_per_block(
     Args:
         query, key, value, factor, qk_max, precision, hadamard, with_lse_shift: of :func:`quantize_per_block`.
         at: addresses of q, k and v.
-        more: what :func:`lpattn.quantize.fused.operands.more_of` makes of the rest.
+        more: what :func:`lpattn.quantize.fused.inputs.more_of` makes of the rest.
         packed: whether keys that are used come first.
         flags: bool [B, Hkv, kv_len], which tokens are used, where they stay in their places.
     """

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable
 from typing import NamedTuple, Protocol
 
 import torch
 
 from lpattn.errors import InvalidArgumentError
 from lpattn.quantize.fused import layout
-from lpattn.quantize.fused.keys import list_used
-from lpattn.quantize.fused.launcher import INTERPRETED, Launch, kinds_of, launch, short_way
+from lpattn.quantize.fused.inputs import NO_MORE, Keys, Rotation, Turns, addresses_of, more_of
+from lpattn.quantize.fused.launcher import INTERPRETED, Launch, short_way
 from lpattn.quantize.fused.output import restore
 from lpattn.quantize.fused.per_head import quantize_heads, sample_heads
 from lpattn.quantize.fused.tile import HALF_SPLIT, HALF_SPLIT_PARTIAL, INTERLEAVED, NO_ROPE
@@ -36,58 +35,6 @@ _NO_EPS = (0.0, 0.0)
 
 E4M3_FROM = (8, 9)
 """Compute capability from which on Triton casts to e4m3."""
-
-Turns = tuple[bool, int, tuple[int, ...], tuple[int, ...]]
-"""Whether pairs are interleaved, how many lanes turn, and the strides of q's and of k's tables, [B, S, H, lanes]."""
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """RoPE tables, as :func:`lpattn.low_precision_rope_sdpa` takes them, made to broadcast.
-
-    Attributes:
-        cos, sin: of q, [B, S, H, rotary_dim], any strides (0 where they broadcast).
-        cos_k, sin_k: of k.
-        interleaved: which lanes form a pair.
-    """
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-    cos_k: torch.Tensor
-    sin_k: torch.Tensor
-    interleaved: bool
-
-
-def rotation_of(query: torch.Tensor, key: torch.Tensor, tables: Sequence[torch.Tensor], interleaved: bool) -> Rotation:
-    """Tables as a backend gets them, made to broadcast.
-
-    Args:
-        query, key: [B, H, q_len, D] and [B, Hkv, kv_len, D], of which only sizes matter.
-        tables: cos and sin of q, then of k, broadcastable to [B, S, H, rotary_dim].
-        interleaved: which lanes form a pair.
-    """
-    (batch, heads, q_len, _), (_, kv_heads, kv_len, _) = query.shape, key.shape
-    rotary_dim = tables[0].shape[-1]
-    cos, sin = (table.expand(batch, q_len, heads, rotary_dim) for table in tables[:2])
-    cos_k, sin_k = (table.expand(batch, kv_len, kv_heads, rotary_dim) for table in tables[2:])
-    return Rotation(cos, sin, cos_k, sin_k, interleaved)
-
-
-Weights = tuple[torch.Tensor | None, torch.Tensor | None]
-"""Of the norms of q and of k, [D], contiguous and of one dtype: both, or none."""
-
-
-@dataclass(frozen=True)
-class Keys:
-    """Tokens of k and v that are used.
-
-    Attributes:
-        indices: int32 [B, kv_len]: their positions in increasing order, then anything.
-        counts: int32 [B]: how many.
-    """
-
-    indices: torch.Tensor
-    counts: torch.Tensor
 
 
 class Quantized(Protocol):
@@ -140,29 +87,6 @@ class PerHead(NamedTuple):
         float32 [B, Hkv, lanes], lanes being D padded to a power of two. V's is zero where its mean is not significant.
         """
         return _constants(self.buffer, self.k_descale, lanes_of(self.key.shape[3]))
-
-
-def used_keys(mask: torch.Tensor, batch: int, kv_len: int) -> Keys:
-    """The tokens that a key-padding mask lets through, in one launch.
-
-    Args:
-        mask: bool, broadcastable to [B, 1, 1, kv_len]; True where a token is used.
-        batch: B.
-        kv_len: number of tokens.
-    """
-    indices = torch.empty((batch, kv_len), dtype=torch.int32, device=mask.device)
-    counts = torch.empty((batch,), dtype=torch.int32, device=mask.device)
-    rows = mask.expand(batch, 1, 1, kv_len)
-    launch(
-        list_used,
-        batch,
-        (rows, indices, counts),
-        (rows.stride(0), rows.stride(3), kv_len),
-        (1024,),
-        kinds_of((mask,)),
-        4,
-    )
-    return Keys(indices, counts)
 
 
 def quantize_per_head(
@@ -407,66 +331,6 @@ def _constants(buffer: torch.Tensor, of_head: torch.Tensor, lanes: int) -> tuple
     groups = batch * kv_heads
     rows = buffer.view(-1)[3 * groups : 3 * groups * (1 + lanes)].view(3, batch, kv_heads, lanes)
     return rows[1], rows[2]
-
-
-class More(NamedTuple):
-    """What the passes read besides q, k and v.
-
-    Attributes:
-        tensors: indices and counts of the keys that are used, cos and sin of q and of k, then the weights of their
-            norms; None for what there is not.
-        turns: what is to be known of the tables; None without any.
-        eps: of the norms of q and of k, as :func:`weights_of` has it; None without a norm.
-        kinds: of the tensors, as kernels are compiled for them.
-    """
-
-    tensors: tuple[torch.Tensor | None, ...]
-    turns: Turns | None
-    eps: tuple[float, float] | None
-    kinds: Hashable
-
-
-NO_MORE = (None,) * 8
-"""In place of :attr:`More.tensors`."""
-
-
-def more_of(rope: Rotation | None, keys: Keys | None, norm: Norm | None = None) -> More:
-    """What the passes are to read of a rotation, a list of keys and a norm."""
-    indices, counts = (None, None) if keys is None else (keys.indices, keys.counts)
-    turns = cos_q = sin_q = cos_k = sin_k = None
-    if rope is not None:
-        cos_q, sin_q = _alike(rope.cos, rope.sin)
-        cos_k, sin_k = _alike(rope.cos_k, rope.sin_k)
-        turns = (rope.interleaved, cos_q.shape[-1], cos_q.stride(), cos_k.stride())
-    weights, eps = weights_of(norm)
-    tensors = (indices, counts, cos_q, sin_q, cos_k, sin_k, *weights)
-    return More(tensors, turns, eps, kinds_of(tensors))
-
-
-def addresses_of(tensors: tuple[torch.Tensor | None, ...]) -> tuple[int | None, ...]:
-    """As a launch takes them; None for none."""
-    return tuple([None if t is None else t.data_ptr() for t in tensors])
-
-
-def weights_of(norm: Norm | None) -> tuple[Weights, tuple[float, float] | None]:
-    """Weights of the norms of q and of k, and their eps: negative where that tensor has no norm."""
-    if norm is None:
-        return (None, None), None
-    eps = tuple([-1.0 if number is None else float(number) for number in (norm.eps_q, norm.eps_k)])
-    q, k = norm.weight_q, norm.weight_k
-    if q is not None or k is not None:
-        # One is missing hardly ever: a kernel without it would be another one to compile.
-        q = torch.ones_like(k) if q is None else q  # type: ignore[arg-type]
-        k = torch.ones_like(q) if k is None else k
-        if q.dtype != k.dtype:
-            q, k = q.float(), k.float()
-        q, k = q.contiguous(), k.contiguous()
-    return (q, k), (eps[0], eps[1])
-
-
-def _alike(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two with equal strides, so that one set of them serves both."""
-    return (cos, sin) if cos.stride() == sin.stride() else (cos.contiguous(), sin.contiguous())
 
 
 def _in_units(strides: tuple[int, ...]) -> tuple[tuple[int, ...], int, bool]:
