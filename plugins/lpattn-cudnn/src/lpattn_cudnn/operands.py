@@ -17,8 +17,8 @@ OUTPUT_HEADROOM = 1.125
 """How far an output may exceed v's largest magnitude before e4m3 clips it. Rounding to e4m3 makes a weight up to 1/16
 larger, and the sum that divides the output counts the weights as they were."""
 
-LEAST_DESCALE = 2.0**-60
-"""Of q and k: the product of two is a normal float32, and logits that are lost by it are below 2^-100. cuDNN makes NaN
+LEAST_DESCALE = 2.0**-50
+"""Of q and k: the product of two is a normal float32, and logits that are lost by it are below 2^-80. cuDNN makes NaN
 of a masked logit times a scale of zero. v may be smaller: 2^-100, of which the output's scale is the inverse."""
 
 
