@@ -1,4 +1,8 @@
-"""Plot the speed by length of a sweep, against the best exact kernel: a panel per mask and head_dim. Needs no GPU."""
+"""Plot results; needs no GPU.
+
+Of a sweep, the speed by length against the best exact kernel, a panel per kind of mask and head_dim. Of hopper.py, the
+TFLOP/s of every kernel and call, a panel per shape.
+"""
 
 from __future__ import annotations
 
@@ -87,13 +91,45 @@ def draw(data: Mapping[str, Any], name: str, out: Path) -> None:
     pyplot.close(figure)
 
 
+def draw_kernels(data: Mapping[str, Any], name: str, out: Path) -> None:
+    """Write the picture of a run of hopper.py; the arguments are those of :func:`draw`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = 2
+    rows = -(-len(data["results"]) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(9, 2.8 * rows), squeeze=False)
+    for axis in axes.flat[len(data["results"]) :]:
+        axis.set_axis_off()
+    for axis, result in zip(axes.flat, data["results"], strict=False):
+        speeds, shape = result["teraflops"], result["shape"]
+        kind = "causal" if shape["causal"] else "full"
+        heads = f"{shape['num_heads']}/{shape['num_kv_heads']}"
+        axis.set_title(f"{heads} heads, {shape['length']} tokens, head_dim {shape['head_dim']}, {kind}", fontsize=9)
+        labels = sorted(speeds, key=lambda label: (label.partition(":")[0], speeds[label]))
+        colors = {"exact": "C7", "kernel": "C0", "whole": "C1"}
+        bars = axis.barh(labels, [speeds[n] for n in labels], color=[colors[n.partition(":")[0]] for n in labels])
+        axis.bar_label(bars, fmt="%.0f", fontsize=7, padding=2)
+        axis.tick_params(labelsize=7)
+        axis.set_xlabel("TFLOP/s", fontsize=8)
+        axis.margins(x=0.12)
+    figure.suptitle(f"Exact kernels, kernels alone, whole calls: {data['provenance']['device']}", fontsize=11)
+    figure.tight_layout(rect=(0, 0, 1, 0.98))
+    figure.savefig(out, dpi=90, metadata={"Source": stamp(name, data)})
+    pyplot.close(figure)
+
+
 def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("source", type=Path, help="result of calibrate.py --out or attention.py --sweep-out")
+    arguments.add_argument("source", type=Path, help="result of calibrate.py, attention.py --sweep-out or hopper.py")
     arguments.add_argument("--out", type=Path, help="the PNG (default: the result file's name with .png)")
     given = arguments.parse_args()
     out = given.out or given.source.with_suffix(".png")
-    draw(json.loads(given.source.read_text()), given.source.name, out)
+    data = json.loads(given.source.read_text())
+    of_kernels = any("over_fa3_fp8" in result for result in data["results"])
+    (draw_kernels if of_kernels else draw)(data, given.source.name, out)
     print(f"written to {out}")
     return 0
 

@@ -185,7 +185,8 @@ def hopper(name: str) -> str:
         "speed, best exact kernel = 1",
         "SQNR, dB",
     ]
-    return f"{HOPPER}\n{source(name, data)}\n\n{rows(head, body)}\n" if body else ""
+    shown = f"{source(name, data)}\n{picture(name, 'Speed of kernels')}\n" if body else ""
+    return f"{HOPPER}\n{shown}{rows(head, body)}\n" if body else ""
 
 
 def hadamard(name: str) -> str:
@@ -233,22 +234,23 @@ def lengths(name: str) -> str:
     for result in data["results"]:
         shape = result["shape"]
         for backend, ratio in result["speedup"].items():
-            key = (backend, shape["head_dim"], shape["causal"], shape["num_heads"] != shape["num_kv_heads"])
+            mask = "dense mask" if shape.get("holes") else "causal" if shape["causal"] else "full"
+            key = (backend, shape["head_dim"], mask, shape["num_heads"] != shape["num_kv_heads"])
             found.setdefault(key, {})[shape["length"]] = ratio
     columns = sorted({length for ratios in found.values() for length in ratios})
     body = []
-    for (backend, dim, causal, grouped), ratios in sorted(found.items()):
-        kind = f"{text(backend)}, {dim}, {'causal' if causal else 'full'}{', GQA' if grouped else ''}"
+    for (backend, dim, mask, grouped), ratios in sorted(found.items()):
+        kind = f"{text(backend)}, {dim}, {mask}{', GQA' if grouped else ''}"
         body.append([kind, *(f"x{ratios[n]:.2f}" if n in ratios else "" for n in columns)])
     head = ["backend, head_dim, mask", *map(str, columns)]
     title = "## Speed by length, against the best exact kernel"
-    return f"{title}\n\n{source(name, data)}\n{picture(name)}\n{rows(head, body)}\n"
+    return f"{title}\n\n{source(name, data)}\n{picture(name, 'Speed by length')}\n{rows(head, body)}\n"
 
 
-def picture(name: str) -> str:
-    """The plot that benchmarks/plot.py makes of a sweep."""
+def picture(name: str, title: str) -> str:
+    """The plot that benchmarks/plot.py makes of a result."""
     path = (RESULTS / name).with_suffix(".png")
-    return f"\n![Speed by length](../benchmarks/results/{path.name})\n" if path.exists() else ""
+    return f"\n![{title}](../benchmarks/results/{path.name})\n" if path.exists() else ""
 
 
 def quantization(name: str) -> str:

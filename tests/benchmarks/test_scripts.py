@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 
 import labels
 import plot
@@ -71,3 +72,17 @@ def test_the_picture_says_what_it_was_made_from(tmp_path):
     data = {"results": RESULTS, "provenance": {"cpu": "a cpu", "date": "2026-01-01T00:00"}}
     plot.draw(data, "sweep.json", tmp_path / "sweep.png")
     assert b"sweep.json 2026-01-01T00:00" in (tmp_path / "sweep.png").read_bytes()
+
+
+def test_the_picture_of_kernels(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib (extra dev)")
+    found = {"shape": RESULTS[0]["shape"], "teraflops": {"exact:a": 1.0, "kernel:b": 2.0, "whole:c": 1.5}}
+    data = {
+        "results": [found | {"over_fa3_fp8": {}}] * 3,
+        "provenance": {"device": "a GPU", "date": "2026-01-01T00:00"},
+    }
+    source = tmp_path / "kernels.json"
+    source.write_text(json.dumps(data))
+    monkeypatch.setattr("sys.argv", ["plot.py", str(source)])
+    assert plot.main() == 0
+    assert b"kernels.json 2026-01-01T00:00" in source.with_suffix(".png").read_bytes()
