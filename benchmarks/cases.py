@@ -146,7 +146,7 @@ def energies(
     q, k, v = qkv
     at = torch.linspace(0, shape.length - 1, rows, device=q.device).long()
     keys = torch.arange(shape.length, device=q.device)
-    mask = shape.mask(str(q.device)) if shape.holes else None
+    mask = shape.mask(str(q.device))
     signal = noise = 0.0
     for batch in {0, shape.batch - 1}:
         for head in range(shape.num_heads) if all_heads else {0, shape.num_heads - 1}:
@@ -154,13 +154,9 @@ def energies(
             logits = q[batch, head, at].double() @ k[batch, kv].double().T * shape.head_dim**-0.5
             if shape.causal:
                 logits = logits.masked_fill(keys > at[:, None], -math.inf)
-            if shape.window is not None:
-                distance = at[:, None] - keys
-                logits = logits.masked_fill((distance < 0) | (distance >= shape.window), -math.inf)
             if mask is not None:
-                logits = logits.masked_fill(~mask[0, 0, at], -math.inf)
-            if shape.kv_lengths is not None:
-                logits = logits.masked_fill(keys >= shape.kv_lengths[batch], -math.inf)
+                seen = mask.expand(shape.batch, 1, shape.length, shape.length)[batch, 0, at]
+                logits = logits.masked_fill(~seen, -math.inf)
             expected = logits.softmax(-1) @ v[batch, kv].double()
             signal += float(expected.square().sum())
             noise += float((expected - out[batch, head, at].double()).square().sum())

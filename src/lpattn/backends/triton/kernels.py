@@ -21,7 +21,7 @@ from lpattn.types import AttentionCall, CausalKind, HadamardMode, Norm
 
 if TYPE_CHECKING:
     from lpattn.kernels.hopper.launch import Attention
-    from lpattn.quantize.fused import Keys, PerBlock, Precision, Rotation
+    from lpattn.quantize.fused import Keys, PerBlock, Rotation
     from lpattn.quantize.fused.blocks import Quantization
     from lpattn.quantize.fused.inputs import More
 
@@ -50,35 +50,6 @@ class Kernel(ABC):
 
         Keys that no query sees for their position are cut off already.
         """
-
-    def quantize(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        call: AttentionCall,
-        rotation: Rotation | None,
-        norm: Norm | None,
-        precision: Precision,
-        qk_max: float,
-        keys: Keys | None,
-        used: torch.Tensor | None = None,
-    ) -> PerBlock:
-        """What the kernels read; the arguments are those of ``quantize_per_block``, or follow from the call."""
-        return self._fused.quantize_per_block(
-            query,
-            key,
-            value,
-            factor=call.softmax_scale * math.log2(math.e),
-            qk_max=qk_max,
-            precision=precision,
-            hadamard=call.hadamard,
-            rope=rotation,
-            norm=norm,
-            keys=keys,
-            used=used,
-            with_lse_shift=call.return_lse,
-        )
 
     @functools.cached_property
     def _fused(self) -> ModuleType:
@@ -216,7 +187,7 @@ class PortableKernel(Kernel):
         from lpattn.kernels.attention import Band, attend
         from lpattn.kernels.mask_tiles import list_mask_tiles
         from lpattn.kernels.shapes import tile_shape
-        from lpattn.quantize.fused import Precision, used_keys
+        from lpattn.quantize.fused import used_keys
         from lpattn.quantize.fused.operands import lanes_of
 
         lanes = lanes_of(max(call.head_dim, call.head_dim_v))
@@ -230,8 +201,7 @@ class PortableKernel(Kernel):
         elif attn_mask is not None:
             tiles = list_mask_tiles(attn_mask, key.shape[2], shape.queries, shape.keys)
             used = tiles.used_by(call.num_kv_heads, call.num_heads).expand(call.batch, -1, -1)
-        precision = Precision.INT8_F16 if self._int8 else Precision.E4M3
-        quantized = self.quantize(query, key, value, call, rotation, norm, precision, E4M3_MAX, keys, used)
+        quantized = self._quantize(query, key, value, call, rotation, norm, keys, used)
         band = Band(after=0) if call.causal is CausalKind.TOP_LEFT else Band()
         return attend(quantized, shape, call.dtype, band=band, mask=tiles, return_lse=call.return_lse)
 
@@ -247,7 +217,6 @@ class PortableKernel(Kernel):
         """Quantize and attend: ([T_q, H, D_v] in call.dtype, lse [T_q, H] or None)."""
         from lpattn.kernels.attention import Band, attend
         from lpattn.kernels.shapes import tile_shape
-        from lpattn.quantize.fused import Precision
         from lpattn.quantize.fused.operands import lanes_of
 
         assert call.varlen is not None
@@ -257,8 +226,7 @@ class PortableKernel(Kernel):
         padded = packed.padded_queries(query, cu_seqlens_q, max_q)
         key, value = (packed.as_batch(x, call.batch, max_k) for x in (key, value))
         keys = packed.key_lists(cu_seqlens_k, max_k)
-        precision = Precision.INT8_F16 if self._int8 else Precision.E4M3
-        quantized = self.quantize(padded, key, value, call, None, None, precision, E4M3_MAX, keys)
+        quantized = self._quantize(padded, key, value, call, None, None, keys)
         out, lse = attend(
             quantized,
             tile_shape(call.capability, lanes_of(max(call.head_dim, call.head_dim_v))),
@@ -269,6 +237,35 @@ class PortableKernel(Kernel):
         )
         of_tokens = None if lse is None else packed.pack(lse.transpose(1, 2), cu_seqlens_q, total, -torch.inf)
         return packed.pack(out, cu_seqlens_q, total, 0.0), of_tokens
+
+    def _quantize(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        call: AttentionCall,
+        rotation: Rotation | None,
+        norm: Norm | None,
+        keys: Keys | None,
+        used: torch.Tensor | None = None,
+    ) -> PerBlock:
+        """What the kernel reads; the arguments are those of ``quantize_per_block``, or follow from the call."""
+        from lpattn.quantize.fused import Precision
+
+        return self._fused.quantize_per_block(
+            query,
+            key,
+            value,
+            factor=call.softmax_scale * math.log2(math.e),
+            qk_max=E4M3_MAX,
+            precision=Precision.INT8_F16 if self._int8 else Precision.E4M3,
+            hadamard=call.hadamard,
+            rope=rotation,
+            norm=norm,
+            keys=keys,
+            used=used,
+            with_lse_shift=call.return_lse,
+        )
 
 
 def portable_for(call: AttentionCall, int8: bool) -> PortableKernel:

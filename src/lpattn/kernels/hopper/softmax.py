@@ -15,7 +15,7 @@ negative, and are cut off at 0 by the same instruction. NaN is all ones, which i
 A code that is shifted left by 7 bits is P * 2^-8 in float16: where the cores sum up P, that is what they add, in pairs,
 then pairs of these. With as many terms as a tile has, the roundings come to 2^-12 of the sum.
 
-What is exact: c is a power of two and 31 - m is a float16 by construction (:func:`offset_of`), so that t is rounded
+What is exact: c is a power of two and 31 - m is a float16 by construction (:func:`refer`), so that t is rounded
 once; and the factors between tiles follow from the rounded offsets, so that all tiles of a row are weighted alike.
 """
 
@@ -201,7 +201,14 @@ def to_codes(pairs, offset, c, BM: gl.constexpr, BN: gl.constexpr, KIND: gl.cons
 def _assembly(kind, sums):
     """PTX for two pairs of scores, a factor and an offset: to four codes, and with ``sums`` to two of their sums."""
     low, high, factor, offset = (f"${i}" for i in range(1 + sums, 5 + sums))
-    lines = [".reg .b32 a, b, u;"]
+    # Numbers of float16, twice: 0x797d is 0.3431 * 2^17, 0xb57d is -0.3431.
+    constants = {
+        LINEAR.value: {"eight": 0x0008, "start": 0x8080},
+        STEP.value: {"eight": 0x0008, "start": 0x8082, "three": 0xF600},
+        QUADRATIC.value: {"fine": 0x0080, "start": 0x8800, "slope": 0x797D, "top": 0xB57D, "sixteenth": 0x2C00},
+    }[kind]
+    lines = [f".reg .b32 {', '.join(['a', 'b', 'u', 'place', *constants])};"]
+    lines += [f"mov.b32 {name}, {word * 0x10001:#010x};" for name, word in constants.items()]
     for word, scores in (("a", low), ("b", high)):
         lines.append(f"fma.rn.f16x2 {word}, {scores}, {factor}, {offset};")
         if kind == QUADRATIC:
@@ -221,15 +228,7 @@ def _assembly(kind, sums):
     lines.append("prmt.b32 $0, a, b, 0x6420;")
     if sums:
         lines += ["shl.b32 a, a, 7;", "shl.b32 b, b, 7;", "add.rn.f16x2 $1, a, b;"]
-    # Numbers of float16, twice: 0x797d is 0.3431 * 2^17, 0xb57d is -0.3431.
-    words = {
-        LINEAR.value: {"eight": 0x0008, "start": 0x8080},
-        STEP.value: {"eight": 0x0008, "start": 0x8082, "three": 0xF600},
-        QUADRATIC.value: {"fine": 0x0080, "start": 0x8800, "slope": 0x797D, "top": 0xB57D, "sixteenth": 0x2C00},
-    }[kind]
-    names = [*words, *(["place"] if kind == QUADRATIC else [])]
-    moves = [f"mov.b32 {name}, {word * 0x10001:#010x};" for name, word in words.items()]
-    return "{ .reg .b32 " + ", ".join(names) + "; " + " ".join([lines[0], *moves, *lines[1:]]) + " }"
+    return f"{{ {' '.join(lines)} }}"
 
 
 @gluon.jit
