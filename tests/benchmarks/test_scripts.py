@@ -67,6 +67,12 @@ def test_panels():
     }
 
 
+def test_dense_masks_have_a_panel_of_their_own():
+    masked = result(512)
+    masked["shape"]["holes"] = True
+    assert list(plot.panels([result(512), masked])) == [("dense mask", 128), ("full", 128)]
+
+
 def test_the_picture_says_what_it_was_made_from(tmp_path):
     pytest.importorskip("matplotlib", reason="plots need matplotlib (extra dev)")
     data = {"results": RESULTS, "provenance": {"cpu": "a cpu", "date": "2026-01-01T00:00"}}

@@ -153,6 +153,15 @@ def test_the_picture_is_shown_where_there_is_one(page, tmp_path):
     assert "![Speed by length](../benchmarks/results/h100-sweep.png)" in page(sweep=sweep)
 
 
+def test_dense_masks_have_rows_of_their_own(page):
+    masked = {**SHAPE, "causal": False, "holes": True}
+    full = {**SHAPE, "causal": False}
+    found = [call(shape=shape, speedup={"fp8_fa3": ratio}) for shape, ratio in ((full, 1.5), (masked, 1.75))]
+    text = page(sweep={"results": found})
+    assert "| fp8_fa3, 64, full, GQA | x1.50 |" in text
+    assert "| fp8_fa3, 64, dense mask, GQA | x1.75 |" in text
+
+
 def test_targets_have_their_section(page):
     line = {"what": "speed", "wanted": ">= 1.2x", "found": 1.19, "met": False, "limited": True}
     unmeasured = {**line, "what": "accuracy", "found": None, "met": None}

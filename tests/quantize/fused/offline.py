@@ -99,6 +99,7 @@ def compile_for(capability: int, launch: Launch, tensors: tuple[Any, ...]) -> di
     return {
         "kernel": kernel.fn.__name__,
         "registers": int(re.findall(r"\bREG:(\d+)", usage)[0]),
+        "shared": compiled.metadata.shared,
         "stack": int(re.findall(r"\bSTACK:(\d+)", usage)[0]),
         # Of 16 bytes; of the 2 bytes of one element.
         "wide": sum(load.endswith((".v4.b32", ".v2.b64", "0x10")) for load in loads),

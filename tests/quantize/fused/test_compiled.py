@@ -16,6 +16,9 @@ from lpattn.errors import InvalidArgumentError
 
 pytest.importorskip("triton", reason="triton, in which the passes are written, is not installed")
 
+SHARED = 227 * 1024
+"""Bytes that a program can have on sm_90."""
+
 PASSES = {"list_used", "sample_heads", "quantize_heads", "restore"}
 
 
@@ -39,6 +42,7 @@ def test_on_hopper_nothing_spills_and_loads_are_wide() -> None:
     kinds = ["64-half", "128-keys", "128-qkv", "128-interleaved-v_only", "256", "128-interleaved-norm"]
     for kernel in compiled([f"90:{kind}" for kind in kinds]):
         assert kernel["stack"] == 0, kernel
+        assert kernel["shared"] <= SHARED, kernel
         if kernel["kernel"] != "list_used":
             assert kernel["wide"] >= kernel["per_tile"] > 0, kernel
             assert kernel["narrow"] == 0, kernel
