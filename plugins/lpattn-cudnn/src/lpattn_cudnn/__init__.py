@@ -20,9 +20,8 @@ class CudnnBackend(Backend):
     Precision:
         k and v minus their means over the keys (float32; v's is added back, the log-sum-exp is corrected), then q, k
         and v in e4m3 with one scale per tensor: cuDNN takes no finer ones. P in e4m3 after a factor 2^8. On sm_90
-        cuDNN writes the output in e4m3 only (one scale, from v's largest magnitude). In plain PyTorch that costs up
-        to 0.7 dB where the rest has 22 dB or more. From sm_100 on the output is bfloat16. V's mean is added to either
-        in float32. An inf in an input becomes a NaN.
+        cuDNN writes the output in e4m3 only (one scale, from v's largest magnitude; relative error up to 2^-4). From
+        sm_100 on the output is bfloat16. V's mean is added to either in float32. An inf in an input becomes a NaN.
 
     Source:
         cuDNN frontend, operation "SDPA FP8 forward". Smoothing k: SageAttention (arXiv:2410.02367).
