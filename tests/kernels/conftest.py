@@ -142,6 +142,10 @@ class Kernel:
         capability = None if self.interpreted else torch.cuda.get_device_capability()
         return self.shapes.tile_shape(capability, max(32, 1 << (dim - 1).bit_length()))
 
+    def normal(self, *size: int) -> torch.Tensor:
+        """Normal float32 values, the same ones on every device."""
+        return torch.randn(size).to(self.device)
+
     def make(
         self,
         batch: int = 1,

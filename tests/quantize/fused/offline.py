@@ -45,7 +45,7 @@ def launches(capability: int, dim: int, *asked: str) -> Recorded:
     recorded: Recorded = []
     Launch.__call__ = lambda launch, tensors: recorded.append((launch, tensors))  # type: ignore[method-assign]
     Launch.on = lambda launch, stream, pointers, tensors: recorded.append((launch, tensors()))  # type: ignore[method-assign]
-    operands.short_way = lambda device: None
+    operands.short_way = blocks.short_way = lambda device: None
     operands.overlaps_on = lambda device: capability >= 90
     blocks.overlaps_on = operands.overlaps_on
     operands._plan.cache_clear()
@@ -95,12 +95,15 @@ def compile_for(capability: int, launch: Launch, tensors: tuple[Any, ...]) -> di
         return {"kernel": kernel.fn.__name__, "refused": str(error).strip().splitlines()[-1]}
     ptx = compiled.asm["ptx"]
     loads = re.findall(r"\bld\.global[.\w:]*|\bcp\.async\.c.*\b0x10\b", ptx)
-    usage = resources(compiled.asm["cubin"])
+    cubin = compiled.asm["cubin"]
+    usage = tool("cuobjdump", "-res-usage", cubin)
     return {
         "kernel": kernel.fn.__name__,
         "registers": int(re.findall(r"\bREG:(\d+)", usage)[0]),
         "shared": compiled.metadata.shared,
         "stack": int(re.findall(r"\bSTACK:(\d+)", usage)[0]),
+        # Casts of one register twice, in which ptxas 12.8 leaves half of the result undefined.
+        "twins": len(re.findall(r"E4M3\.F32\.PACK_AB_MERGE_C \w+, (\w+), \1,", tool("nvdisasm", "-c", cubin))),
         # Of 16 bytes; of the 2 bytes of one element.
         "wide": sum(load.endswith((".v4.b32", ".v2.b64", "0x10")) for load in loads),
         "narrow": sum(load.endswith((".b16", ".u16")) and ".v" not in load for load in loads),
@@ -109,13 +112,13 @@ def compile_for(capability: int, launch: Launch, tensors: tuple[Any, ...]) -> di
     }
 
 
-def resources(cubin: bytes) -> str:
-    """Registers and stack of a kernel, as cuobjdump prints them."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+def tool(name: str, option: str, cubin: bytes) -> str:
+    """What one of CUDA's tools prints of a compiled kernel."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([path, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 if __name__ == "__main__":

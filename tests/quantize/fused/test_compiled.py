@@ -48,6 +48,13 @@ def test_on_hopper_nothing_spills_and_loads_are_wide() -> None:
             assert kernel["narrow"] == 0, kernel
 
 
+def test_no_cast_takes_one_register_twice() -> None:
+    # Lanes past the head_dim are zeros that the compiler knows to be equal.
+    quantize = compiled(["90:40-blocks"])[1]
+    assert quantize["kernel"] == "quantize_blocks"
+    assert quantize["twins"] == 0
+
+
 @pytest.mark.slow
 def test_every_architecture_with_e4m3() -> None:
     found = compiled(["89:64-half-keys", "100:128-qkv", "120:96-partial-norm"])

@@ -29,6 +29,7 @@ from lpattn.quantize.fused.tile import (
     to_e4m3,
     to_int8,
     transform_tile,
+    zero_bits_from,
 )
 
 _V_SPREAD = tl.constexpr(2.0**-60)
@@ -137,6 +138,7 @@ def quantize_blocks(
     kv_all = q_all + groups * blocks
     slots = tl.arange(0, BLOCK)
     HALF: tl.constexpr = LANES // 2
+    WRITTEN: tl.constexpr = LANES if HADAMARD_QK else D
     lanes = tl.arange(0, HALF)
     if program < q_all:
         block, row = program % q_blocks, (program // q_blocks).to(tl.int64)
@@ -157,7 +159,7 @@ def quantize_blocks(
             products = tl.sum(low * low_c[None, :] + high * high_c[None, :], 1)
             tl.store(lse_shift + row * q_len + rows, products, mask=used)
         scale, low_out, high_out = _round_rows(
-            low, high, _largest(low, high), _spoiled(low, high), qk_max, q_out.dtype.element_ty, INTERPRETED
+            low, high, _largest(low, high), _spoiled(low, high), qk_max, q_out.dtype.element_ty, WRITTEN, INTERPRETED
         )
         store_tile(q_out + row * q_len * D_OUT, rows, used, D_OUT, low_out, high_out, D_OUT, HALF)
         tl.store(q_scale + row * q_len + rows, scale, mask=used)
@@ -180,7 +182,9 @@ def quantize_blocks(
         largest, spoiled = _largest(low, high), _spoiled(low, high)
         largest = tl.zeros_like(largest) + tl.max(largest)
         spoiled = tl.zeros_like(spoiled) + tl.max(spoiled)
-        scale, low_out, high_out = _round_rows(low, high, largest, spoiled, qk_max, k_out.dtype.element_ty, INTERPRETED)
+        scale, low_out, high_out = _round_rows(
+            low, high, largest, spoiled, qk_max, k_out.dtype.element_ty, WRITTEN, INTERPRETED
+        )
         # The last block is whole, its tail zeros.
         store_tile(k_out + row * blocks * BLOCK * D_OUT, rows, rows >= 0, D_OUT, low_out, high_out, D_OUT, HALF)
         tl.store(k_scale + row * blocks + block, tl.sum(tl.where(slots == 0, scale, 0.0)))
@@ -221,12 +225,21 @@ def quantize_blocks(
 
 
 @triton.jit
-def _round_rows(low, high, largest, spoiled, qk_max, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Round q or k to 8 bits, with a scale per row: (scales [BLOCK], lower half, upper half [BLOCK, HALF])."""
+def _round_rows(
+    low, high, largest, spoiled, qk_max, DTYPE: tl.constexpr, D: tl.constexpr, INTERPRETED: tl.constexpr
+):  # fmt: skip
+    """Round q or k, D lanes and then zeros, to 8 bits.
+
+    Returns:
+        (scales of the rows [BLOCK], lower half, upper half [BLOCK, HALF])
+    """
     if DTYPE == tl.float8e4nv:
         scale = scale_for(largest / qk_max, QK_FLOOR)
         inverse = inverse_power_of_two(scale)[:, None]
-        low_out, high_out = to_e4m3(low * inverse, INTERPRETED), to_e4m3(high * inverse, INTERPRETED)
+        HALF: tl.constexpr = low.shape[1]
+        lanes = tl.arange(0, HALF)
+        low_out = zero_bits_from(to_e4m3(low * inverse, INTERPRETED), lanes, D)
+        high_out = zero_bits_from(to_e4m3(high * inverse, INTERPRETED), lanes + HALF, D)
     else:
         scale = tl.maximum(largest / _INT8_MAX, QK_FLOOR)
         inverse = (1.0 / scale)[:, None]

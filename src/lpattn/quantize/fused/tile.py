@@ -192,6 +192,16 @@ def to_int8(x):
 
 
 @triton.jit
+def zero_bits_from(codes, lanes, D: tl.constexpr):
+    """Codes of e4m3 [TOKENS, HALF] of ``lanes``, with zero bits from lane D on, where zeros were rounded.
+
+    ptxas 12.8 gets the cast of zeros wrong that it knows to be equal: two of four become what was in a register.
+    """
+    bits = codes.to(tl.int8, bitcast=True)
+    return tl.where((lanes < D)[None, :], bits, 0).to(codes.dtype, bitcast=True)
+
+
+@triton.jit
 def store_tile(out, rows, written, stride_s, low, high, D: tl.constexpr, HALF: tl.constexpr):
     """Store two halves [TOKENS, HALF] as tokens ``rows`` of a head with contiguous lanes."""
     lanes = tl.arange(0, HALF)
