@@ -1,14 +1,16 @@
-"""Run the conformance suite on every backend that this machine can run, each check in a process of its own.
+"""Run the conformance suite on every backend that this machine can run, in several processes.
 
-A kernel that hangs or breaks CUDA's context ends its own check alone, and kernels compile side by side. Plugins on the
-path count, installed or not.
+A check that fails, hangs or breaks CUDA's context ends its process, and the next one begins in another; kernels compile
+side by side. Plugins on the path count, installed or not.
 
     python benchmarks/conformance.py --out benchmarks/results/h200-conformance.json
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 import os
 import subprocess
@@ -18,7 +20,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
-from common import Budget, parser, write  # first: it finds lpattn in a checkout
+from common import parser, write  # first: it finds lpattn in a checkout
 
 import lpattn
 from lpattn.testing import CHECKS, Status
@@ -43,38 +45,64 @@ def register(name: str) -> None:
             lpattn.register_backend(backend)
 
 
-def check_here(name: str, only: str) -> int:
-    """``lpattn check NAME --json`` in this process."""
+def check_here(name: str, checks: list[str]) -> None:
+    """``lpattn check NAME --json`` of each check in this process, a line each, up to the first that fails.
+
+    Nobody knows what a failure left behind on the device, so the next check begins in another process.
+    """
     from lpattn.cli import main
 
     register(name)
-    return main(["check", name, "--json", "--only", only])
+    for one in checks:
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            failed = main(["check", name, "--json", "--only", one])
+        print(json.dumps(json.loads(said.getvalue())), flush=True)
+        if failed:
+            break
 
 
-def check(name: str, checks: list[str], end: float, jobs: int) -> Iterator[dict[str, Any]]:
-    """The document of ``lpattn check`` of each check, as it ends, in a process of its own; ``jobs`` at a time."""
+def check_all(backends: list[str], checks: list[str], end: float, jobs: int) -> Iterator[dict[str, Any]]:
+    """The documents of ``lpattn check``, as they end; ``jobs`` processes at a time."""
+    # Checks next to each other are alike, and compile alike: every process gets some of each kind.
+    count = min(len(checks), -(-2 * jobs // len(backends)))
     threads = ThreadPoolExecutor(jobs)
     try:
-        waiting = [threads.submit(check_apart, name, one, end) for one in checks]
+        waiting = [threads.submit(check_share, name, checks[i::count], end) for i in range(count) for name in backends]
         for future in as_completed(waiting):
-            yield future.result()
+            yield from future.result()
     finally:  # an interrupted run does not wait to write what it found
         threads.shutdown(wait=False, cancel_futures=True)
 
 
-def check_apart(name: str, one: str, end: float) -> dict[str, Any]:
-    """The document of one check; a failure where the process says something else, or nothing in time."""
-    seconds = max(end - time.monotonic(), 0.0)
-    command = [sys.executable, __file__, "--one", name, "--only", one]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
-        return json.loads(done.stdout)
-    except subprocess.TimeoutExpired:
-        detail = f"not done after {seconds:.0f} s" if seconds else "no time left"
-    except ValueError:
-        detail = (done.stderr or done.stdout)[-2000:]
-    outcome = {"check": one, "status": Status.FAILED.value, "detail": detail, "seconds": round(seconds, 4)}
-    return {"backend": name, "device": None, "checks": [outcome], "failed": [one]}
+def check_share(name: str, checks: list[str], end: float) -> list[dict[str, Any]]:
+    """A document for each check; a failure where the process says something else, or nothing in time."""
+    found: list[dict[str, Any]] = []
+    while left := checks[len(found) :]:
+        seconds = max(end - time.monotonic(), 0.0)
+        command = [sys.executable, __file__, "--one", name, "--only", ",".join(left)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+            said, detail = done.stdout, (done.stderr or done.stdout)[-2000:]
+        except subprocess.TimeoutExpired as ended:
+            # What was said until then is bytes even where text was asked for.
+            said = ended.stdout.decode() if isinstance(ended.stdout, bytes) else ended.stdout or ""
+            detail = f"not done after {seconds:.0f} s" if seconds else "no time left"
+        documents = list(documents_in(said))
+        found += documents
+        if len(documents) < len(left) and not (documents and documents[-1]["failed"]):
+            one = left[len(documents)]
+            outcome = {"check": one, "status": Status.FAILED.value, "detail": detail, "seconds": round(seconds, 4)}
+            found.append({"backend": name, "device": None, "checks": [outcome], "failed": [one]})
+    return found
+
+
+def documents_in(said: str) -> Iterator[dict[str, Any]]:
+    """What a process said, up to the first line that is no document."""
+    for line in said.splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return
 
 
 def merged(documents: list[dict[str, Any]]) -> dict[str, Any]:
@@ -106,20 +134,20 @@ def main() -> int:
     arguments.add_argument("--jobs", type=int, default=max(1, min(8, (os.cpu_count() or 1) // 2)), help="processes")
     arguments.add_argument("--one", help="only this backend, in this process")
     options = arguments.parse_args()
-    if options.one:
-        return check_here(options.one, options.only)
-    budget = Budget(options.budget, 300.0)
     checks = [c for c in options.only.split(",") if c] or [c for c in CHECKS if c not in options.skip.split(",")]
+    if options.one:
+        check_here(options.one, checks)
+        return 0
     names = options.backends.split(",")
     if options.quick:
         names, checks = names[:1], checks[:3]
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     try:
-        for name in names:
-            found[name] = []
-            for document in check(name, checks, time.monotonic() + budget.item(), options.jobs):
-                found[name].append(document)
-            show(merged(found[name]))
+        for document in check_all(names, checks, time.monotonic() + options.budget, options.jobs):
+            told = found[document["backend"]]
+            told.append(document)
+            if len(told) == len(checks):
+                show(merged(told))
     finally:  # what was found is written, whatever came next
         documents = [{**merged(told), "version": version(name)} for name, told in found.items() if told]
         write(options.out, {"conformance": documents})

@@ -23,51 +23,59 @@ def test_two_checks_of_a_backend(monkeypatch, tmp_path, capsys) -> None:
     assert "bf16_reference on cpu" in capsys.readouterr().out.replace("cuda:0", "cpu")
 
 
+def document(check: str, failed: bool = False) -> str:
+    outcome = {"check": check, "status": "failed" if failed else "passed", "detail": "", "seconds": 1.0}
+    found = {"backend": "mine", "device": "cuda:0", "checks": [outcome], "failed": [check] if failed else []}
+    return json.dumps(found) + "\n"
+
+
 def run_as(answers):
+    """A process: what it says of its checks, up to one that ends it."""
+
     def run(command, **options):
-        answer = answers[command[-1]]
-        if isinstance(answer, Exception):
-            raise answer
-        return SimpleNamespace(stdout=answer, stderr="Segmentation fault")
+        said = ""
+        for check in command[-1].split(","):
+            answer = answers.get(check, document(check))
+            if answer == "hang":
+                raise subprocess.TimeoutExpired(command, options["timeout"], output=said.encode())
+            said += answer
+            if answer != document(check):
+                break
+        return SimpleNamespace(stdout=said, stderr="Segmentation fault")
 
     return run
 
 
-def passing(check: str) -> str:
-    outcome = {"check": check, "status": "passed", "detail": "", "seconds": 1.0}
-    return json.dumps({"backend": "mine", "device": "cuda:0", "checks": [outcome], "failed": []})
-
-
-def test_what_goes_wrong_is_a_failure_of_its_check(monkeypatch) -> None:
-    hung = subprocess.TimeoutExpired("python", 1)
-    answers = {"accuracy": hung, "threads": "", "probe": passing("probe"), "outputs": passing("outputs")}
+@pytest.mark.parametrize("jobs", [1, 2, 5])
+def test_what_goes_wrong_is_a_failure_of_its_check(monkeypatch, jobs) -> None:
+    checks = ["accuracy", "threads", "probe", "layouts", "outputs"]
+    answers = {"accuracy": "hang", "threads": "", "layouts": document("layouts", failed=True)}
     monkeypatch.setattr(subprocess, "run", run_as(answers))
-    documents = list(conformance.check("mine", list(answers), time.monotonic() + 60, jobs=2))
-    document = conformance.merged(documents)
-    assert [c["check"] for c in document["checks"]] == ["probe", "accuracy", "outputs", "threads"]
-    assert document["device"] == "cuda:0"
-    assert sorted(document["failed"]) == ["accuracy", "threads"]
-    details = {c["check"]: c["detail"] for c in document["checks"]}
+    found = conformance.merged(list(conformance.check_all(["mine"], checks, time.monotonic() + 60, jobs)))
+    assert sorted(c["check"] for c in found["checks"]) == sorted(checks)
+    assert found["device"] == "cuda:0"
+    assert sorted(found["failed"]) == ["accuracy", "layouts", "threads"]
+    details = {c["check"]: c["detail"] for c in found["checks"]}
     assert details["accuracy"].startswith("not done after")
     assert details["threads"] == "Segmentation fault"
 
 
 def test_without_time_nothing_is_said_to_have_passed(monkeypatch) -> None:
-    monkeypatch.setattr(subprocess, "run", run_as({"probe": subprocess.TimeoutExpired("python", 0)}))
-    (document,) = conformance.check("mine", ["probe"], time.monotonic() - 1, jobs=1)
-    assert document["failed"] == ["probe"]
-    assert document["checks"][0]["detail"] == "no time left"
+    monkeypatch.setattr(subprocess, "run", run_as({"probe": "hang", "outputs": "hang"}))
+    found = conformance.merged(conformance.check_share("mine", ["probe", "outputs"], time.monotonic() - 1))
+    assert sorted(found["failed"]) == ["outputs", "probe"]
+    assert found["checks"][0]["detail"] == "no time left"
 
 
 def test_what_was_found_is_written_when_the_run_is_interrupted(monkeypatch, tmp_path) -> None:
-    def check(name, checks, end, jobs):
-        yield json.loads(passing("probe"))
+    def check_all(backends, checks, end, jobs):
+        yield {**json.loads(document("probe")), "backend": "bf16_reference"}
         raise KeyboardInterrupt
 
     out = tmp_path / "found.json"
-    monkeypatch.setattr(conformance, "check", check)
+    monkeypatch.setattr(conformance, "check_all", check_all)
     monkeypatch.setattr("sys.argv", ["conformance.py", "--backends", "bf16_reference", "--out", str(out)])
     with pytest.raises(KeyboardInterrupt):
         conformance.main()
-    (document,) = json.loads(out.read_text(encoding="utf-8"))["conformance"]
-    assert [c["check"] for c in document["checks"]] == ["probe"]
+    (found,) = json.loads(out.read_text(encoding="utf-8"))["conformance"]
+    assert [c["check"] for c in found["checks"]] == ["probe"]
