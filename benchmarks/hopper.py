@@ -58,15 +58,16 @@ def kernels(qkv: Tensors, shape: Shape) -> tuple[dict[str, Run], dict[str, Run]]
         timed[KERNEL + name] = judged[KERNEL + name] = functools.partial(ours, name)
     for name, precision in (("portable", Precision.E4M3), ("portable_int8", Precision.INT8_F16)):
         operands = quantize_per_block(*qkv, factor=factor, precision=precision)
-        timed[KERNEL + name] = judged[KERNEL + name] = functools.partial(portable, operands, shape)
+        int8 = precision is Precision.INT8_F16
+        timed[KERNEL + name] = judged[KERNEL + name] = functools.partial(portable, operands, shape, int8)
     return timed, judged
 
 
-def portable(operands: Any, shape: Shape) -> torch.Tensor:
+def portable(operands: Any, shape: Shape, int8: bool) -> torch.Tensor:
     """[B, H, S, D] by the kernel that runs where the Hopper kernel cannot."""
     from lpattn.kernels import attention, shapes
 
-    tile = shapes.tile_shape(torch.cuda.get_device_capability(), shape.head_dim)
+    tile = shapes.tile_shape(torch.cuda.get_device_capability(), shape.head_dim, int8=int8)
     band = attention.Band(after=0 if shape.causal else None)
     return attention.attend(operands, tile, torch.bfloat16, band=band)[0].transpose(1, 2)
 

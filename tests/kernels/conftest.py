@@ -138,9 +138,11 @@ class Kernel:
         self.attention, self.mask_tiles, self.shapes, self.fused = attention, mask_tiles, shapes, fused
         self.Band, self.TileShape = attention.Band, shapes.TileShape
 
-    def shape(self, dim: int) -> Any:
+    def shape(self, dim: int, precision: Any = None, mask: torch.Tensor | None = None) -> Any:
         capability = None if self.interpreted else torch.cuda.get_device_capability()
-        return self.shapes.tile_shape(capability, max(32, 1 << (dim - 1).bit_length()))
+        lanes = max(32, 1 << (dim - 1).bit_length())
+        int8, biased = precision is self.fused.Precision.INT8_F16, mask is not None and mask.is_floating_point()
+        return self.shapes.tile_shape(capability, lanes, int8=int8, biased=biased)
 
     def normal(self, *size: int) -> torch.Tensor:
         """Normal float32 values, the same ones on every device."""
@@ -189,7 +191,7 @@ class Kernel:
         """
         batch, heads, q_len, dim = q.shape
         band = band or self.Band()
-        shape = shape or self.shape(max(dim, v.shape[3]))
+        shape = shape or self.shape(max(dim, v.shape[3]), options.get("precision"), mask)
         scale = dim**-0.5 if scale is None else scale
         options.setdefault("qk_max", 14.0)
         tiles = None
@@ -225,6 +227,8 @@ class Kernel:
             want = hadamard_transform(want)
         want = want[..., : quantized.dim_v]
         narrow = self.lost_in_sums(quantized)
+        if quantized.query.dtype == torch.float8_e4m3fn and not shape.sum_by_product:
+            narrow += 2.0**-10  # of weights, in float16
         for b, count in enumerate(q_counts or [out.shape[1]] * out.shape[0]):
             if count == 0:
                 continue

@@ -71,9 +71,9 @@ def launches(capability: int, dim: int, asked: set[str], shape: shapes.TileShape
     recorded: list[dict[str, Any]] = []
     for module in (attention, mask_tiles):
         module.launch = lambda *args, **kwargs: recorded.append(LAUNCH.bind(*args, **kwargs).arguments)
-    shape = shape or shapes.tile_shape(
-        divmod(capability, 10), max(1 << (dim - 1).bit_length(), 32), "additive" in asked
-    )
+    lanes = max(1 << (dim - 1).bit_length(), 32)
+    kind = {"int8": "int8" in asked, "biased": "additive" in asked}
+    shape = shape or shapes.tile_shape(divmod(capability, 10), lanes, **kind)
     mask, band = None, attention.Band()
     if "causal" in asked:
         band = attention.Band(after=0)

@@ -81,6 +81,18 @@ def rotated(kernel: Any) -> dict[str, Any]:
     return plain(kernel) | {"hadamard": HadamardMode.V_ONLY}
 
 
+def on_the_cores(kernel: Any) -> dict[str, Any]:
+    return plain(kernel) | {"shape": kernel.shape(32)._replace(sum_by_product=False)}
+
+
+def tails_on_the_cores(kernel: Any) -> dict[str, Any]:
+    return tails(kernel) | {"shape": kernel.shape(32)._replace(sum_by_product=False)}
+
+
+def k_reordered(kernel: Any) -> dict[str, Any]:
+    return plain(kernel) | {"shape": kernel.shape(32)._replace(k_reordered=True)}
+
+
 BUGS = {
     "P without its factor": Bug("_P_BITS = tl.constexpr(8.0)", "_P_BITS = tl.constexpr(0.0)", tails),
     "sum of P before the cast": Bug("+ tl.dot(weights, ones)", "+ tl.sum(p, 1)[:, None]", tails),
@@ -92,7 +104,12 @@ BUGS = {
     "V's scale of another block": Bug("of_v = tl.load(v_scale + block)", "of_v = tl.load(v_scale)", plain),
     "K's scale of another block": Bug("tl.load(k_scale + block)", "tl.load(k_scale)", plain),
     "q's scale of another head": Bug("q_scale + head.to(tl.int64) * q_len", "q_scale", plain),
-    "keys of V out of order": Bug("slots // 2 % 2 * 8 + slots // 4 % 4 * 2", "slots // 2 % 8 * 2", plain),
+    "keys of V out of order": Bug("(0, 1, 3, 2, 4)", "(0, 1, 2, 3, 4)", plain),
+    "keys of V out of order, as K is loaded": Bug(
+        "slots // 2 % 2 * 8 + slots // 4 % 4 * 2", "slots // 2 % 8 * 2", k_reordered
+    ),
+    "sum on the cores before the cast": Bug("+ _sum_of_rows(rounded", "+ _sum_of_rows(p", tails_on_the_cores),
+    "half a sum on the cores": Bug("(BM, _SUMMED, BN // _SUMMED)), 1)", "(BM, 2, BN // 2)), 1) * 0.5", on_the_cores),
     "another KV head": Bug("h // (heads // kv_heads)", "h % kv_heads", plain),
     "V's constant left out": Bug("[:, None] + constant[None, :]", "[:, None]", plain),
     "log-sum-exp without the shift": Bug("found += tl.load(lse_shift", "tl.load(lse_shift", plain),

@@ -64,9 +64,10 @@ def attend(
 
     Precision:
         Products of eight-bit values are exact. Logits, softmax and sums are float32; P times 2^8 is rounded to e4m3
-        (float16 where v is), and the row sum adds what was rounded. Every tile of keys has an accumulator of its own in
-        the tensor cores (on Hopper narrower than float32), which is added to one in float32. The inverse Hadamard
-        transform takes rows in float16, scaled to a largest value of 1. Two runs give the same bits.
+        (float16 where v is), and the row sum adds what was rounded: four values of e4m3 in float16, the rest in
+        float32, or all in float32 where the shape has the tensor cores do so. Every tile of keys has an accumulator of
+        its own in the tensor cores (on Hopper narrower than float32), which is added to one in float32. The inverse
+        Hadamard transform takes rows in float16, scaled to a largest value of 1. Two runs give the same bits.
 
     Source:
         Online softmax: Milakov and Gimelshein 2018 (arXiv:1805.02867). Accumulation in two levels and scales per block:
@@ -133,6 +134,7 @@ def attend(
             dense,
             quantized.hadamard is not HadamardMode.NONE,
             shape.sum_by_product,
+            shape.k_reordered,
             INTERPRETED,
         ),
         (

@@ -31,6 +31,9 @@ _ONES = tl.constexpr(8)
 """Columns of ones that P is multiplied by: where that takes P from registers, it is cheaper than additions. Hopper's
 instructions would have the compiler store the ones, and wait, in every tile."""
 
+_SUMMED = tl.constexpr(4)
+"""Weights of e4m3 whose sum is rounded to float16: by 2^-11 of it, where each of them was rounded by up to 2^-4."""
+
 _UNITS_APART = tl.constexpr(2.0**-60)
 """How much smaller the scale of a block of V may be than the largest one in front of it: what acc is multiplied by from
 block to block, and acc itself, stay finite. Blocks of still smaller values count for no more than 2^-50 of the largest.
@@ -55,7 +58,7 @@ def attend_tiles(
     D: tl.constexpr, D_V: tl.constexpr, D_V_OUT: tl.constexpr, LANES: tl.constexpr, LANES_V: tl.constexpr,
     BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, BAND: tl.constexpr,
     FROM_END: tl.constexpr, MASK: tl.constexpr, MASK_UNIT: tl.constexpr, MASK_DENSE: tl.constexpr,
-    HADAMARD: tl.constexpr, SUM_BY_PRODUCT: tl.constexpr, INTERPRETED: tl.constexpr,
+    HADAMARD: tl.constexpr, SUM_BY_PRODUCT: tl.constexpr, K_REORDERED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Attention of BM queries of a head.
 
@@ -130,13 +133,13 @@ def attend_tiles(
         acc, row_sum, maximum, unit, largest_unit, q_tile, of_row, k, v, k_scale, v_scale, whole_list, mask,
         mask_q, mask_k, rows, queries, keys, whole_tiles, whole_tiles, whole_first, whole_first, before, after,
         D, D_V, LANES, LANES_V, BLOCK, BM, BN, STAGES, NO_BAND, MASK != NO_MASK, NO_MASK, 1, True, False,
-        MASK == ADDITIVE_MASK, SUM_BY_PRODUCT, INTERPRETED,
+        MASK == ADDITIVE_MASK, SUM_BY_PRODUCT, K_REORDERED, INTERPRETED,
     )  # fmt: skip
     acc, row_sum, maximum, unit, largest_unit = _sweep(
         acc, row_sum, maximum, unit, largest_unit, q_tile, of_row, k, v, k_scale, v_scale, part_list, mask,
         mask_q, mask_k, rows, queries, keys, part_tiles, left_tiles, first, whole_end, before, after,
         D, D_V, LANES, LANES_V, BLOCK, BM, BN, STAGES, BAND, MASK != NO_MASK, MASK, MASK_UNIT, MASK_DENSE, True,
-        MASK == ADDITIVE_MASK, SUM_BY_PRODUCT, INTERPRETED,
+        MASK == ADDITIVE_MASK, SUM_BY_PRODUCT, K_REORDERED, INTERPRETED,
     )  # fmt: skip
 
     if SUM_BY_PRODUCT:
@@ -169,7 +172,7 @@ def _sweep(
     D: tl.constexpr, D_V: tl.constexpr, LANES: tl.constexpr, LANES_V: tl.constexpr, BLOCK: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, BAND: tl.constexpr, LISTED: tl.constexpr,
     MASK: tl.constexpr, MASK_UNIT: tl.constexpr, MASK_DENSE: tl.constexpr, LOOKS: tl.constexpr,
-    NATURAL: tl.constexpr, SUM_BY_PRODUCT: tl.constexpr, INTERPRETED: tl.constexpr,
+    NATURAL: tl.constexpr, SUM_BY_PRODUCT: tl.constexpr, K_REORDERED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over ``tiles`` key tiles: of a list, or ``left_tiles`` from ``first`` on, then from ``second`` on.
 
@@ -179,14 +182,14 @@ def _sweep(
         LOOKS: the tiles' keys may be masked by BAND, MASK or their number.
         NATURAL: maximum is in natural units, not in those of exp2.
         SUM_BY_PRODUCT: row_sum is [BM, _ONES], equal columns; else [BM].
+        K_REORDERED: K is loaded in the order in which V of e4m3 is stored, so that P has it too; else P is reordered.
 
     Returns:
         (acc, row_sum, maximum, unit, largest_unit)
     """
     lanes, lanes_v, slots = tl.arange(0, LANES), tl.arange(0, LANES_V), tl.arange(0, BN)
-    # Keys are taken in the order in which V is stored, so that P has it too.
     columns = slots
-    if v.dtype.element_ty == tl.float8e4nv:
+    if K_REORDERED and v.dtype.element_ty == tl.float8e4nv:
         columns = slots // 16 * 16 + slots // 2 % 2 * 8 + slots // 4 % 4 * 2 + slots % 2
     for i in tl.range(0, tiles, num_stages=STAGES):
         if LISTED:
@@ -242,12 +245,16 @@ def _sweep(
         of_v = tl.load(v_scale + block)
         if v.dtype.element_ty == tl.float8e4nv:
             weights = to_e4m3(p, True) if INTERPRETED else p.to(tl.float8e4nv)
+            rounded = weights.to(tl.float16)
+            if not K_REORDERED:
+                weights = _in_order_of_v(rounded, BM, BN)
             # [BN, LANES_V], stored as [D_V, BLOCK] per block
             # Triton 3.6 does not see by itself that this is a multiple, and would load byte by byte.
             within = tl.multiple_of(start % BLOCK, BN)
             at = v + block.to(tl.int64) * (D_V * BLOCK) + lanes_v[None, :] * BLOCK + (within + slots)[:, None]
         else:
-            weights = p.to(tl.float16)
+            rounded = p.to(tl.float16)
+            weights = rounded
             at = v + (start + slots).to(tl.int64)[:, None] * D_V + lanes_v[None, :]
         v_tile = tl.load(at) if D_V == LANES_V else tl.load(at, mask=(lanes_v < D_V)[None, :], other=0.0)
         # A fresh accumulator for every tile: that of the tensor cores is narrower than float32.
@@ -262,9 +269,28 @@ def _sweep(
                 ones = tl.full((BN, _ONES), 1.0, tl.float16)
             row_sum = row_sum * alpha[:, None] + tl.dot(weights, ones)
         else:
-            row_sum = row_sum * alpha + tl.sum(weights.to(tl.float32), 1)
+            row_sum = row_sum * alpha + _sum_of_rows(rounded, v.dtype.element_ty == tl.float8e4nv, BM, BN)
         unit = next_unit
     return acc, row_sum, maximum, unit, largest_unit
+
+
+@triton.jit
+def _in_order_of_v(p, BM: tl.constexpr, BN: tl.constexpr):
+    """P of e4m3's values, keys in order, as e4m3 with the keys of each 16 in the order in which V is stored.
+
+    Where products take P from registers, what a thread holds of S it needs of P in this order, and nothing moves. It
+    takes P in float16, since Triton 3.6 gets a reshape of e4m3 wrong.
+    """
+    sixteens = tl.permute(tl.reshape(p, (BM, BN // 16, 2, 4, 2)), (0, 1, 3, 2, 4))
+    return tl.reshape(sixteens, (BM, BN)).to(tl.float8e4nv)
+
+
+@triton.jit
+def _sum_of_rows(p, E4M3: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Sums of the rows of P in float16, as float32. Some of e4m3's values are added before: two per instruction."""
+    if E4M3:
+        p = tl.sum(tl.reshape(p, (BM, _SUMMED, BN // _SUMMED)), 1)
+    return tl.sum(p.to(tl.float32), 1)
 
 
 @triton.jit

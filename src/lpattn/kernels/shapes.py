@@ -14,6 +14,8 @@ class TileShape(NamedTuple):
         warps: per program.
         stages: key tiles that are loaded ahead, the one at hand included.
         sum_by_product: whether the tensor cores sum the rows of P.
+        k_reordered: whether keys are loaded in the order in which V of e4m3 is stored, as is best where products do not
+            take P from registers; else P gets that order.
     """
 
     queries: int
@@ -21,34 +23,42 @@ class TileShape(NamedTuple):
     warps: int
     stages: int
     sum_by_product: bool = True
+    k_reordered: bool = False
 
 
 # By the larger of the padded head_dims. Chosen so that nothing spills and shared memory suffices, as the compiler says
-# for each architecture (tests/kernels/test_compiled.py).
+# for each architecture (tests/kernels/test_compiled.py). On Hopper, two programs of half the queries run on a
+# multiprocessor at once: one computes exponentials while the products of the other one run. With V in float16, whose
+# tiles are twice as large, loading them twice as often costs more than that brings.
+_TO_128 = (32, 64, 128)
 _D256 = TileShape(64, 64, 8, 2, sum_by_product=False)
-_LARGE = {
-    **{lanes: TileShape(128, 128, 8, 3, sum_by_product=False) for lanes in (32, 64, 128)},
-    256: _D256,
+_HOPPER = dict.fromkeys(_TO_128, TileShape(64, 128, 4, 3, sum_by_product=False)) | {256: _D256}
+_HOPPER_INT8 = dict.fromkeys(_TO_128, TileShape(128, 128, 8, 3, sum_by_product=False)) | {256: _D256}
+_MEDIUM = {
+    **dict.fromkeys(_TO_128, TileShape(128, 64, 8, 2, sum_by_product=False, k_reordered=True)),
+    256: _D256._replace(k_reordered=True),
 }
-_LARGE_BIASED = {lanes: shape._replace(stages=2) for lanes, shape in _LARGE.items()}
-_MEDIUM = {**{lanes: TileShape(128, 64, 8, 2, sum_by_product=False) for lanes in (32, 64, 128)}, 256: _D256}
 _SMALL = {32: TileShape(128, 64, 8, 3), 64: TileShape(128, 64, 8, 3), 128: TileShape(128, 64, 8, 2), 256: _D256}
 INTERPRETED_SHAPE = TileShape(32, 64, 4, 1)
 """Small tiles, so that short inputs have several of them."""
 
 
-def tile_shape(capability: tuple[int, int] | None, lanes: int, biased: bool = False) -> TileShape:
-    """The shape for an architecture, a head_dim and a kind of mask.
+def tile_shape(
+    capability: tuple[int, int] | None, lanes: int, *, int8: bool = False, biased: bool = False
+) -> TileShape:
+    """The shape for an architecture, a head_dim, a recipe and a kind of mask.
 
     Args:
         capability: of the device; None: the interpreter.
         lanes: the larger of the padded head_dims, a power of two from 32 to 256.
-        biased: whether there is an additive mask, which takes registers of its own.
+        int8: whether q and k are int8 and v float16, instead of all three e4m3.
+        biased: whether there is an additive mask, which takes memory of its own.
     """
     if capability is None:
         return INTERPRETED_SHAPE
     if capability[0] == 9:
-        return (_LARGE_BIASED if biased else _LARGE)[lanes]
+        shape = (_HOPPER_INT8 if int8 else _HOPPER)[lanes]
+        return shape._replace(stages=2) if biased else shape
     # From sm_100 on to sm_110, products have their accumulators outside of the registers; elsewhere, they take P from
     # registers, and an SM has as little as 99 KiB of shared memory.
     return (_MEDIUM if capability[0] in (10, 11) else _SMALL)[lanes]

@@ -194,7 +194,7 @@ class PortableKernel(Kernel):
         if attn_mask is not None and attn_mask.dtype == torch.float64:
             attn_mask = attn_mask.float()  # tiles of it would not fit into shared memory
         biased = attn_mask is not None and attn_mask.dtype != torch.bool
-        shape = tile_shape(call.capability, lanes, biased)
+        shape = tile_shape(call.capability, lanes, int8=self._int8, biased=biased)
         keys = tiles = used = None
         if attn_mask is not None and call.key_padding:
             keys = used_keys(attn_mask, call.batch, key.shape[2])
@@ -229,7 +229,7 @@ class PortableKernel(Kernel):
         quantized = self._quantize(padded, key, value, call, None, None, keys)
         out, lse = attend(
             quantized,
-            tile_shape(call.capability, lanes_of(max(call.head_dim, call.head_dim_v))),
+            tile_shape(call.capability, lanes_of(max(call.head_dim, call.head_dim_v)), int8=self._int8),
             call.dtype,
             band=Band(before, after, from_end=True),
             q_counts=packed.lengths_of(cu_seqlens_q),
