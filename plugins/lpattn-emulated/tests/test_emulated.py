@@ -28,6 +28,16 @@ def test_a_device_that_cannot_is_a_reason_and_not_an_exception():
     assert "cuda:99" in reason.message
 
 
+@pytest.mark.parametrize(("said", "told"), [("no e4m3\nCompile with ...", "no e4m3"), ("", "RuntimeError")])
+def test_of_a_long_error_the_first_line_is_told(monkeypatch, said, told):
+    def refuse(*args, **options):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(torch, "zeros", refuse)
+    (reason,) = EmulatedBackend().probe(torch.device("cpu"))
+    assert reason.message == f"cpu cannot cast to float8_e4m3fn: {told}"
+
+
 def test_dropout_is_refused():
     (reason,) = EmulatedBackend().supports(call(dropout=True))
     assert reason.code == "dropout"

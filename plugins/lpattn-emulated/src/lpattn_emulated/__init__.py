@@ -29,7 +29,8 @@ class EmulatedBackend(Backend):
         try:
             torch.zeros(1, device=device).to(torch.float8_e4m3fn).float()
         except Exception as error:  # a probe must not raise, whatever a driver comes up with
-            return [Reason("e4m3", f"{device} cannot cast to float8_e4m3fn: {error}", "run it on the CPU")]
+            first_line, *_ = str(error).splitlines() or [type(error).__name__]
+            return [Reason("e4m3", f"{device} cannot cast to float8_e4m3fn: {first_line}", "run it on the CPU")]
         return []
 
     def attention(
