@@ -4,27 +4,37 @@ A Llama-3-8B-shaped block (causal, grouped heads, half-split RoPE in bfloat16) a
 k, interleaved RoPE in float32), with random weights, under torch.compile. Measured are the whole block, and what lies
 between its projections. Every variant is compared with the untouched module before it is timed, and the report must say
 that RoPE, and the norm, were fused where that is what is measured; the variants of one item are timed in turn. The part
-"quantization" ends where the attention kernel begins: see rounding.py. Needs a CUDA device.
+"quantization" ends where the attention kernel begins: see rounding.py. Every item has a process of its own; these
+compile side by side, and are timed one after another. Needs a CUDA device.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
+import itertools
+import json
+import os
+import subprocess
 import sys
+import tempfile
+import time
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import rounding
 import torch
 from blocks import BETWEEN, SHAPES, Between, Block, Sizes, tables
 from cases import decibels
-from common import Budget, DeviceTimer, captured, interleaved, median, parser, spread, table, write
+from common import DeviceTimer, captured, interleaved, median, parser, spread, table, write
 from labels import EXACT
 from torch import nn
 from torch.nn.attention import sdpa_kernel
+from turns import Turns
 from variants import KERNELS, fa3_function
 
 import lpattn
@@ -39,6 +49,7 @@ EXACT_FLOOR, LOW_FLOOR, ROUNDING_FLOOR = 35.0, 12.0, 25.0
 
 Run = Callable[[], torch.Tensor]
 Timer = Callable[[Callable[[], object]], float]
+Turn = contextlib.AbstractContextManager[None]
 
 
 class FA3Exact(lpattn.Backend):
@@ -159,11 +170,12 @@ def measure(
     rounds: int,
     seconds: float,
     *,
-    backend: str = "fp8_fa3",
+    backend: str = "fp8_triton",
     sizes: Sizes | None = None,
     device: str = "cuda",
     dtype: torch.dtype = torch.bfloat16,
     how: str | None = None,
+    turn: Callable[[], Turn] = contextlib.nullcontext,
 ) -> dict[str, Any]:
     """Times and quality of one block, or of what lies between its projections.
 
@@ -177,6 +189,7 @@ def measure(
         sizes: of the block; None is the model's.
         device, dtype: of weights and inputs.
         how: backend of torch.compile; None is inductor.
+        turn: makes a context in which this process may measure.
     """
     sizes = sizes or SHAPES[name]
 
@@ -203,7 +216,8 @@ def measure(
     for label, found in quality.items():
         if found < (EXACT_FLOOR if label.startswith(EXACT) else LOW_FLOOR):
             raise RuntimeError(f"{label} is wrong: {found:.1f} dB")
-    raw = interleaved(as_graphs(runs, device), timer, rounds, seconds)
+    with turn():
+        raw = interleaved(as_graphs(runs, device), timer, rounds, seconds)
     times = {n: median(t) for n, t in raw.items()}
     best = min((n for n in times if n.startswith(EXACT)), key=times.__getitem__)
     opaque, fused = times[f"{backend} {OPAQUE}"], times[f"{backend} {FUSED}"]
@@ -211,6 +225,7 @@ def measure(
         "model": name,
         "part": part,
         "length": length,
+        "backend": backend,
         "best_exact": best,
         "milliseconds": {n: t * 1e3 for n, t in times.items()},
         "spread": {n: round(spread(t), 4) for n, t in raw.items()},
@@ -234,6 +249,7 @@ def measure_rounding(
     device: str = "cuda",
     dtype: torch.dtype = torch.bfloat16,
     how: str | None = None,
+    turn: Callable[[], Turn] = contextlib.nullcontext,
 ) -> dict[str, Any]:
     """Times from the projections to where an FP8 attention kernel begins; the arguments are those of :func:`measure`.
 
@@ -257,7 +273,8 @@ def measure_rounding(
         quality[kind] = decibels(float(want.square().sum()), float(off.square().sum()))
         if quality[kind] < ROUNDING_FLOOR:
             raise RuntimeError(f"{kind} rounds q wrongly: {quality[kind]:.1f} dB")
-    raw = interleaved(as_graphs(runs, device), timer, rounds, seconds)
+    with turn():
+        raw = interleaved(as_graphs(runs, device), timer, rounds, seconds)
     times = {n: median(t) for n, t in raw.items()}
     return {
         "model": name,
@@ -289,7 +306,7 @@ def report_rounding(results: list[Mapping[str, Any]]) -> str:
 def report(results: list[Mapping[str, Any]]) -> str:
     """Ratios as a table."""
     named = [f"{kind} ms" for kind in (OPAQUE, ROPE_ONLY, FUSED)]
-    rows = [["part", "tokens", "best exact", "ms", *named, "fused/opaque", "opaque/exact", "fused/exact"]]
+    rows = [["part", "tokens", "backend", "best exact", "ms", *named, "fused/opaque", "opaque/exact", "fused/exact"]]
     rounded = [r for r in results if r["part"] == "quantization"]
     for r in results:
         if r in rounded:
@@ -300,17 +317,86 @@ def report(results: list[Mapping[str, Any]]) -> str:
         ]
         ratios = [f"x{r[key]:.3f}" for key in ("fused_over_opaque", "opaque_over_exact", "fused_over_exact")]
         exact_ms = [r["best_exact"].removeprefix(EXACT), f"{times[r['best_exact']]:.3f}"]
-        rows.append([f"{r['model']} {r['part']}", str(r["length"]), *exact_ms, *kinds, *ratios])
+        rows.append([f"{r['model']} {r['part']}", str(r["length"]), r["backend"], *exact_ms, *kinds, *ratios])
     tables_of = [table(rows)] if len(rows) > 1 else []
     return "\n\n".join([*tables_of, *([report_rounding(rounded)] if rounded else [])])
 
 
+class Item(NamedTuple):
+    """What one process measures."""
+
+    model: str
+    part: str
+    length: int
+    backend: str
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.part} {self.length} {self.backend}".strip()
+
+
+def items(models: list[str], parts: list[str], lengths: list[int], backends: list[str]) -> list[Item]:
+    """All of them. No attention backend is in the part "quantization"."""
+    return [
+        Item(model, part, length, backend)
+        for length, part, model in itertools.product(lengths, parts, models)
+        for backend in ([""] if part == "quantization" else backends)
+    ]
+
+
+def measure_here(item: Item, seconds: float, rounds: int, turns: Turns) -> dict[str, Any]:
+    """Measure an item in this process, when it is its turn."""
+    lpattn.register_backend(FA3Exact())
+    warnings.simplefilter("ignore")
+    timer = DeviceTimer(calls=5)
+    if item.part == "quantization":
+        return measure_rounding(item.model, item.length, timer, rounds, seconds, turn=turns.mine)
+    return measure(item.model, item.part, item.length, timer, rounds, seconds, backend=item.backend, turn=turns.mine)
+
+
+def files_of(folder: str, index: int) -> tuple[Path, Path]:
+    """Where a process writes what it says, and its errors. A pipe that nobody reads yet would stop it."""
+    return Path(folder) / f"said-{index}", Path(folder) / f"errors-{index}"
+
+
+def measure_all(
+    waiting: list[Item], seconds: float, rounds: int, budget: float, jobs: int
+) -> Iterator[tuple[Item, dict[str, Any] | str]]:
+    """Each item with its result, or with why there is none; ``jobs`` at a time."""
+    end = time.monotonic() + budget
+    for start in range(0, len(waiting), jobs):
+        some = waiting[start : start + jobs]
+        with tempfile.TemporaryDirectory() as folder:
+            told = json.dumps([folder, len(some), budget, seconds, rounds])
+            # Inductor's own workers would be one for every core, in each process.
+            environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
+            processes = []
+            for index, item in enumerate(some):
+                command = [sys.executable, __file__, "--item", json.dumps([*item, told])]
+                with files_of(folder, index)[0].open("w") as said, files_of(folder, index)[1].open("w") as errors:
+                    processes.append(subprocess.Popen(command, stdout=said, stderr=errors, env=environment))
+            for index, (item, process) in enumerate(zip(some, processes, strict=True)):
+                try:
+                    status = process.wait(max(end - time.monotonic(), 0.1))
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+                    yield item, "no time left"
+                    continue
+                told_by, failed_by = (file.read_text().strip().splitlines() for file in files_of(folder, index))
+                if status:
+                    yield item, (failed_by or [f"exit status {status}"])[-1]
+                else:
+                    yield item, json.loads(told_by[-1])
+
+
 def main() -> int:
     arguments = parser(__doc__ or "", budget=420.0)
-    arguments.add_argument("--backend", default="fp8_fa3", help="low-precision backend (default fp8_fa3)")
+    arguments.add_argument("--backends", default="fp8_triton", help="separated by commas (default fp8_triton)")
     arguments.add_argument("--parts", default=",".join(PARTS), help=f"some of {', '.join(PARTS)} (default all)")
     arguments.add_argument("--models", default=",".join(SHAPES), help=f"some of {', '.join(SHAPES)} (default all)")
-    arguments.add_argument("--lengths", help="numbers of tokens, such as 4608,8192")
+    arguments.add_argument("--lengths", default=",".join(map(str, LENGTHS)), help="numbers of tokens")
+    arguments.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
+    arguments.add_argument("--item", help=argparse.SUPPRESS)
     given = arguments.parse_args()
     parts, models = given.parts.split(","), given.models.split(",")
     for option, asked, known in (("--parts", parts, PARTS), ("--models", models, SHAPES)):
@@ -319,41 +405,29 @@ def main() -> int:
     if not torch.cuda.is_available():
         print(f"compiled.py needs a CUDA device; torch {torch.__version__} sees none", file=sys.stderr)
         return 1
-    lpattn.register_backend(FA3Exact())
-    warnings.simplefilter("ignore")
-    budget = Budget(given.budget, 4.0)
-    timer = DeviceTimer(calls=5)
+    if given.item:
+        *what, told = json.loads(given.item)
+        folder, count, patience, seconds, rounds = json.loads(told)
+        turns = Turns(Path(folder), count, patience)
+        try:
+            print(json.dumps(measure_here(Item(*what), seconds, rounds, turns)))
+        finally:
+            turns.ready()
+        return 0
+    lengths = [4608] if given.quick else [int(length) for length in given.lengths.split(",")]
+    waiting = items(models, parts, lengths, given.backends.split(","))
     results: list[Mapping[str, Any]] = []
     left_out: list[str] = []
-    # What the goal is about comes first; the time may not do for the rest.
-    lengths = (4608,) if given.quick else (*LENGTHS[1:3], LENGTHS[0], LENGTHS[3])
-    if given.lengths:
-        lengths = tuple(int(length) for length in given.lengths.split(","))
-    rounds = 10 if given.quick else 200
-    for length in lengths:
-        for part in parts:
-            for name in models:
-                label = f"{name} {part} {length}"
-                if not (seconds := budget.item()):
-                    left_out.append(label)
-                    continue
-                try:
-                    if part == "quantization":
-                        result = measure_rounding(name, length, timer, rounds, seconds)
-                    else:
-                        result = measure(name, part, length, timer, rounds, seconds, backend=given.backend)
-                except Exception as error:  # one item that fails does not take the others with it
-                    left_out.append(
-                        f"{label} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-                    )
-                    print(left_out[-1], flush=True)
-                    continue
-                results.append(result)
-                print(report([result]), flush=True)
-                torch.cuda.empty_cache()
+    for item, found in measure_all(waiting, 4.0, 10 if given.quick else 200, given.budget, given.jobs):
+        if isinstance(found, str):
+            left_out.append(f"{item} ({found})")
+            print(left_out[-1], flush=True)
+        else:
+            results.append(found)
+            print(report([found]), flush=True)
     print(f"\n{report(results)}")
     if left_out:
-        print(f"\nleft out, for want of time where no reason is given: {'; '.join(left_out)}")
+        print(f"\nleft out: {'; '.join(left_out)}")
     write(given.out, {"results": results, "left_out": left_out})
     return 0 if results else 1
 

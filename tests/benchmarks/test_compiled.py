@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
+
 import blocks
 import compiled
 import pytest
@@ -103,3 +106,51 @@ def test_a_backend_that_does_not_fuse_is_no_result(rotating, monkeypatch):
     inputs = (*(torch.randn(1, 6, 64) for _ in range(3)), *blocks.tables(6, 16, True, "cpu"))
     with torch.no_grad(), pytest.raises(RuntimeError, match="has no fused rotation"):
         compiled.low(build, inputs, rotating.name, passes_only)
+
+
+MEASURES = """
+import json, sys, time
+from pathlib import Path
+sys.path.insert(0, {benchmarks!r})
+from turns import Turns
+model, part, length, backend, told = json.loads(sys.argv[2])
+folder, count, patience, seconds, rounds = json.loads(told)
+turns = Turns(Path(folder), count, patience)
+try:
+    if backend == "broken":
+        raise ValueError("it is broken")
+    time.sleep(0.3 if backend == "slow" else 0.0)
+    with turns.mine():
+        ready = len(list(Path(folder).glob("ready-*")))
+        start = time.monotonic()
+        time.sleep(0.1)
+        print(json.dumps({{"ready": ready, "start": start, "end": time.monotonic(), "backend": backend}}))
+finally:
+    turns.ready()
+"""
+
+
+@pytest.mark.parametrize("jobs", [8, 2])
+def test_items_are_measured_in_turn_when_none_compiles(jobs, monkeypatch, tmp_path):
+    script = tmp_path / "measures.py"
+    script.write_text(MEASURES.format(benchmarks=str(Path(compiled.__file__).parent)))
+    monkeypatch.setattr(compiled, "__file__", str(script))
+    waiting = compiled.items(["llama"], ["block"], [8], ["quick", "slow", "broken", "other"])
+    found = {item.backend: result for item, result in compiled.measure_all(waiting, 1.0, 1, 30.0, jobs)}
+    assert found.pop("broken") == "ValueError: it is broken"
+    assert {result["backend"] for result in found.values()} == {"quick", "slow", "other"}
+    assert {result["ready"] for result in found.values()} == {min(jobs, 4)}
+    times = sorted((result["start"], result["end"]) for result in found.values())
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(times))
+
+
+def test_an_item_that_hangs_costs_no_other_its_result(monkeypatch, tmp_path):
+    script = tmp_path / "hangs.py"
+    script.write_text("import time, sys; 'stuck' in sys.argv[2] and time.sleep(60); print('{}')")
+    monkeypatch.setattr(compiled, "__file__", str(script))
+    waiting = compiled.items(["llama"], ["block"], [8], ["stuck", "quick"])
+    assert [result for _, result in compiled.measure_all(waiting, 1.0, 1, 1.0, 2)] == ["no time left", {}]
+
+
+def test_no_backend_quantizes_alone():
+    assert len(compiled.items(["llama", "flux"], ["quantization"], [8, 9], ["a", "b"])) == 4

@@ -20,9 +20,10 @@ SCRIPTS = (
     "hopper",
     "plot",
     "quantization",
+    "sanitize",
     "targets",
 )
-ON_GPU = ("attention", "calibrate", "compiled", "hopper", "quantization", "targets")
+ON_GPU = ("attention", "calibrate", "compiled", "hopper", "quantization", "sanitize", "targets")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
