@@ -36,7 +36,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorded]:
     monkeypatch.setattr(
         Launch, "on", lambda self, stream, pointers, tensors: found.append((self, tuple(pointers), tensors()))
     )
-    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
     return found
 
 

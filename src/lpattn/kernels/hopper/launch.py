@@ -14,7 +14,7 @@ from lpattn.kernels.hopper.attention import KEYS, ROWS, attention
 from lpattn.quantize.fused import PerBlock
 from lpattn.quantize.fused.launcher import Launch, short_way
 from lpattn.quantize.fused.memory import Layout
-from lpattn.quantize.fused.operands import lanes_of
+from lpattn.quantize.fused.operands import lanes_of, multiprocessors
 from lpattn.types import HadamardMode
 
 QK_MAX: float = softmax.QK_MAX.value
@@ -207,7 +207,7 @@ def _plan(
     tiles = q_tiles * batch * heads
     launch = Launch(
         attention,
-        min(tiles, _multiprocessors(device)),
+        min(tiles, multiprocessors(device)),
         (heads, kv_heads, q_len, kv_len, q_tiles, tiles),
         (
             tile.keys,
@@ -258,8 +258,3 @@ def _descriptor(
 def layout_of(columns: int) -> gl.NVMMASharedLayout:
     """The layout of a tile in shared memory."""
     return gl.NVMMASharedLayout(swizzle_byte_width=min(columns, 128), element_bitwidth=8, rank=2)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -15,7 +15,7 @@ import torch
 from lpattn.quantize.fused.inputs import NO_MORE, Keys, More, Rotation, Turns, addresses_of, more_of, used_keys
 from lpattn.quantize.fused.launcher import INTERPRETED, Launch, short_way
 from lpattn.quantize.fused.memory import Layout, PerBlock, laid_out, part_of, round_up
-from lpattn.quantize.fused.operands import check_device, how_to_read, lanes_of, overlaps_on
+from lpattn.quantize.fused.operands import check_device, how_to_read, lanes_of, multiprocessors, overlaps_on
 from lpattn.quantize.fused.per_block import quantize_blocks, sample_blocks
 from lpattn.quantize.fused.tile import E4M3_MAX
 from lpattn.types import HadamardMode, Norm
@@ -28,6 +28,13 @@ _SAMPLE_WARPS = 16
 _WARPS = 4
 _WIDE_WARPS = 8
 """Where a tile has more than 128 lanes."""
+
+_TURNED_TOKENS = 64
+"""Tokens of q that a program rotates at a time. cos and sin of so many stay in the L1 cache from head to head; those of
+BLOCK tokens, four times as large as the tokens, would come from the L2 cache again and again."""
+_MOST_HEADS = 8
+_Q_PROGRAMS, _K_PROGRAMS = 8, 2
+"""Programs per multiprocessor below which a program takes no more heads, up to the most."""
 
 _ROW_BYTES = 16
 """Rows of q and k are padded to a multiple of this: what loads of 16 bytes and TMA descriptors need."""
@@ -264,7 +271,7 @@ def _plan(
     batch, heads, q_len, dim = q_shape
     kv_heads, kv_len, dim_v = v_shape[1:]
     groups = batch * kv_heads
-    q_blocks, blocks = -(-q_len // BLOCK), -(-kv_len // BLOCK)
+    blocks = -(-kv_len // BLOCK)
     lanes, lanes_v = lanes_of(dim), lanes_of(dim_v)
     dim_out = lanes if hadamard is HadamardMode.QKV else round_up(dim, _ROW_BYTES)
     rows_v = dim_v if hadamard is HadamardMode.NONE else lanes_v
@@ -299,6 +306,12 @@ def _plan(
         **parts,  # type: ignore[arg-type]
     )
 
+    turned = turns is not None
+    q_tokens = _TURNED_TOKENS if turned else BLOCK
+    q_tiles = -(-q_len // q_tokens)
+    q_each = _heads_each(batch * q_tiles, heads, _Q_PROGRAMS, device) if turned else 1
+    k_each = _heads_each(batch * blocks, kv_heads, _K_PROGRAMS, device) if turned else 1
+
     strides, reading = how_to_read(dim, q_strides, k_strides, v_strides, turns, eps, hadamard)
     unit, dense, turn_unit, turn_dense, _, _, *transforms = reading
     eps_q, eps_k = eps or (0.0, 0.0)
@@ -317,12 +330,30 @@ def _plan(
     )
     quantize = Launch(
         quantize_blocks,
-        batch * heads * q_blocks + 2 * groups * blocks,
-        (batch, heads, kv_heads, q_len, kv_len, *strides, eps_q, eps_k, *(flag_strides or (0, 0, 0)), *factors),
-        (*constants, dim_out, rows_v, packed, BLOCK, overlaps, INTERPRETED),
+        batch * (-(-heads // q_each) * q_tiles + -(-kv_heads // k_each) * blocks) + groups * blocks,
+        (
+            batch,
+            heads,
+            kv_heads,
+            q_len,
+            kv_len,
+            q_each,
+            k_each,
+            *strides,
+            eps_q,
+            eps_k,
+            *(flag_strides or (0, 0, 0)),
+            *factors,
+        ),
+        (*constants, dim_out, rows_v, packed, BLOCK, q_tokens, overlaps, INTERPRETED),
         (kinds, more_kinds, v_constant % 4, with_lse_shift, precision, flag_strides is None),
         _WARPS if max(lanes, lanes_v) <= 128 else _WIDE_WARPS,
         overlaps,
         device,
     )
     return Quantization(layout, packed, sample, quantize)
+
+
+def _heads_each(tiles: int, heads: int, programs: int, device: torch.device) -> int:
+    """How many heads of a tile a program takes: some, where enough programs are left to occupy the device."""
+    return max(1, min(_MOST_HEADS, heads, tiles * heads // (programs * multiprocessors(device))))

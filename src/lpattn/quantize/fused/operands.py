@@ -355,7 +355,7 @@ def lanes_of(dim: int) -> int:
 
 def _tiles_per_program(tiles: int, heads: int, per_multiprocessor: int, device: torch.device) -> int:
     """So many that all programs run at once and take equally long; fewer where there are more heads than that."""
-    programs = per_multiprocessor * _multiprocessors(device) // heads
+    programs = per_multiprocessor * multiprocessors(device) // heads
     return -(-tiles // programs) if programs else _MANY_TILES
 
 
@@ -373,7 +373,8 @@ def check_device(device: torch.device) -> None:
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has; 8 for a CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 

@@ -42,7 +42,8 @@ _INT8_MAX = tl.constexpr(127.0)
 
 # Numbers of which every call has others: to compile anew for a length would stall it.
 _VARYING = [
-    "batch", "heads", "kv_heads", "q_len", "kv_len", "factor", "qk_max", "flag_b", "flag_h", "flag_s",
+    "batch", "heads", "kv_heads", "q_len", "kv_len", "q_each", "k_each", "factor", "qk_max",
+    "flag_b", "flag_h", "flag_s",
     "q_b", "q_h", "q_s", "q_d", "k_b", "k_h", "k_s", "k_d", "v_b", "v_h", "v_s", "v_d",
     "turn_q_b", "turn_q_h", "turn_q_s", "turn_q_d", "turn_k_b", "turn_k_h", "turn_k_s", "turn_k_d", "eps_q", "eps_k",
 ]  # fmt: skip
@@ -115,7 +116,7 @@ def sample_blocks(
 def quantize_blocks(
     q, k, v, keys, key_counts, cos_q, sin_q, cos_k, sin_k, weight_q, weight_k, flags, k_constant, v_constant,
     q_out, k_out, v_out, q_scale, k_scale, v_scale, lse_shift,
-    batch, heads, kv_heads, q_len, kv_len,
+    batch, heads, kv_heads, q_len, kv_len, q_each, k_each,
     q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d,
     turn_q_b, turn_q_h, turn_q_s, turn_q_d, turn_k_b, turn_k_h, turn_k_s, turn_k_d,
     eps_q, eps_k, flag_b, flag_h, flag_s, factor, qk_max,
@@ -123,76 +124,87 @@ def quantize_blocks(
     D: tl.constexpr, LANES: tl.constexpr, D_V: tl.constexpr, LANES_V: tl.constexpr,
     ROPE: tl.constexpr, ROTARY: tl.constexpr, NORM: tl.constexpr, HADAMARD_QK: tl.constexpr, HADAMARD_V: tl.constexpr,
     D_OUT: tl.constexpr, D_V_OUT: tl.constexpr, PACKED: tl.constexpr,
-    BLOCK: tl.constexpr, OVERLAPS: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK: tl.constexpr, Q_TOKENS: tl.constexpr, OVERLAPS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """One program per BLOCK tokens of a head of q, then of k, then of v.
+    """One program per Q_TOKENS tokens of ``q_each`` heads of q, then per BLOCK of ``k_each`` of k, then per BLOCK of v.
 
-    With OVERLAPS it may start while ``sample_blocks`` still runs, of which q needs nothing. ``keys`` and ``key_counts``
-    say which tokens of k and v are used; with PACKED these come first in the output, otherwise ``flags`` says so of
-    each, in its place.
+    Heads that follow each other in a program turn by the same angles, which the first one leaves in the cache. With
+    OVERLAPS it may start while ``sample_blocks`` still runs, of which q needs nothing. ``keys`` and ``key_counts`` say
+    which tokens of k and v are used; with PACKED these come first in the output, otherwise ``flags`` says so of each,
+    in its place.
     """
     program = tl.program_id(0)
     groups = batch * kv_heads
-    q_blocks, blocks = tl.cdiv(q_len, BLOCK), tl.cdiv(kv_len, BLOCK)
-    q_all = batch * heads * q_blocks
-    kv_all = q_all + groups * blocks
+    q_tiles, blocks = tl.cdiv(q_len, Q_TOKENS), tl.cdiv(kv_len, BLOCK)
+    q_parts, k_parts = tl.cdiv(heads, q_each), tl.cdiv(kv_heads, k_each)
+    q_all = batch * q_parts * q_tiles
+    qk_all = q_all + batch * k_parts * blocks
     slots = tl.arange(0, BLOCK)
     HALF: tl.constexpr = LANES // 2
     WRITTEN: tl.constexpr = LANES if HADAMARD_QK else D
     lanes = tl.arange(0, HALF)
     if program < q_all:
-        block, row = program % q_blocks, (program // q_blocks).to(tl.int64)
-        b, h = row // heads, row % heads
+        tile, part = program % q_tiles, (program // q_tiles).to(tl.int64)
+        b = part // q_parts
+        q_rows = tile * Q_TOKENS + tl.arange(0, Q_TOKENS)
+        # Without angles, there is one head: this is no loop.
+        for i in tl.range(0, 1 if ROPE == NO_ROPE else q_each, num_stages=1):
+            # Where the last program has fewer heads, it takes its last one again, and writes the same.
+            h = tl.minimum(part % q_parts * q_each + i, heads - 1)
+            row = b * heads + h
+            q_used = q_rows < q_len
+            q_low, q_high = _qk_tile(
+                q + (b * q_b + h * q_h) * UNIT, q_rows, q_used, q_s, q_d,
+                weight_q, eps_q, cos_q, sin_q, b, h, turn_q_b, turn_q_h, turn_q_s, turn_q_d,
+                UNIT, DENSE, TURN_UNIT, TURN_DENSE, D, HALF, NORM, ROPE, ROTARY, HADAMARD_QK,
+            )  # fmt: skip
+            q_low, q_high = q_low * factor, q_high * factor
+            if lse_shift is not None:
+                if OVERLAPS:
+                    tl.extra.cuda.gdc_wait()
+                constant = k_constant + (b * kv_heads + h // (heads // kv_heads)) * LANES + lanes
+                low_c, high_c = tl.load(constant), tl.load(constant + HALF)
+                products = tl.sum(q_low * low_c[None, :] + q_high * high_c[None, :], 1)
+                tl.store(lse_shift + row * q_len + q_rows, products, mask=q_used)
+            of_rows, q_low_out, q_high_out = _round_rows(
+                q_low, q_high, _largest(q_low, q_high), _spoiled(q_low, q_high), qk_max, q_out.dtype.element_ty,
+                WRITTEN, INTERPRETED,
+            )  # fmt: skip
+            store_tile(q_out + row * q_len * D_OUT, q_rows, q_used, D_OUT, q_low_out, q_high_out, D_OUT, HALF)
+            tl.store(q_scale + row * q_len + q_rows, of_rows, mask=q_used)
+    elif program < qk_all:
+        block, part = (program - q_all) % blocks, ((program - q_all) // blocks).to(tl.int64)
+        b = part // k_parts
         rows = block * BLOCK + slots
-        used = rows < q_len
-        low, high = _qk_tile(
-            q + (b * q_b + h * q_h) * UNIT, rows, used, q_s, q_d,
-            weight_q, eps_q, cos_q, sin_q, b, h, turn_q_b, turn_q_h, turn_q_s, turn_q_d,
-            UNIT, DENSE, TURN_UNIT, TURN_DENSE, D, HALF, NORM, ROPE, ROTARY, HADAMARD_QK,
-        )  # fmt: skip
-        low, high = low * factor, high * factor
-        if lse_shift is not None:
+        for i in tl.range(0, 1 if ROPE == NO_ROPE else k_each, num_stages=1):
+            h = tl.minimum(part % k_parts * k_each + i, kv_heads - 1)
+            row = b * kv_heads + h
+            tokens, used = _used(keys, key_counts, flags, b, h, kv_len, rows, flag_b, flag_h, flag_s, PACKED)
+            low, high = _qk_tile(
+                k + (b * k_b + h * k_h) * UNIT, tokens, used, k_s, k_d,
+                weight_k, eps_k, cos_k, sin_k, b, h, turn_k_b, turn_k_h, turn_k_s, turn_k_d,
+                UNIT, DENSE, TURN_UNIT, TURN_DENSE, D, HALF, NORM, ROPE, ROTARY, HADAMARD_QK,
+            )  # fmt: skip
             if OVERLAPS:
                 tl.extra.cuda.gdc_wait()
-            constant = k_constant + (b * kv_heads + h // (heads // kv_heads)) * LANES + lanes
+            constant = k_constant + row * LANES + lanes
             low_c, high_c = tl.load(constant), tl.load(constant + HALF)
-            products = tl.sum(low * low_c[None, :] + high * high_c[None, :], 1)
-            tl.store(lse_shift + row * q_len + rows, products, mask=used)
-        scale, low_out, high_out = _round_rows(
-            low, high, _largest(low, high), _spoiled(low, high), qk_max, q_out.dtype.element_ty, WRITTEN, INTERPRETED
-        )
-        store_tile(q_out + row * q_len * D_OUT, rows, used, D_OUT, low_out, high_out, D_OUT, HALF)
-        tl.store(q_scale + row * q_len + rows, scale, mask=used)
-    elif program < kv_all:
-        block, row = (program - q_all) % blocks, ((program - q_all) // blocks).to(tl.int64)
-        b, h = row // kv_heads, row % kv_heads
-        rows = block * BLOCK + slots
-        tokens, used = _used(keys, key_counts, flags, b, h, kv_len, rows, flag_b, flag_h, flag_s, PACKED)
-        low, high = _qk_tile(
-            k + (b * k_b + h * k_h) * UNIT, tokens, used, k_s, k_d,
-            weight_k, eps_k, cos_k, sin_k, b, h, turn_k_b, turn_k_h, turn_k_s, turn_k_d,
-            UNIT, DENSE, TURN_UNIT, TURN_DENSE, D, HALF, NORM, ROPE, ROTARY, HADAMARD_QK,
-        )  # fmt: skip
-        if OVERLAPS:
-            tl.extra.cuda.gdc_wait()
-        constant = k_constant + row * LANES + lanes
-        low_c, high_c = tl.load(constant), tl.load(constant + HALF)
-        low = tl.where(used[:, None], low - low_c[None, :], 0.0)
-        high = tl.where(used[:, None], high - high_c[None, :], 0.0)
-        largest, spoiled = _largest(low, high), _spoiled(low, high)
-        largest = tl.zeros_like(largest) + tl.max(largest)
-        spoiled = tl.zeros_like(spoiled) + tl.max(spoiled)
-        scale, low_out, high_out = _round_rows(
-            low, high, largest, spoiled, qk_max, k_out.dtype.element_ty, WRITTEN, INTERPRETED
-        )
-        # The last block is whole, its tail zeros.
-        store_tile(k_out + row * blocks * BLOCK * D_OUT, rows, rows >= 0, D_OUT, low_out, high_out, D_OUT, HALF)
-        tl.store(k_scale + row * blocks + block, tl.sum(tl.where(slots == 0, scale, 0.0)))
+            low = tl.where(used[:, None], low - low_c[None, :], 0.0)
+            high = tl.where(used[:, None], high - high_c[None, :], 0.0)
+            largest, spoiled = _largest(low, high), _spoiled(low, high)
+            largest = tl.zeros_like(largest) + tl.max(largest)
+            spoiled = tl.zeros_like(spoiled) + tl.max(spoiled)
+            scale, low_out, high_out = _round_rows(
+                low, high, largest, spoiled, qk_max, k_out.dtype.element_ty, WRITTEN, INTERPRETED
+            )
+            # The last block is whole, its tail zeros.
+            store_tile(k_out + row * blocks * BLOCK * D_OUT, rows, rows >= 0, D_OUT, low_out, high_out, D_OUT, HALF)
+            tl.store(k_scale + row * blocks + block, tl.sum(tl.where(slots == 0, scale, 0.0)))
     else:
         HALF_V: tl.constexpr = LANES_V // 2
         E4M3: tl.constexpr = v_out.dtype.element_ty == tl.float8e4nv
         v_lanes = tl.arange(0, HALF_V)
-        block, row = (program - kv_all) % blocks, ((program - kv_all) // blocks).to(tl.int64)
+        block, row = (program - qk_all) % blocks, ((program - qk_all) // blocks).to(tl.int64)
         b, h = row // kv_heads, row % kv_heads
         rows = block * BLOCK + slots
         if E4M3:
