@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             # The interpreter computes with numpy, which says what inf and NaN lead to.
-            item.add_marker(pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"))
+            item.add_marker(pytest.mark.filterwarnings("ignore:.* encountered( in|$):RuntimeWarning"))
             if torch.cuda.is_available():
                 item.add_marker(pytest.mark.gpu)
 

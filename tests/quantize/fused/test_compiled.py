@@ -45,7 +45,8 @@ def test_on_hopper_nothing_spills_and_loads_are_wide() -> None:
         assert kernel["shared"] <= SHARED, kernel
         if kernel["kernel"] != "list_used":
             assert kernel["wide"] >= kernel["per_tile"] > 0, kernel
-            assert kernel["narrow"] == 0, kernel
+            # The weights of q's norm or of k's, once in a program.
+            assert kernel["narrow"] <= (2 if "norm" in kernel["configuration"] else 0), kernel
 
 
 def test_no_cast_takes_one_register_twice() -> None:

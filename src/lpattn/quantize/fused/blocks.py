@@ -15,9 +15,9 @@ import torch
 from lpattn.quantize.fused.inputs import NO_MORE, Keys, More, Rotation, Turns, addresses_of, more_of, used_keys
 from lpattn.quantize.fused.launcher import INTERPRETED, Launch, short_way
 from lpattn.quantize.fused.memory import Layout, PerBlock, laid_out, part_of, round_up
-from lpattn.quantize.fused.operands import check_device, how_to_read, lanes_of, multiprocessors, overlaps_on
+from lpattn.quantize.fused.operands import check_device, how_to_read, kind_of, lanes_of, multiprocessors, overlaps_on
 from lpattn.quantize.fused.per_block import quantize_blocks, sample_blocks
-from lpattn.quantize.fused.tile import E4M3_MAX
+from lpattn.quantize.fused.tile import E4M3_MAX, HALF_SPLIT_PARTIAL
 from lpattn.types import HadamardMode, Norm
 
 BLOCK = 128
@@ -27,11 +27,14 @@ BLOCK = 128
 _SAMPLE_WARPS = 16
 _WARPS = 4
 _WIDE_WARPS = 8
-"""Where a tile has more than 128 lanes."""
+"""Where a tile has more than 128 lanes, or is rotated."""
 
-_TURNED_TOKENS = 64
+_TURNED_TOKENS = 32
 """Tokens of q that a program rotates at a time. cos and sin of so many stay in the L1 cache from head to head; those of
 BLOCK tokens, four times as large as the tokens, would come from the L2 cache again and again."""
+_TURNED_REGISTERS = 128
+"""Per thread of 8 warps, up to 128 lanes: two programs run on a multiprocessor, at the price of a few spills. There
+would be many where q and k are also transformed, or partners are loaded once more."""
 _MOST_HEADS = 8
 _Q_PROGRAMS, _K_PROGRAMS = 8, 2
 """Programs per multiprocessor below which a program takes no more heads, up to the most."""
@@ -317,6 +320,8 @@ def _plan(
     eps_q, eps_k = eps or (0.0, 0.0)
     factors = (float(factor), float(qk_max))
     constants = (unit, dense, turn_unit, turn_dense, dim, lanes, dim_v, lanes_v, *transforms)
+    wide = max(lanes, lanes_v) > 128
+    light = hadamard is not HadamardMode.QKV and kind_of(turns, dim) != HALF_SPLIT_PARTIAL.value
     overlaps = overlaps_on(device)
     sample = Launch(
         sample_blocks,
@@ -347,9 +352,10 @@ def _plan(
         ),
         (*constants, dim_out, rows_v, packed, BLOCK, q_tokens, overlaps, INTERPRETED),
         (kinds, more_kinds, v_constant % 4, with_lse_shift, precision, flag_strides is None),
-        _WARPS if max(lanes, lanes_v) <= 128 else _WIDE_WARPS,
+        _WIDE_WARPS if wide or turned else _WARPS,
         overlaps,
         device,
+        _TURNED_REGISTERS if turned and light and not wide else None,
     )
     return Quantization(layout, packed, sample, quantize)
 

@@ -217,7 +217,8 @@ def _plan(
         overlaps,
         device,
     )
-    tokens = _TILE // lanes
+    # Rotated or normalized values take more registers, a transform 16 tokens at least.
+    tokens = _TILE // lanes if turns is None and eps is None else max(_TILE // 2 // lanes, 16)
     q_tiles, kv_tiles = -(-q_len // tokens), -(-kv_len // tokens)
     each = _tiles_per_program(max(q_tiles, kv_tiles), batch * heads + 2 * groups, _PROGRAMS, device)
     q_rows = _power_of_two(heads // kv_heads * q_parts)
@@ -260,17 +261,24 @@ def how_to_read(
     """How inputs are read: the strides, and what is compiled in."""
     lanes = lanes_of(dim)
     strides, unit, dense = _in_units((*q_strides, *k_strides, *v_strides))
-    kind, rotary, turn_unit, turn_dense = NO_ROPE.value, 0, 1, True
+    rotary, turn_unit, turn_dense = 0, 1, True
     turn_strides: tuple[int, ...] = (0,) * 8
     if turns is not None:
-        interleaved, rotary, turn_q, turn_k = turns
-        whole = rotary == dim == lanes
-        kind = (INTERLEAVED if interleaved else HALF_SPLIT if whole else HALF_SPLIT_PARTIAL).value
+        _, rotary, turn_q, turn_k = turns
         (q_b, q_s, q_h, q_d), (k_b, k_s, k_h, k_d) = turn_q, turn_k
         turn_strides, turn_unit, turn_dense = _in_units((q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d))
     norm, transforms = eps is not None, (hadamard is HadamardMode.QKV, hadamard is not HadamardMode.NONE)
-    read = (unit, dense, turn_unit, turn_dense, dim, lanes, kind, rotary, norm, *transforms)
+    read = (unit, dense, turn_unit, turn_dense, dim, lanes, kind_of(turns, dim), rotary, norm, *transforms)
     return (*strides, *turn_strides), read
+
+
+def kind_of(turns: Turns | None, dim: int) -> int:
+    """Which rotation is compiled in."""
+    if turns is None:
+        return NO_ROPE.value
+    interleaved, rotary, _, _ = turns
+    whole = rotary == dim == lanes_of(dim)
+    return (INTERLEAVED if interleaved else HALF_SPLIT if whole else HALF_SPLIT_PARTIAL).value
 
 
 def restore_output(out: torch.Tensor, quantized: Quantized, dtype: torch.dtype) -> torch.Tensor:

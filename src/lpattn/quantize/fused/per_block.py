@@ -24,9 +24,11 @@ from lpattn.quantize.fused.tile import (
     V_UNIT,
     inverse_power_of_two,
     load_tile,
+    load_weights,
+    nan_for_inf,
+    round_e4m3,
     scale_for,
     store_tile,
-    to_e4m3,
     to_int8,
     transform_tile,
     zero_bits_from,
@@ -81,14 +83,16 @@ def sample_blocks(
         HALF: tl.constexpr = LANES // 2
         x = k + (b * k_b + h * k_h) * UNIT
         low_sum, high_sum = tl.zeros((HALF,), tl.float32), tl.zeros((HALF,), tl.float32)
+        weight_low, weight_high = load_weights(weight_k, D, HALF, NORM)
         for first in tl.range(0, size, PART, num_stages=1):
             tokens, used = _sampled(keys, b, kv_len, first, size, length)
-            low, high = _qk_tile(
-                x, tokens, used, k_s, k_d, weight_k, eps_k, cos_k, sin_k, b, h, turn_k_b, turn_k_h, turn_k_s, turn_k_d,
+            low, high, of_rows = _qk_tile(
+                x, tokens, used, k_s, k_d, weight_k, weight_low, weight_high, eps_k, cos_k, sin_k, b, h,
+                turn_k_b, turn_k_h, turn_k_s, turn_k_d,
                 UNIT, DENSE, TURN_UNIT, TURN_DENSE, D, HALF, NORM, ROPE, ROTARY, HADAMARD_QK,
             )  # fmt: skip
-            low_sum += tl.sum(_finite(low) * weight, 0)
-            high_sum += tl.sum(_finite(high) * weight, 0)
+            low_sum += tl.sum(_finite(low * of_rows) * weight, 0)
+            high_sum += tl.sum(_finite(high * of_rows) * weight, 0)
         at = k_constant + row * LANES + tl.arange(0, HALF)
         tl.store(at, low_sum)
         tl.store(at + HALF, high_sum)
@@ -147,59 +151,61 @@ def quantize_blocks(
         tile, part = program % q_tiles, (program // q_tiles).to(tl.int64)
         b = part // q_parts
         q_rows = tile * Q_TOKENS + tl.arange(0, Q_TOKENS)
+        weight_low, weight_high = load_weights(weight_q, D, HALF, NORM)
         # Without angles, there is one head: this is no loop.
         for i in tl.range(0, 1 if ROPE == NO_ROPE else q_each, num_stages=1):
             # Where the last program has fewer heads, it takes its last one again, and writes the same.
             h = tl.minimum(part % q_parts * q_each + i, heads - 1)
             row = b * heads + h
             q_used = q_rows < q_len
-            q_low, q_high = _qk_tile(
+            q_low, q_high, times = _qk_tile(
                 q + (b * q_b + h * q_h) * UNIT, q_rows, q_used, q_s, q_d,
-                weight_q, eps_q, cos_q, sin_q, b, h, turn_q_b, turn_q_h, turn_q_s, turn_q_d,
+                weight_q, weight_low, weight_high, eps_q, cos_q, sin_q, b, h, turn_q_b, turn_q_h, turn_q_s, turn_q_d,
                 UNIT, DENSE, TURN_UNIT, TURN_DENSE, D, HALF, NORM, ROPE, ROTARY, HADAMARD_QK,
             )  # fmt: skip
-            q_low, q_high = q_low * factor, q_high * factor
+            times *= factor
             if lse_shift is not None:
                 if OVERLAPS:
                     tl.extra.cuda.gdc_wait()
                 constant = k_constant + (b * kv_heads + h // (heads // kv_heads)) * LANES + lanes
                 low_c, high_c = tl.load(constant), tl.load(constant + HALF)
-                products = tl.sum(q_low * low_c[None, :] + q_high * high_c[None, :], 1)
+                products = tl.sum((q_low * low_c[None, :] + q_high * high_c[None, :]) * times, 1)
                 tl.store(lse_shift + row * q_len + q_rows, products, mask=q_used)
+            q_low, q_high = nan_for_inf(q_low), nan_for_inf(q_high)
+            largest = _largest(q_low, q_high)[:, None] * tl.abs(times)
             of_rows, q_low_out, q_high_out = _round_rows(
-                q_low, q_high, _largest(q_low, q_high), _spoiled(q_low, q_high), qk_max, q_out.dtype.element_ty,
+                q_low, q_high, times, largest, _spoiled(q_low, q_high)[:, None], qk_max, q_out.dtype.element_ty,
                 WRITTEN, INTERPRETED,
             )  # fmt: skip
             store_tile(q_out + row * q_len * D_OUT, q_rows, q_used, D_OUT, q_low_out, q_high_out, D_OUT, HALF)
-            tl.store(q_scale + row * q_len + q_rows, of_rows, mask=q_used)
+            tl.store(q_scale + row * q_len + q_rows[:, None], of_rows, mask=q_used[:, None])
     elif program < qk_all:
         block, part = (program - q_all) % blocks, ((program - q_all) // blocks).to(tl.int64)
         b = part // k_parts
         rows = block * BLOCK + slots
+        weight_low, weight_high = load_weights(weight_k, D, HALF, NORM)
         for i in tl.range(0, 1 if ROPE == NO_ROPE else k_each, num_stages=1):
             h = tl.minimum(part % k_parts * k_each + i, kv_heads - 1)
             row = b * kv_heads + h
             tokens, used = _used(keys, key_counts, flags, b, h, kv_len, rows, flag_b, flag_h, flag_s, PACKED)
-            low, high = _qk_tile(
+            low, high, times = _qk_tile(
                 k + (b * k_b + h * k_h) * UNIT, tokens, used, k_s, k_d,
-                weight_k, eps_k, cos_k, sin_k, b, h, turn_k_b, turn_k_h, turn_k_s, turn_k_d,
+                weight_k, weight_low, weight_high, eps_k, cos_k, sin_k, b, h, turn_k_b, turn_k_h, turn_k_s, turn_k_d,
                 UNIT, DENSE, TURN_UNIT, TURN_DENSE, D, HALF, NORM, ROPE, ROTARY, HADAMARD_QK,
             )  # fmt: skip
             if OVERLAPS:
                 tl.extra.cuda.gdc_wait()
             constant = k_constant + row * LANES + lanes
             low_c, high_c = tl.load(constant), tl.load(constant + HALF)
-            low = tl.where(used[:, None], low - low_c[None, :], 0.0)
-            high = tl.where(used[:, None], high - high_c[None, :], 0.0)
-            largest, spoiled = _largest(low, high), _spoiled(low, high)
-            largest = tl.zeros_like(largest) + tl.max(largest)
-            spoiled = tl.zeros_like(spoiled) + tl.max(spoiled)
+            low = nan_for_inf(tl.where(used[:, None], low * times - low_c[None, :], 0.0))
+            high = nan_for_inf(tl.where(used[:, None], high * times - high_c[None, :], 0.0))
             scale, low_out, high_out = _round_rows(
-                low, high, largest, spoiled, qk_max, k_out.dtype.element_ty, WRITTEN, INTERPRETED
-            )
+                low, high, 1.0, tl.max(_largest(low, high)), tl.max(_spoiled(low, high)), qk_max,
+                k_out.dtype.element_ty, WRITTEN, INTERPRETED,
+            )  # fmt: skip
             # The last block is whole, its tail zeros.
             store_tile(k_out + row * blocks * BLOCK * D_OUT, rows, rows >= 0, D_OUT, low_out, high_out, D_OUT, HALF)
-            tl.store(k_scale + row * blocks + block, tl.sum(tl.where(slots == 0, scale, 0.0)))
+            tl.store(k_scale + row * blocks + block, scale)
     else:
         HALF_V: tl.constexpr = LANES_V // 2
         E4M3: tl.constexpr = v_out.dtype.element_ty == tl.float8e4nv
@@ -217,8 +223,8 @@ def quantize_blocks(
             tl.extra.cuda.gdc_wait()
         v_mean = v_constant + row * LANES_V + v_lanes
         v_low_c, v_high_c = tl.load(v_mean), tl.load(v_mean + HALF_V)
-        v_low = tl.where(used[:, None], v_low - v_low_c[None, :], 0.0)
-        v_high = tl.where(used[:, None], v_high - v_high_c[None, :], 0.0)
+        v_low = nan_for_inf(tl.where(used[:, None], v_low - v_low_c[None, :], 0.0))
+        v_high = nan_for_inf(tl.where(used[:, None], v_high - v_high_c[None, :], 0.0))
         floor = tl.load(v_constant + groups * LANES_V + row)
         v_unit = scale_for(tl.max(_largest(v_low, v_high)) / (E4M3_MAX * V_UNIT), floor)
         v_inverse = inverse_power_of_two(v_unit) * (1.0 / V_UNIT)
@@ -226,35 +232,39 @@ def quantize_blocks(
         tl.store(v_scale + row * blocks + block, v_unit * V_UNIT)
         if E4M3:
             v_at = v_out + (row * blocks + block) * D_V_OUT * BLOCK + v_lanes[:, None] * BLOCK + slots[None, :]
-            tl.store(v_at, tl.trans(to_e4m3(v_low, INTERPRETED)), mask=v_lanes[:, None] < D_V_OUT)
+            tl.store(v_at, tl.trans(round_e4m3(v_low, INTERPRETED)), mask=v_lanes[:, None] < D_V_OUT)
             above = v_lanes[:, None] < D_V_OUT - HALF_V
-            tl.store(v_at + HALF_V * BLOCK, tl.trans(to_e4m3(v_high, INTERPRETED)), mask=above)
+            tl.store(v_at + HALF_V * BLOCK, tl.trans(round_e4m3(v_high, INTERPRETED)), mask=above)
         else:
             v_start = v_out + row * blocks * BLOCK * D_V_OUT
-            # inf becomes NaN, as in e4m3.
-            v_low, v_high = (v_low + v_low * 0.0).to(tl.float16), (v_high + v_high * 0.0).to(tl.float16)
-            store_tile(v_start, rows, rows >= 0, D_V_OUT, v_low, v_high, D_V_OUT, HALF_V)
+            store_tile(v_start, rows, rows >= 0, D_V_OUT, v_low.to(tl.float16), v_high.to(tl.float16), D_V_OUT, HALF_V)
 
 
 @triton.jit
 def _round_rows(
-    low, high, largest, spoiled, qk_max, DTYPE: tl.constexpr, D: tl.constexpr, INTERPRETED: tl.constexpr
+    low, high, times, largest, spoiled, qk_max, DTYPE: tl.constexpr, D: tl.constexpr, INTERPRETED: tl.constexpr
 ):  # fmt: skip
-    """Round q or k, D lanes and then zeros, to 8 bits.
+    """Round q or k times ``times``, D lanes and then zeros, to 8 bits.
+
+    Args:
+        low, high: [TOKENS, HALF], finite or NaN.
+        times, largest, spoiled: [TOKENS, 1] or scalars: a factor, the largest magnitude of the product, and whether
+            there is a NaN, for what shares a scale.
 
     Returns:
-        (scales of the rows [BLOCK], lower half, upper half [BLOCK, HALF])
+        (scales, shaped as ``largest``; lower half, upper half [TOKENS, HALF])
     """
     if DTYPE == tl.float8e4nv:
         scale = scale_for(largest / qk_max, QK_FLOOR)
-        inverse = inverse_power_of_two(scale)[:, None]
+        # As exact as one multiplication after the other, since a scale is a power of two.
+        inverse = inverse_power_of_two(scale) * times
         HALF: tl.constexpr = low.shape[1]
         lanes = tl.arange(0, HALF)
-        low_out = zero_bits_from(to_e4m3(low * inverse, INTERPRETED), lanes, D)
-        high_out = zero_bits_from(to_e4m3(high * inverse, INTERPRETED), lanes + HALF, D)
+        low_out = zero_bits_from(round_e4m3(low * inverse, INTERPRETED), lanes, D)
+        high_out = zero_bits_from(round_e4m3(high * inverse, INTERPRETED), lanes + HALF, D)
     else:
         scale = tl.maximum(largest / _INT8_MAX, QK_FLOOR)
-        inverse = (1.0 / scale)[:, None]
+        inverse = times / scale
         low_out, high_out = to_int8(low * inverse), to_int8(high * inverse)
         # An integer cannot be NaN: the scale is, for all that share it.
         scale = tl.where(spoiled != 0, float("nan"), scale)
@@ -263,16 +273,17 @@ def _round_rows(
 
 @triton.jit
 def _qk_tile(
-    x, tokens, used, stride_s, stride_d, weight, eps, cos, sin, b, h, turn_b, turn_h, turn_s, turn_d,
+    x, tokens, used, stride_s, stride_d, weight, weight_low, weight_high, eps, cos, sin, b, h,
+    turn_b, turn_h, turn_s, turn_d,
     UNIT: tl.constexpr, DENSE: tl.constexpr, TURN_UNIT: tl.constexpr, TURN_DENSE: tl.constexpr,
     D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr,
     HADAMARD: tl.constexpr,
 ):  # fmt: skip
-    """Tokens of a head of q or k, normalized, rotated and transformed: two float32 tensors [BLOCK, HALF]."""
+    """Tokens of a head of q or k, normalized, rotated and transformed: what :func:`transform_tile` returns."""
     stride_s, stride_d = stride_s * UNIT, 1 if DENSE else stride_d
     low, high = load_tile(x, tokens, used, stride_s, stride_d, D, HALF)
     return transform_tile(
-        low, high, x, tokens, used, stride_s, stride_d, weight, eps,
+        low, high, x, tokens, used, stride_s, stride_d, weight, weight_low, weight_high, eps,
         None if ROPE == NO_ROPE else cos + (b * turn_b + h * turn_h) * TURN_UNIT,
         None if ROPE == NO_ROPE else sin + (b * turn_b + h * turn_h) * TURN_UNIT,
         turn_s * TURN_UNIT, 1 if TURN_DENSE else turn_d, True, True, D, HALF, NORM, ROPE, ROTARY, HADAMARD,
@@ -287,10 +298,11 @@ def _v_tile(
     """Tokens of a head of v, transformed: two float32 tensors [BLOCK, HALF]."""
     stride_s, stride_d = stride_s * UNIT, 1 if DENSE else stride_d
     low, high = load_tile(x, tokens, used, stride_s, stride_d, D, HALF)
-    return transform_tile(
-        low, high, x, tokens, used, stride_s, stride_d, None, 0.0, None, None, 0, 1, False, True,
+    low, high, _ = transform_tile(
+        low, high, x, tokens, used, stride_s, stride_d, None, 1.0, 1.0, 0.0, None, None, 0, 1, False, True,
         D, HALF, False, NO_ROPE, 0, HADAMARD,
     )  # fmt: skip
+    return low, high
 
 
 @triton.jit
@@ -323,11 +335,11 @@ def _finite(x):
 
 @triton.jit
 def _largest(low, high):
-    """Largest finite magnitude per token."""
-    return tl.max(tl.maximum(tl.abs(_finite(low)), tl.abs(_finite(high))), 1)
+    """Largest magnitude per token of what is finite or NaN. A maximum leaves NaN out."""
+    return tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 1)
 
 
 @triton.jit
 def _spoiled(low, high):
-    """Whether a token has an inf or NaN."""
-    return tl.max(((low * 0.0 != 0.0) | (high * 0.0 != 0.0)).to(tl.int32), 1)
+    """Whether a token, finite or NaN, has a NaN."""
+    return tl.max(((low != low) | (high != high)).to(tl.int32), 1)

@@ -18,6 +18,7 @@ from lpattn.quantize.fused.tile import (
     NO_ROPE,
     inverse_power_of_two,
     load_tile,
+    load_weights,
     scale_for,
     store_tile,
     to_e4m3,
@@ -127,6 +128,7 @@ def _sample_part(
     high_sum = tl.zeros((HALF,), tl.float32)
     # Tiles that are loaded ahead do not fit into shared memory beside those of a Hadamard transform or of cos and sin.
     light: tl.constexpr = 2 * HALF * x.dtype.element_ty.primitive_bitwidth <= 4096
+    weight_low, weight_high = load_weights(norm_weight, D, HALF, NORM)
     STAGES: tl.constexpr = 3 if light and ROPE == NO_ROPE and not HADAMARD else 1
     for first in tl.range(part * each, tl.minimum(part * each + each, size), PART, num_stages=STAGES):
         tokens, used = sampled_tokens(first, size, length)
@@ -134,10 +136,11 @@ def _sample_part(
             if which > 0:
                 tokens = tl.load(keys + b * kv_len + tokens, mask=used, other=0).to(tl.int64)
         low, high = load_tile(x, tokens, used, stride_s, stride_d, D, HALF)
-        low, high = transform_tile(
-            low, high, x, tokens, used, stride_s, stride_d, norm_weight, eps, cos, sin, turn_s, turn_d, True, True,
-            D, HALF, NORM, ROPE, ROTARY, HADAMARD,
+        low, high, of_rows = transform_tile(
+            low, high, x, tokens, used, stride_s, stride_d, norm_weight, weight_low, weight_high, eps,
+            cos, sin, turn_s, turn_d, True, True, D, HALF, NORM, ROPE, ROTARY, HADAMARD,
         )  # fmt: skip
+        low, high = low * of_rows, high * of_rows
         low = tl.where(tl.abs(low) < float("inf"), low, 0.0)
         high = tl.where(tl.abs(high) < float("inf"), high, 0.0)
         largest = tl.maximum(largest, tl.max(tl.maximum(tl.abs(low), tl.abs(high))))
@@ -284,6 +287,7 @@ def _quantize_tiles(
             )
 
     done = layout.counters(buffer, groups, which, LANES) + group
+    weight_low, weight_high = load_weights(norm_weight, D, HALF, NORM)
     # These tiles; then, where they were the group's last ones and its scale does not fit, all of the group's once more.
     again = False
     while start < end:
@@ -301,17 +305,18 @@ def _quantize_tiles(
             rows = tile % tiles * TOKENS + tl.arange(0, TOKENS)
             used = rows < length
             tokens = _tokens(keys, which, b, kv_len, rows, used)
-            low, high = transform_tile(
-                low, high, x + head * stride_h, tokens, used, stride_s, stride_d, norm_weight, eps,
+            low, high, of_rows = transform_tile(
+                low, high, x + head * stride_h, tokens, used, stride_s, stride_d,
+                norm_weight, weight_low, weight_high, eps,
                 None if ROPE == NO_ROPE else cos + (b * turn_b + head * turn_h) * TURN_UNIT,
                 None if ROPE == NO_ROPE else sin + (b * turn_b + head * turn_h) * TURN_UNIT,
                 turn_s * TURN_UNIT, 1 if TURN_DENSE else turn_d, True, True, D, HALF, NORM, ROPE, ROTARY, HADAMARD,
             )  # fmt: skip
             if lse_shift is not None:
-                products = tl.sum(low * low_k[None, :] + high * high_k[None, :], 1) * factor
+                products = tl.sum((low * low_k[None, :] + high * high_k[None, :]) * (of_rows * factor), 1)
                 tl.store(lse_shift + (b * heads + head) * q_len + rows, products, mask=used & (which == 0))
-            low = low * (inverse * factor) + low_shift[None, :]
-            high = high * (inverse * factor) + high_shift[None, :]
+            low = low * (of_rows * (inverse * factor)) + low_shift[None, :]
+            high = high * (of_rows * (inverse * factor)) + high_shift[None, :]
             if key_counts is not None:
                 # Tokens past the used ones are written too: zeros, since 0 * NaN would reach the output.
                 low, high = tl.where(used[:, None], low, 0.0), tl.where(used[:, None], high, 0.0)

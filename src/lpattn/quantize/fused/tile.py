@@ -35,30 +35,48 @@ def load_tile(x, rows, used, stride_s, stride_d, D: tl.constexpr, HALF: tl.const
 
 
 @triton.jit
+def load_weights(weight, D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr):
+    """The weights of a norm for :func:`transform_tile`: float32 [1, HALF] twice, ones where there are none."""
+    low, high = tl.full((HALF,), 1.0, tl.float32), tl.full((HALF,), 1.0, tl.float32)
+    if NORM:
+        if weight is not None:
+            lanes = tl.arange(0, HALF)
+            low = tl.load(weight + lanes, mask=lanes < D, other=0.0).to(tl.float32)
+            high = tl.load(weight + HALF + lanes, mask=lanes < D - HALF, other=0.0).to(tl.float32)
+    return low[None, :], high[None, :]
+
+
+@triton.jit
 def transform_tile(
-    low, high, x, rows, used, stride_s, stride_d, weight, eps, cos, sin, cos_s, cos_d, turns, transforms,
+    low, high, x, rows, used, stride_s, stride_d, weight, weight_low, weight_high, eps, cos, sin, cos_s, cos_d,
+    turns, transforms,
     D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr,
     HADAMARD: tl.constexpr,
 ):  # fmt: skip
-    """Normalize, rotate and Hadamard-transform a loaded tile: two float32 tensors [TOKENS, HALF].
+    """Normalize, rotate and Hadamard-transform a loaded tile.
+
+    Returns:
+        (low, high, of_rows): two float32 tensors [TOKENS, HALF], and one [TOKENS, 1] that they are still to be
+        multiplied with, since a caller may have more numbers per row.
 
     Args:
         low, high, x, rows, used, stride_s, stride_d: of :func:`load_tile`.
         weight, eps: of the norm, where NORM compiles it. A negative eps leaves the rows as they are; weight may be
             None.
+        weight_low, weight_high: of :func:`load_weights`.
         cos, sin: at token 0 of this (batch, head).
         turns, transforms: whether this tensor is rotated and transformed, where ROPE and HADAMARD compile that.
     """
     dtype: tl.constexpr = low.dtype
     low, high = low.to(tl.float32), high.to(tl.float32)
     lanes = tl.arange(0, HALF)
-    inverse = None
+    TOKENS: tl.constexpr = low.shape[0]
+    of_rows = tl.full((TOKENS, 1), 1.0, tl.float32)
     if NORM:
         # Lanes past D are zeros.
         mean_square = tl.sum(low * low + high * high, 1) * (1.0 / D)
-        inverse = tl.where(eps < 0.0, 1.0, tl.rsqrt(mean_square + eps))[:, None]
-        low = _weighted(low, weight, lanes, lanes < D)
-        high = _weighted(high, weight, lanes + HALF, lanes < D - HALF)
+        of_rows = tl.where(eps < 0.0, 1.0, tl.rsqrt(mean_square + eps))[:, None]
+        low, high = low * weight_low, high * weight_high
     if ROPE != NO_ROPE:
         if turns:
             turn = rows[:, None].to(tl.int64) * cos_s + lanes[None, :] * cos_d
@@ -78,23 +96,12 @@ def transform_tile(
                 turned_high = _partner(start, lanes + HALF, high_turns, stride_d, weight, NORM, ROTARY)
             low = low * cos_low + turned_low * sin_low
             high = high * cos_high + turned_high * sin_high
-    if NORM:
-        # One number per row: after the rotation it is the same, and there are fewer values to keep in registers.
-        low, high = low * inverse, high * inverse
     if HADAMARD:
         if transforms:
-            low, high = hadamard(low, high, dtype, HALF)
-    return low, high
-
-
-@triton.jit
-def _weighted(x, weight, lanes, there):
-    """The ``lanes`` [HALF] of rows [TOKENS, HALF], times a weight each where there is one."""
-    if weight is not None:
-        # One load per element, as for tables: those of a row alone would go through shared memory to where x is.
-        at = weight + tl.zeros_like(x).to(tl.int32) + lanes[None, :]
-        x = x * tl.load(at, mask=there[None, :], other=0.0).to(tl.float32)
-    return x
+            # Before, since the transform takes values in a dtype that they might not fit into.
+            low, high = hadamard(low * of_rows, high * of_rows, dtype, HALF)
+            of_rows = tl.full((TOKENS, 1), 1.0, tl.float32)
+    return low, high, of_rows
 
 
 @triton.jit
@@ -111,7 +118,10 @@ def _partner(start, lanes, turns, stride_d, weight, NORM: tl.constexpr, ROTARY: 
     partner = tl.where(first, lanes + ROTARY // 2, lanes - ROTARY // 2)
     x = tl.load(start + partner[None, :] * stride_d, mask=turns, other=0.0).to(tl.float32)
     if NORM:
-        x = _weighted(x, weight, partner, (partner >= 0) & (partner < ROTARY))
+        if weight is not None:
+            # One load per element, as for tables: those of a row alone would go through shared memory to where x is.
+            at = weight + tl.zeros_like(x).to(tl.int32) + partner[None, :]
+            x *= tl.load(at, mask=((partner >= 0) & (partner < ROTARY))[None, :], other=0.0).to(tl.float32)
     return tl.where(first[None, :], -x, x)
 
 
@@ -168,9 +178,20 @@ def scale_for(x, floor):
 
 
 @triton.jit
+def nan_for_inf(x):
+    """X, with NaN where it is inf; ``tl.maximum`` leaves NaN out."""
+    return x + x * 0.0
+
+
+@triton.jit
 def to_e4m3(x, INTERPRETED: tl.constexpr):
     """Round to e4m3, saturating at 448; what is inf or NaN becomes NaN."""
-    x += x * 0.0
+    return round_e4m3(nan_for_inf(x), INTERPRETED)
+
+
+@triton.jit
+def round_e4m3(x, INTERPRETED: tl.constexpr):
+    """Round to e4m3, saturating at 448, what is finite or NaN."""
     if INTERPRETED:
         # The interpreter's cast loses carries into the next power of two and does not saturate: round first. It takes a
         # NaN for a number: 0x7FC00000, the usual one, becomes 384. e4m3's has all three bits of its mantissa set.
