@@ -84,6 +84,27 @@ written once, and the copy moves as many. "GPU" is the time in a replayed CUDA g
 from the host, whose launches may be the limit. "against plain" is the GPU time relative to no rotation.
 """
 
+COMPILED = """## Compiled blocks
+
+Blocks with random weights, shaped as those of Llama 3 8B and FLUX.1, under `torch.compile`, as replayed CUDA graphs.
+"opaque": the compiler rotates (and normalizes) q and k, and lpattn's operator quantizes them; "fused": that operator
+does it all; "rope only": the compiler keeps the norm. "between" is what lies between the projections; "block" has
+these and the MLP, too, of which attention is a small part.
+"""
+
+IN_FRONT = """From the projections to where FlashAttention-3's kernel would begin. "row-local" is all in PyTorch's
+compiler, with a scale per token of q, k and v and nothing smoothed; no kernel reads it. It says how fast quantization
+could be if one did.
+"""
+
+SANITIZER = """## Compute-sanitizer
+
+What NVIDIA's tools say of the kernels on short inputs, whose outputs were held to exact attention too. The hazards of the
+Hopper kernel lie in the code that Triton makes of `warp_specialize`: reads, behind a barrier at the kernel's beginning,
+of the byte that tells a warp what to do, and writes of it; the lines are those of the function and of that call. None
+concerns a tile, a scale or a barrier of the kernel's own, and 1000 runs gave the same bits.
+"""
+
 HOST_HEAD = """## Host time
 
 What lpattn adds to the host's work. "plan, seen before" is the dispatch of a call like one before; its target is 5 us.
@@ -295,6 +316,49 @@ def targets(name: str) -> str:
     return f"{TARGETS}\n{source(name, data)}\n\n{rows(['what', 'wanted', 'found', ''], body)}\n" if body else ""
 
 
+def compiled(name: str) -> str:
+    data = load(name)
+    blocks, front = [], []
+    for result in data.get("results", []):
+        times = result["milliseconds"]
+        if result["part"] == "quantization":
+            kinds = ("opaque", "rope", "norm", "row-local")
+            front.append(
+                [
+                    result["model"],
+                    str(result["length"]),
+                    *(f"{times[kind]:.3f}" if kind in times else "" for kind in kinds),
+                ]
+            )
+            continue
+        of = {kind: times.get(f"{result['backend']} {kind}") for kind in ("opaque", "rope only", "fused")}
+        blocks.append(
+            [
+                f"{result['model']} {result['part']}",
+                str(result["length"]),
+                f"{result['best_exact'].removeprefix(EXACT)} {times[result['best_exact']]:.3f}",
+                result["backend"],
+                *("" if found is None else f"{found:.3f}" for found in of.values()),
+                f"x{result['fused_over_opaque']:.3f}",
+                f"x{result['fused_over_exact']:.3f}",
+            ]
+        )
+    if not blocks:
+        return ""
+    head = ["what", "tokens", "best exact kernel, ms", "backend", "opaque, ms", "rope only, ms", "fused, ms"]
+    found = [COMPILED, source(name, data), "", rows([*head, "fused over opaque", "fused over exact"], blocks), ""]
+    if front:
+        head = ["what", "tokens", "opaque, ms", "rope, ms", "rope and norm, ms", "row-local, ms"]
+        found += [IN_FRONT, rows(head, front), ""]
+    return "\n".join(found)
+
+
+def sanitizer(name: str) -> str:
+    data = load(name)
+    body = [[r["kernels"], r["tool"], r["summary"]] for r in data.get("sanitizer", [])]
+    return f"{SANITIZER}\n{source(name, data)}\n\n{rows(['kernels', 'tool', 'says'], body)}\n" if body else ""
+
+
 def demo(name: str) -> str:
     data = load(name)
     if not data:
@@ -355,7 +419,9 @@ def page() -> str:
         accuracy(whole),
         hopper("h100-hopper.json"),
         lengths("h100-sweep.json"),
-        quantization("h200-quantization.json"),
+        compiled("h100-compiled.json"),
+        quantization("h100-quantization.json"),
+        sanitizer("h100-sanitizer.json"),
         demo("h100-demo.json"),
         HOST_HEAD,
     ]
