@@ -1,6 +1,6 @@
 """A few launches of the Hopper kernel, for a profiler to look at the last one.
 
-    ncu --clock-control none --set full -k regex:^attention -s 2 -c 1 python benchmarks/profile.py flux
+    ncu --clock-control none --set full -k regex:^attention -s 2 -c 1 python benchmarks/profile_hopper.py flux
 
 What it said is kept as `benchmarks/results/h100-profile-*.txt`.
 """
