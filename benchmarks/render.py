@@ -6,6 +6,7 @@ A section whose file, or whose part of a file, is not there is left out.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -84,6 +85,11 @@ written once, and the copy moves as many. "GPU" is the time in a replayed CUDA g
 from the host, whose launches may be the limit. "against plain" is the GPU time relative to no rotation.
 """
 
+PROFILE = """What Nsight Compute says of one launch of "step": how busy the busiest pipeline of the multiprocessors is,
+the tensor cores', and how many of the slots for instructions are used. Neither is the limit by itself: products wait
+for the exponentials of their warps, and these for products.
+"""
+
 COMPILED = """## Compiled blocks
 
 Blocks with random weights, shaped as those of Llama 3 8B and FLUX.1, under `torch.compile`, as replayed CUDA graphs.
@@ -99,10 +105,10 @@ could be if one did.
 
 SANITIZER = """## Compute-sanitizer
 
-What NVIDIA's tools say of the kernels on short inputs, whose outputs were held to exact attention too. The hazards of the
-Hopper kernel lie in the code that Triton makes of `warp_specialize`: reads, behind a barrier at the kernel's beginning,
-of the byte that tells a warp what to do, and writes of it; the lines are those of the function and of that call. None
-concerns a tile, a scale or a barrier of the kernel's own, and 1000 runs gave the same bits.
+What NVIDIA's tools say of the kernels on short inputs, whose outputs were held to exact attention too. The hazards of
+the Hopper kernel lie in the code that Triton makes of `warp_specialize`: reads, behind a barrier at the kernel's
+beginning, of the byte that tells a warp what to do, and writes of it; their lines are those of the function and of that
+call. None concerns a tile, a scale or a barrier of the kernel's own.
 """
 
 HOST_HEAD = """## Host time
@@ -245,6 +251,21 @@ def accuracy(name: str) -> str:
         body.append([str(result["shape"]["length"]), result["data"], *values])
     head = ["S", "data", *(text(n).replace(EXACT, "exact ") for n in names)]
     return f"{ACCURACY}\n{rows(head, body)}\n" if body else ""
+
+
+def profile(prefix: str) -> str:
+    """What a profiler found, a row per shape, from its own text."""
+    wanted = {
+        "SM frequency, GHz": r"SM Frequency +Ghz +([\d.]+)",
+        "busiest pipeline": r"SM Busy +% +([\d.]+)",
+        "instruction slots": r"Issue Slots Busy +% +([\d.]+)",
+    }
+    body = []
+    for path in sorted(RESULTS.glob(f"{prefix}-*.txt")):
+        text = path.read_text()
+        numbers = [re.findall(pattern, text)[0] for pattern in wanted.values()]
+        body.append([f"`{path.name}`", numbers[0], f"{float(numbers[1]):.0f} %", f"{float(numbers[2]):.0f} %"])
+    return f"{PROFILE}\n{rows(['file', *wanted], body)}\n" if body else ""
 
 
 def lengths(name: str) -> str:
@@ -418,6 +439,7 @@ def page() -> str:
         part(whole, "windows", WINDOWS),
         accuracy(whole),
         hopper("h100-hopper.json"),
+        profile("h100-profile"),
         lengths("h100-sweep.json"),
         compiled("h100-compiled.json"),
         quantization("h100-quantization.json"),

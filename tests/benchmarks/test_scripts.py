@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
+from pathlib import Path
 
 import labels
 import plot
@@ -33,6 +35,12 @@ def test_help(name, monkeypatch, capsys):
         importlib.import_module(name).main()
     assert stopped.value.code == 0
     assert "--out" in capsys.readouterr().out
+
+
+def test_no_script_hides_a_module_of_python():
+    """A script's folder comes first where modules are looked for, also by those that it imports."""
+    names = {path.stem for path in Path(labels.__file__).parent.glob("*.py")}
+    assert not names & sys.stdlib_module_names
 
 
 @pytest.mark.parametrize("name", ON_GPU)
