@@ -98,7 +98,7 @@ def registered() -> Iterator[None]:
     driver = types.SimpleNamespace(active=types.SimpleNamespace(get_current_stream=_nothing))
     patches = (
         mock.patch("lpattn.calls.device_capability", new=_hopper),
-        mock.patch.object(launch, "_multiprocessors", new=_multiprocessors),
+        mock.patch.object(launch, "multiprocessors", new=_multiprocessors),
         mock.patch.object(launcher, "_compiled", new=_NoKernels()),
         mock.patch.object(torch.cuda, "current_device", new=_no_index),
         mock.patch.object(triton.runtime, "driver", new=driver),

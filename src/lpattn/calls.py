@@ -67,8 +67,8 @@ def problem_with(
         return None
     if attn_mask.device != query.device:
         return f"attn_mask must be on {query.device} as q is; got {attn_mask.device}"
-    if attn_mask.dtype != torch.bool and not attn_mask.dtype.is_floating_point:
-        return f"attn_mask must be bool or floating point; got {attn_mask.dtype}"
+    if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        return f"attn_mask must be bool, float32 or of q's dtype, {query.dtype}; got {attn_mask.dtype}"
     full = (batch, heads, q_len, kv_len)
     shape = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
     if any(m not in (1, f) for m, f in zip(shape, full, strict=True)):

@@ -214,7 +214,9 @@ def low_precision_varlen_sdpa(
         key: [T_k, Hkv, head_dim]; H is a multiple of Hkv. ``value``: [T_k, Hkv, head_dim_v].
         cu_seqlens_q, cu_seqlens_k: int32 [sequences + 1]: where each sequence starts, and the last one ends. Those of
             the keys are those of the queries where they are None.
-        max_q, max_k: the largest number of queries and of keys of a sequence, or more.
+        max_q, max_k: the largest number of queries and of keys of a sequence, or more. On a CPU, lengths that
+            contradict them or the tensors are refused; on a GPU nobody waits to see them: where a kernel runs that
+            needs the numbers, the results of such a sequence are NaN.
         scale: softmax scale; None is 1/sqrt(head_dim).
         window_size: (left, right): a query sees so many keys in front of its own position and behind it, -1 for all of
             them; positions are counted from the end of the sequence (bottom-right aligned). (-1, 0) is causal.
@@ -231,7 +233,7 @@ def low_precision_varlen_sdpa(
     """
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     packed = (query, key, value, cu_seqlens_q, cu_seqlens_k, max_q, max_k)
-    check_varlen_inputs(*packed, window_size)
+    check_varlen_inputs(*packed, scale, window_size)
     settings = settings_of_call(backend, hadamard, on_unsupported)
     layer = active.layer
     if is_traced():

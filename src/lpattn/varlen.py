@@ -5,6 +5,7 @@ What is decided is decided as for other calls; a backend says by its capabilitie
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -38,8 +39,12 @@ def attend_varlen(
     """Attention of packed sequences: [T_q, H, D_v], contiguous; with return_lse a tuple (output, lse [T_q, H]).
 
     Raises:
+        InvalidArgumentError: on a CPU, lengths that contradict each other.
         UnsupportedCallError: strict settings, and the wanted backend cannot run the call.
     """
+    if cu_seqlens_q.device.type == "cpu":
+        check_lengths(cu_seqlens_q, query.shape[0], max_q, "q")
+        check_lengths(cu_seqlens_k, key.shape[0], max_k, "k")
     gradient = needs_grad(query, key, value)
     query, key, value, _ = cast_like_autocast(query, key, value, None)
     settings = with_environment(settings)
@@ -109,6 +114,7 @@ def check_inputs(
     cu_seqlens_k: torch.Tensor,
     max_q: int,
     max_k: int,
+    scale: float | None,
     window_size: tuple[int, int],
 ) -> None:
     """Refuse what no attention of packed sequences could take. The values of cu_seqlens are not looked at.
@@ -123,6 +129,10 @@ def check_inputs(
                 f"{name} must be a [T, H, D] tensor of packed sequences; got {got}. "
                 "low_precision_sdpa takes [B, H, S, D]"
             )
+        if not tensor.dtype.is_floating_point:
+            raise InvalidArgumentError(f"{name} must be floating point; got {tensor.dtype}")
+        if 0 in tensor.shape[1:]:
+            raise InvalidArgumentError(f"{name} must have heads and a head_dim; got {list(tensor.shape)}")
         if tensor.device != query.device or tensor.dtype != query.dtype:
             raise InvalidArgumentError(
                 f"{name} must have the dtype and device of query, {query.dtype} on {query.device}; "
@@ -133,7 +143,7 @@ def check_inputs(
             f"key must be [T_k, Hkv, {query.shape[2]}] and value [T_k, Hkv, D_v]; got {list(key.shape)} and "
             f"{list(value.shape)}"
         )
-    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+    if query.shape[1] % key.shape[1]:
         raise InvalidArgumentError(
             f"query's number of heads must be a multiple of key's; got {query.shape[1]} and {key.shape[1]}"
         )
@@ -151,7 +161,36 @@ def check_inputs(
             f"cu_seqlens_q and cu_seqlens_k must name as many sequences; got {list(cu_seqlens_q.shape)} and "
             f"{list(cu_seqlens_k.shape)}"
         )
-    if not all(isinstance(n, (int, torch.SymInt)) and n >= 0 for n in (max_q, max_k)):
+    if not all(_is_whole(n) and n >= 0 for n in (max_q, max_k)):
         raise InvalidArgumentError(f"max_q and max_k must be whole numbers, 0 or more; got {max_q!r} and {max_k!r}")
-    if len(window_size) != 2 or not all(isinstance(n, int) for n in window_size):
-        raise InvalidArgumentError(f"window_size must be (left, right), -1 for no limit; got {window_size!r}")
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2 or not all(map(_is_whole, window_size)):
+        raise InvalidArgumentError(
+            f"window_size must be (left, right), two whole numbers, -1 for no limit; got {window_size!r}"
+        )
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat))):
+        raise InvalidArgumentError(f"scale must be a number or None, which is 1/sqrt(head_dim); got {scale!r}")
+
+
+def check_lengths(cu_seqlens: torch.Tensor, total: int, largest: int, name: str) -> None:
+    """Refuse lengths, on the host, that contradict each other: elsewhere, to look at them would wait for the device.
+
+    Raises:
+        InvalidArgumentError: they decrease, reach past the tokens, or one is larger than ``largest``.
+    """
+    starts = cu_seqlens.tolist()
+    lengths = [end - start for start, end in itertools.pairwise(starts)]
+    if starts[0] < 0 or min(lengths, default=0) < 0:
+        raise InvalidArgumentError(f"cu_seqlens_{name} must not be negative or decrease; got {starts}")
+    if starts[-1] > total:
+        raise InvalidArgumentError(
+            f"cu_seqlens_{name} ends at {starts[-1]}, behind the last of {total} tokens; got {starts}"
+        )
+    if max(lengths, default=0) > largest:
+        raise InvalidArgumentError(
+            f"max_{name} is {largest}, and sequence {lengths.index(max(lengths))} has {max(lengths)} tokens; pass the "
+            "largest number of tokens of a sequence, or more"
+        )
+
+
+def _is_whole(n: object) -> bool:
+    return isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool)

@@ -65,7 +65,7 @@ SDPA = {
     "mask_dtype": (
         (Q, Q, Q),
         {"attn_mask": x(6, 6, dtype=torch.int64)},
-        "attn_mask must be bool or floating point; got torch.int64",
+        "attn_mask must be bool, float32 or of q's dtype, torch.float32; got torch.int64",
     ),
     "mask_shape": (
         (Q, Q, Q),

@@ -90,6 +90,78 @@ def test_the_portable_kernel_on_packed_sequences(name, window, sqnr) -> None:
     assert (lse.cpu() - want_lse)[seen].abs().max() < 0.2
 
 
+def on_the_kernel(name, q, k, v, cu_q, cu_k, max_q, max_k):
+    """(output, lse) of the portable kernel: interpreted, or on the GPU."""
+    pytest.importorskip("triton", reason="triton, in which the kernel is written, is not installed")
+    from lpattn import varlen
+    from lpattn.backends.triton.kernels import portable_for
+    from lpattn.types import HadamardMode
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, k, v, cu_q, cu_k = (x.to(device) for x in (q, k, v, cu_q, cu_k))
+    call = varlen.build_call(q, k, v, cu_q, max_q, max_k, None, HadamardMode.NONE, True, (-1, -1), False)
+    out, lse = portable_for(call, name == "int8_triton").attend_packed(q, k, v, cu_q, cu_k, call)
+    return out.cpu(), lse.cpu()
+
+
+@pytest.mark.parametrize("name", ["fp8_triton", "int8_triton"])
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        ({"max_q": 11}, [2]),
+        ({"max_k": 6}, [0, 2]),
+        ({"max_q": 1, "max_k": 1}, [0, 2, 3]),
+        ({"cu_k": [0, 7, 11, 23, 90]}, [3]),
+        ({"cu_k": [0, 7, 4, 16, 16]}, [1]),
+        ({"cu_q": [0, 5, 5, 17, 99]}, [3]),
+    ],
+)
+def test_a_sequence_that_contradicts_is_nan_and_the_others_are_right(name, change, wrong, sqnr) -> None:
+    """The kernel cannot wait for lengths on a GPU: it touches no other memory, and nobody takes the result for one."""
+    names = ("q", "k", "v", "cu_q", "cu_k", "max_q", "max_k")
+    given = dict(zip(names, packed(), strict=True))
+    starts_q = given["cu_q"].tolist()
+    given |= {n: torch.tensor(x, dtype=torch.int32) if n.startswith("cu") else x for n, x in change.items()}
+    out, lse = on_the_kernel(name, **given)
+    want, want_lse = expected(*(given[n] for n in names[:3]), *fitting(given), (-1, -1))
+    for sequence in range(4):
+        tokens = slice(starts_q[sequence], starts_q[sequence + 1])
+        if sequence in wrong:
+            assert out[tokens].isnan().all()
+            assert lse[tokens].isnan().all()
+        elif (want_lse[tokens] > -torch.inf).any():
+            assert sqnr(out[tokens], want[tokens]) > 15
+
+
+def fitting(given):
+    """The lengths without what contradicts the tensors."""
+    found = []
+    for name, x in (("cu_q", given["q"]), ("cu_k", given["k"])):
+        found.append(given[name].clamp_max(x.shape[0]))
+    return found
+
+
+@pytest.mark.parametrize("name", ["fp8_triton", "int8_triton"])
+def test_tokens_in_front_of_the_first_sequence_are_in_none(name, sqnr) -> None:
+    q, k, v, cu_q, cu_k, max_q, max_k = packed()
+    out, lse = on_the_kernel(name, q, k, v, cu_q + 2, cu_k + 2, max_q, max_k)
+    want, _ = expected(q, k, v, cu_q + 2, cu_k + 2, (-1, -1))
+    assert not out[:2].any()
+    assert (lse[:2] == -torch.inf).all()
+    assert sqnr(out, want) > (20 if name == "fp8_triton" else 35)
+
+
+@pytest.mark.parametrize("name", ["fp8_triton", "int8_triton"])
+def test_parts_of_one_tensor(name, sqnr) -> None:
+    """As a projection writes q, k and v: one behind the other in each token, behind tokens of somebody else."""
+    torch.manual_seed(0)
+    together = torch.randn(30, 3, 2, 16)[5:]
+    q, k, v = together.unbind(1)
+    cu = starts([9, 16])
+    out, _ = on_the_kernel(name, q, k, v, cu, cu, 16, 16)
+    assert sqnr(out, expected(q, k, v, cu, cu, (-1, -1))[0]) > (20 if name == "fp8_triton" else 35)
+
+
 def test_backends_that_do_not_take_them_say_so() -> None:
     class Plain(lpattn.Backend):
         name = "plain"
@@ -178,7 +250,19 @@ def test_opcheck() -> None:
         ({"cu_seqlens_q": torch.zeros(3)}, r"cu_seqlens_q must be int32 \[sequences \+ 1\]"),
         ({"cu_seqlens_k": torch.zeros(4, dtype=torch.int32)}, "must name as many sequences"),
         ({"max_q": -1}, "max_q and max_k must be whole numbers"),
+        ({"max_k": True}, "max_q and max_k must be whole numbers"),
         ({"window_size": (1,)}, r"window_size must be \(left, right\)"),
+        ({"window_size": None}, r"window_size must be \(left, right\), two whole numbers.*; got None"),
+        ({"window_size": (True, 0)}, r"window_size must be \(left, right\)"),
+        ({"scale": "1"}, "scale must be a number or None.*; got '1'"),
+        ({"query": torch.ones(9, 4, 16, dtype=torch.int32)}, "query must be floating point; got torch.int32"),
+        ({"query": torch.randn(9, 4, 0)}, r"query must have heads and a head_dim; got \[9, 4, 0\]"),
+        ({"value": torch.randn(25, 0, 16)}, r"value must have heads and a head_dim; got \[25, 0, 16\]"),
+        ({"max_q": 11}, "max_q is 11, and sequence 2 has 12 tokens; pass the largest"),
+        ({"max_k": 6}, "max_k is 6, and sequence 2 has 12 tokens"),
+        ({"cu_seqlens_k": torch.tensor([0, 7, 11, 23, 90])}, "cu_seqlens_k ends at 90, behind the last of 25 tokens"),
+        ({"cu_seqlens_q": torch.tensor([0, 5, 4, 17, 20])}, "cu_seqlens_q must not be negative or decrease"),
+        ({"cu_seqlens_q": torch.tensor([-1, 5, 5, 17, 20])}, "cu_seqlens_q must not be negative or decrease"),
     ],
 )
 def test_wrong_inputs(change, text) -> None:

@@ -93,6 +93,9 @@ def attend_tiles(
         queries = tl.load(q_counts + b)
     if FROM_END:
         before, after = before - (keys - queries), after + (keys - queries)
+    if q_counts is not None:
+        # Nobody reads what a tile without queries would find out.
+        keys = tl.where(tile * BM < queries, keys, 0)
 
     rows = tile * BM + tl.arange(0, BM)
     there = rows < queries

@@ -191,8 +191,6 @@ class PortableKernel(Kernel):
         from lpattn.quantize.fused.operands import lanes_of
 
         lanes = lanes_of(max(call.head_dim, call.head_dim_v))
-        if attn_mask is not None and attn_mask.dtype == torch.float64:
-            attn_mask = attn_mask.float()  # tiles of it would not fit into shared memory
         biased = attn_mask is not None and attn_mask.dtype != torch.bool
         shape = tile_shape(call.capability, lanes, int8=self._int8, biased=biased)
         keys = tiles = used = None
@@ -221,22 +219,23 @@ class PortableKernel(Kernel):
 
         assert call.varlen is not None
         before, after = (None if n < 0 else n for n in call.varlen.window)
-        total = query.shape[0]
-        max_q, max_k = min(call.q_len, total), min(call.kv_len, key.shape[0])
+        total, total_k = query.shape[0], key.shape[0]
+        max_q, max_k = min(call.q_len, total), min(call.kv_len, total_k)
         padded = packed.padded_queries(query, cu_seqlens_q, max_q)
         key, value = (packed.as_batch(x, call.batch, max_k) for x in (key, value))
-        keys = packed.key_lists(cu_seqlens_k, max_k)
+        wrong = packed.contradictory(cu_seqlens_q, total, max_q) | packed.contradictory(cu_seqlens_k, total_k, max_k)
+        keys = packed.key_lists(cu_seqlens_k, total_k, max_k)
         quantized = self._quantize(padded, key, value, call, None, None, keys)
         out, lse = attend(
             quantized,
             tile_shape(call.capability, lanes_of(max(call.head_dim, call.head_dim_v)), int8=self._int8),
             call.dtype,
             band=Band(before, after, from_end=True),
-            q_counts=packed.lengths_of(cu_seqlens_q),
+            q_counts=packed.lengths_of(cu_seqlens_q, max_q),
             return_lse=call.return_lse,
         )
-        of_tokens = None if lse is None else packed.pack(lse.transpose(1, 2), cu_seqlens_q, total, -torch.inf)
-        return packed.pack(out, cu_seqlens_q, total, 0.0), of_tokens
+        of_tokens = None if lse is None else packed.pack(lse.transpose(1, 2), cu_seqlens_q, total, -torch.inf, wrong)
+        return packed.pack(out, cu_seqlens_q, total, 0.0, wrong), of_tokens
 
     def _quantize(
         self,
