@@ -111,9 +111,10 @@ def on_the_kernel(name, q, k, v, cu_q, cu_k, max_q, max_k):
         ({"max_q": 11}, [2]),
         ({"max_k": 6}, [0, 2]),
         ({"max_q": 1, "max_k": 1}, [0, 2, 3]),
+        ({"cu_k": [0, 7, 11, 23, 27]}, [3]),
         ({"cu_k": [0, 7, 11, 23, 90]}, [3]),
-        ({"cu_k": [0, 7, 4, 16, 16]}, [1]),
-        ({"cu_q": [0, 5, 5, 17, 99]}, [3]),
+        ({"cu_k": [0, 7, 16, 12, 12]}, [2]),
+        ({"cu_q": [0, 5, 5, 17, 27]}, [3]),
     ],
 )
 def test_a_sequence_that_contradicts_is_nan_and_the_others_are_right(name, change, wrong, sqnr) -> None:

@@ -141,8 +141,9 @@ class Kernel:
     def shape(self, dim: int, precision: Any = None, mask: torch.Tensor | None = None) -> Any:
         capability = None if self.interpreted else torch.cuda.get_device_capability()
         lanes = max(32, 1 << (dim - 1).bit_length())
-        int8, biased = precision is self.fused.Precision.INT8_F16, mask is not None and mask.is_floating_point()
-        return self.shapes.tile_shape(capability, lanes, int8=int8, biased=biased)
+        int8 = precision is self.fused.Precision.INT8_F16
+        bias_bits = 8 * mask.element_size() if mask is not None and mask.is_floating_point() else 0
+        return self.shapes.tile_shape(capability, lanes, int8=int8, bias_bits=bias_bits)
 
     def normal(self, *size: int) -> torch.Tensor:
         """Normal float32 values, the same ones on every device."""

@@ -2,7 +2,8 @@
 
 `python offline.py 90:128 89:64-causal 80:128-int8 ...` prints a line of JSON for every attention or mask kernel that
 these launch, compiled with the arguments, constants and warps that it would be launched with. A configuration is a
-compute capability, a head_dim, and what is asked for: causal, window, bool, additive, padding, int8, qkv, f16, lse.
+compute capability, a head_dim, and what is asked for: causal, window, bool, additive, single (an additive mask of
+float32), padding, int8, qkv, f16, lse.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ TYPES = {
     torch.int32: "*i32",
     torch.bool: "*i1",
 }
+MASKS = {"bool": torch.bool, "additive": torch.bfloat16, "single": torch.float32}
 LAUNCH = inspect.signature(attention.launch)
 
 
@@ -72,15 +74,15 @@ def launches(capability: int, dim: int, asked: set[str], shape: shapes.TileShape
     for module in (attention, mask_tiles):
         module.launch = lambda *args, **kwargs: recorded.append(LAUNCH.bind(*args, **kwargs).arguments)
     lanes = max(1 << (dim - 1).bit_length(), 32)
-    kind = {"int8": "int8" in asked, "biased": "additive" in asked}
+    kind = {"int8": "int8" in asked, "bias_bits": 32 if "single" in asked else 16 if "additive" in asked else 0}
     shape = shape or shapes.tile_shape(divmod(capability, 10), lanes, **kind)
     mask, band = None, attention.Band()
     if "causal" in asked:
         band = attention.Band(after=0)
     elif "window" in asked:
         band = attention.Band(before=256, after=0)
-    elif asked & {"bool", "additive"}:
-        dense = torch.empty(1, 1, 1024, 1024, dtype=torch.bool if "bool" in asked else torch.bfloat16)
+    elif kinds := asked & MASKS.keys():
+        dense = torch.empty(1, 1, 1024, 1024, dtype=MASKS[kinds.pop()])
         mask = mask_tiles.list_mask_tiles(dense, 1024, shape.queries, shape.keys)
     dtype = torch.float16 if "f16" in asked else torch.bfloat16
     attention.attend(operands(dim, asked), shape, dtype, band=band, mask=mask, return_lse="lse" in asked)
@@ -115,6 +117,7 @@ def described(compiled: Any) -> dict[str, Any]:
         "stack": int(re.findall(r"\bSTACK:(\d+)", usage)[0]),
         "shared": compiled.metadata.shared,
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        "spills_in_loops": sum(name in ("STL", "LDL") for loop in loops(code) for name in loop),
         "hot_loop": hot_loop(code),
         "moved": moved(compiled.asm["ttgir"]),
     }
@@ -131,20 +134,25 @@ def moved(code: str) -> list[str]:
     return [tile for tile, to in found if "dot_op" not in to and not re.search(r"x1xf32", tile)]
 
 
-def hot_loop(code: str) -> dict[str, int]:
-    """How often every kind of instruction occurs in the shortest loop that computes exponentials."""
+def loops(code: str) -> list[list[str]]:
+    """The instructions of every loop that computes exponentials, the shortest first: with masks and without."""
     rows = [
         (int(at, 16), name, rest)
         for at, name, rest in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)(.*)", code)
     ]
-    best: list[str] = []
+    found = []
     for at, name, rest in rows:
         target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
         if target and int(target[1], 16) < at:
             inside = [other for place, other, _ in rows if int(target[1], 16) <= place <= at]
-            if sum(other.startswith("MUFU.EX2") for other in inside) >= 8 and (not best or len(inside) < len(best)):
-                best = inside
-    kinds = [re.sub(r"^((?:MUFU|F2FP|F2F|HADD2)\.\w+|\w+).*", r"\1", name) for name in best]
+            if sum(other.startswith("MUFU.EX2") for other in inside) >= 8:
+                found.append([re.sub(r"^((?:MUFU|F2FP|F2F|HADD2)\.\w+|\w+).*", r"\1", name) for name in inside])
+    return sorted(found, key=len)
+
+
+def hot_loop(code: str) -> dict[str, int]:
+    """How often every kind of instruction occurs in the shortest of the loops."""
+    kinds = next(iter(loops(code)), [])
     counts = {kind: kinds.count(kind) for kind in set(kinds)}
     spills = sum(kind in ("STL", "LDL") for kind in kinds)
     return {"all": len(kinds), "spills": spills, **dict(sorted(counts.items(), key=lambda item: -item[1])[:14])}

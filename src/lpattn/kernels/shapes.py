@@ -39,26 +39,30 @@ _MEDIUM = {
     256: _D256._replace(k_reordered=True),
 }
 _SMALL = {32: TileShape(128, 64, 8, 3), 64: TileShape(128, 64, 8, 3), 128: TileShape(128, 64, 8, 2), 256: _D256}
+_HOPPER_INT8_BIASED = TileShape(128, 64, 8, 2, sum_by_product=False)
+_SMALL_BIASED = TileShape(128, 32, 8, 2)
 INTERPRETED_SHAPE = TileShape(32, 64, 4, 1)
 """Small tiles, so that short inputs have several of them."""
 
 
-def tile_shape(
-    capability: tuple[int, int] | None, lanes: int, *, int8: bool = False, biased: bool = False
-) -> TileShape:
+def tile_shape(capability: tuple[int, int] | None, lanes: int, *, int8: bool = False, bias_bits: int = 0) -> TileShape:
     """The shape for an architecture, a head_dim, a recipe and a kind of mask.
 
     Args:
         capability: of the device; None: the interpreter.
         lanes: the larger of the padded head_dims, a power of two from 32 to 256.
         int8: whether q and k are int8 and v float16, instead of all three e4m3.
-        biased: whether there is an additive mask, which takes memory of its own.
+        bias_bits: size of an additive mask's elements, which take registers and memory of their own; 0: there is none.
     """
     if capability is None:
         return INTERPRETED_SHAPE
     if capability[0] == 9:
+        if int8 and bias_bits == 32 and lanes <= 128:
+            return _HOPPER_INT8_BIASED
         shape = (_HOPPER_INT8 if int8 else _HOPPER)[lanes]
-        return shape._replace(stages=2) if biased else shape
+        return shape._replace(stages=2) if bias_bits else shape
     # From sm_100 on to sm_110, products have their accumulators outside of the registers; elsewhere, they take P from
     # registers, and an SM has as little as 99 KiB of shared memory.
-    return (_MEDIUM if capability[0] in (10, 11) else _SMALL)[lanes]
+    if capability[0] in (10, 11):
+        return _MEDIUM[lanes]
+    return _SMALL_BIASED if bias_bits == 32 and lanes == 128 else _SMALL[lanes]

@@ -191,8 +191,8 @@ class PortableKernel(Kernel):
         from lpattn.quantize.fused.operands import lanes_of
 
         lanes = lanes_of(max(call.head_dim, call.head_dim_v))
-        biased = attn_mask is not None and attn_mask.dtype != torch.bool
-        shape = tile_shape(call.capability, lanes, int8=self._int8, biased=biased)
+        bias_bits = 0 if attn_mask is None or attn_mask.dtype == torch.bool else 8 * attn_mask.element_size()
+        shape = tile_shape(call.capability, lanes, int8=self._int8, bias_bits=bias_bits)
         keys = tiles = used = None
         if attn_mask is not None and call.key_padding:
             keys = used_keys(attn_mask, call.batch, key.shape[2])
