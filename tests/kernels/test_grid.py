@@ -167,3 +167,26 @@ def test_many_cases_from_the_grid(kernel, monkeypatch, sqnr) -> None:
     for case in itertools.islice(cases(SLOW), MANY, None):
         with monkeypatch.context() as patch:
             run(kernel, patch, sqnr, case)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_keys_that_no_query_sees_count_in_no_scale(kernel, sqnr, name) -> None:
+    """Causal, with fewer queries than keys: what lies behind the last query is cut off."""
+    q, k, v = kernel.make(heads=2, kv_heads=2, q_len=40, kv_len=60)
+    k[:, :, 40:], v[:, :, 40:] = 1e4, -1e4
+    call = build_call(q, k, v, None, 0.0, True, None, HadamardMode.NONE, False, None)
+    out = BACKENDS[name].attention(q, k, v, call, None)
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
+    assert sqnr(out, exact) > 20.0
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_keys_that_one_head_of_a_group_sees_are_used(kernel, sqnr, name) -> None:
+    """Its heads share a scale and a constant, to which the first head would contribute half of the keys only."""
+    q, k, v = kernel.make(heads=2, kv_heads=1, q_len=40, kv_len=100)
+    mask = torch.zeros(1, 2, 1, 100, dtype=torch.bool, device=kernel.device).expand(1, 2, 40, 100).clone()
+    mask[:, 0, :, :50] = mask[:, 1, :, 50:] = True
+    call = build_call(q, k, v, mask, 0.0, False, None, HadamardMode.NONE, False, None)
+    out = BACKENDS[name].attention(q, k, v, call, mask)
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask, enable_gqa=True)
+    assert sqnr(out[:, 1], exact[:, 1]) > 20.0

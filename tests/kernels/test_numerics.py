@@ -144,6 +144,16 @@ def test_blocks_of_v_that_are_zero_or_hugely_different(kernel) -> None:
     assert out.isfinite().all()
 
 
+@pytest.mark.parametrize("first", [1e-30, 1e30])
+def test_an_accumulator_survives_scales_of_v_that_are_far_apart(kernel, first) -> None:
+    """Whatever the quantization makes of V, acc and what it is multiplied with from block to block stay finite."""
+    q, k, v = kernel.make(heads=1, kv_heads=1, q_len=16, kv_len=256)
+    quantized = kernel.fused.quantize_per_block(q, k, v, factor=32**-0.5 * math.log2(math.e), qk_max=14.0)
+    quantized.v_scale[..., 0], quantized.v_scale[..., 1] = first, 1.0 / first
+    out, _ = kernel.attention.attend(quantized, kernel.shape(32), torch.float32)
+    assert out.isfinite().all()
+
+
 def test_tokens_that_a_mask_hides_from_all_enter_no_scale(kernel, recipe) -> None:
     q, k, v = kernel.make(q_len=20, kv_len=200)
     mask = torch.rand(20, 200, generator=torch.Generator().manual_seed(0)) < 0.5

@@ -188,3 +188,30 @@ def test_a_mask_goes_with_nothing_that_also_hides_keys(kernel) -> None:
     q, k, v = kernel.make()
     with pytest.raises(ValueError, match="a mask already says what a query sees"):
         kernel.check(q, k, v, mask=torch.ones(150, dtype=torch.bool), band=kernel.Band(after=0))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_length_is_compiled_for(kernel, masked, monkeypatch) -> None:
+    """What is compiled in, and what Triton specializes a kernel for, is the same for all lengths."""
+    recorded = []
+
+    def record(jitted, programs, tensors, numbers, constants, kinds, *options):
+        if not kernel.interpreted:
+            names = jitted.arg_names[len(tensors) : len(tensors) + len(numbers)]
+            assert set(names) <= {p.name for p in jitted.params if p.do_not_specialize}
+        recorded.append((jitted, constants, kinds, *options))
+
+    monkeypatch.setattr(kernel.attention, "launch", record)
+    monkeypatch.setattr(kernel.mask_tiles, "launch", record)
+    shape = kernel.shape(32)
+    for q_len, kv_len in ((1, 1), (130, 77), (16, 2048)):
+        q, k, v = kernel.make(q_len=q_len, kv_len=kv_len)
+        quantized = kernel.fused.quantize_per_block(q, k, v)
+        mask = None
+        if masked:
+            whole = torch.ones(1, 1, q_len, -(-kv_len // 16) * 16, dtype=torch.bool, device=kernel.device)
+            mask = kernel.mask_tiles.list_mask_tiles(whole[..., :kv_len], kv_len, shape.queries, shape.keys)
+        kernel.attention.attend(quantized, shape, torch.float32, mask=mask)
+    each = len(recorded) // 3
+    assert each == (2 if masked else 1)
+    assert recorded[:each] == recorded[each : 2 * each] == recorded[2 * each :]
