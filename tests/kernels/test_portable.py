@@ -204,7 +204,7 @@ def test_no_length_is_compiled_for(kernel, masked, monkeypatch) -> None:
     monkeypatch.setattr(kernel.attention, "launch", record)
     monkeypatch.setattr(kernel.mask_tiles, "launch", record)
     shape = kernel.shape(32)
-    for q_len, kv_len in ((17, 1), (130, 77), (33, 2048)):
+    for q_len, kv_len in ((17, 20), (130, 77), (33, 2048)):
         q, k, v = kernel.make(q_len=q_len, kv_len=kv_len)
         quantized = kernel.fused.quantize_per_block(q, k, v)
         mask = None
