@@ -41,6 +41,30 @@ def outside(
     return Reason("head_dim", "head_dim 0") if query.shape[3] == 0 else None
 
 
+def without_causal_bias(
+    attn_mask: torch.Tensor | None, is_causal: bool, query: torch.Tensor
+) -> tuple[torch.Tensor | None, bool]:
+    """``attn_mask`` and ``is_causal`` in plain tensors, where a ``torch.nn.attention.bias.CausalBias`` says both.
+
+    Aligned at the lower right, it becomes a bool mask [q_len, kv_len]; other masks come back as they are.
+
+    Raises:
+        InvalidArgumentError: together with ``is_causal``.
+    """
+    if attn_mask is None or type(attn_mask) is torch.Tensor:
+        return attn_mask, is_causal
+    from torch.nn.attention.bias import CausalBias, CausalVariant
+
+    if not isinstance(attn_mask, CausalBias):
+        return attn_mask, is_causal
+    if is_causal:
+        raise InvalidArgumentError("is_causal goes without a CausalBias, which says where the causal mask is aligned")
+    q_len, kv_len = attn_mask.seq_len_q, attn_mask.seq_len_kv
+    if attn_mask.variant is CausalVariant.UPPER_LEFT or q_len == kv_len:
+        return None, True
+    return torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device).tril(kv_len - q_len), False
+
+
 def problem_with(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None
 ) -> str | None:

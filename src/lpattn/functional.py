@@ -9,7 +9,16 @@ import torch
 from lpattn import ops
 from lpattn.active import active
 from lpattn.arguments import settings_of_call
-from lpattn.calls import autocast_dtype, build_call, cast_like_autocast, check_inputs, needs_grad, outside, usual_types
+from lpattn.calls import (
+    autocast_dtype,
+    build_call,
+    cast_like_autocast,
+    check_inputs,
+    needs_grad,
+    outside,
+    usual_types,
+    without_causal_bias,
+)
 from lpattn.dispatch import Explanation, explain_call
 from lpattn.errors import InvalidArgumentError
 from lpattn.execute import attend, attend_rope
@@ -43,7 +52,8 @@ def low_precision_sdpa(
         query: [B, H, q_len, head_dim], floating point, any strides.
         key: [B, Hkv, kv_len, head_dim]; H is a multiple of Hkv.
         value: [B, Hkv, kv_len, head_dim_v].
-        attn_mask: bool (True attends) or additive, broadcastable to [B, H, q_len, kv_len].
+        attn_mask: bool (True attends) or additive (float32 or in q's dtype), broadcastable to [B, H, q_len, kv_len]; or
+            a ``torch.nn.attention.bias.CausalBias``, which may be aligned at the last query and key.
         dropout_p: dropout probability, in [0, 1].
         is_causal: query i sees keys 0..i (top-left aligned, whatever the two lengths are).
         scale: softmax scale; None is 1/sqrt(head_dim).
@@ -68,6 +78,7 @@ def low_precision_sdpa(
         Whatever the chosen backend states. Inputs that require grad run exactly: there is no backward pass.
     """
     settings = settings_of_call(backend, hadamard, on_unsupported)
+    attn_mask, is_causal = without_causal_bias(attn_mask, is_causal, query)
     if is_traced():
         check_inputs(query, key, value, attn_mask, dropout_p, is_causal, scale)
         return put_into_graph(
@@ -145,6 +156,7 @@ def low_precision_rope_sdpa(
     """
     check_rope(query, key, value, cos, sin, cos_k, sin_k)
     check_norm(query, norm)
+    attn_mask, is_causal = without_causal_bias(attn_mask, is_causal, query)
     check_inputs(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask, dropout_p, is_causal, scale
     )
@@ -273,6 +285,7 @@ def explain(
         InvalidArgumentError: inputs that no attention could take, or that no backend but PyTorch's own SDPA is asked
             about (three-dimensional or nested tensors).
     """
+    attn_mask, is_causal = without_causal_bias(attn_mask, is_causal, query)
     check_inputs(query, key, value, attn_mask, dropout_p, is_causal, scale)
     settings = settings_of_call(backend, hadamard, on_unsupported)
     query, key, value, _ = cast_like_autocast(query, key, value, None)  # not the mask: see build_call
