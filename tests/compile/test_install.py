@@ -200,7 +200,7 @@ def test_one_line_per_graph(model, inputs, compiled, caplog, capsys):
     with caplog.at_level(logging.DEBUG, logger="lpattn.compile"):
         compiled(model)(*inputs)
     lines = [record.message for record in caplog.records if record.name.startswith("lpattn.compile")]
-    assert lines == ["RoPE fused into 1 of 1 attention calls"]
+    assert lines == ["RoPE fused into 1 of 1 attention calls, a norm into 0"]
     assert capsys.readouterr() == ("", "")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -165,6 +167,14 @@ def test_one_of_two(attend, spy):
     assert norm == "fused in q"
     torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
     assert spy.norms[0].eps_k is None
+
+
+@pytest.mark.parametrize(("form", "line"), [(function, "a norm into 1"), (plain, "a norm into 0")])
+def test_the_line_of_a_graph_counts_norms(form, line, attend, caplog):
+    with caplog.at_level(logging.DEBUG, logger="lpattn.compile"):
+        attend(Attention(form), *make())
+    lines = [record.message for record in caplog.records if record.name.startswith("lpattn.compile")]
+    assert lines == [f"RoPE fused into 1 of 1 attention calls, {line}"]
 
 
 def test_none_is_not_spoken_of(attend):

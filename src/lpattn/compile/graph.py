@@ -41,22 +41,25 @@ def fuse_rope(graph: fx.Graph) -> None:
     if not calls:
         return
     sizes = assignments(graph.nodes)
-    fused = 0
+    fused = norms = 0
     reasons: dict[str, None] = {}
     for call in calls:
-        reason = _fuse(call, sizes)
-        if reason is None:
-            fused += 1
-        else:
-            call.args = (*call.args[:_REASON], reason)
+        found = _fuse(call, sizes)
+        if isinstance(found, str):
+            call.args = (*call.args[:_REASON], found)
             _keep_strides(call)
-            reasons[reason] = None
+            reasons[found] = None
+            continue
+        fused += 1
+        norms += any(norm is not None for norm in found.norms)
+        if found.unfused:
+            reasons[f"norm of {found.unfused}"] = None
     because = f": {'; '.join(reasons)}" if reasons else ""
-    log.debug("RoPE fused into %d of %d attention calls%s", fused, len(calls), because)
+    log.debug("RoPE fused into %d of %d attention calls, a norm into %d%s", fused, len(calls), norms, because)
 
 
-def _fuse(call: fx.Node, sizes: Sequence[Sizes]) -> str | None:
-    """Replace one call, or say why not and leave the graph as it was."""
+def _fuse(call: fx.Node, sizes: Sequence[Sizes]) -> _Found | str:
+    """Replace one call by what was proven of it, or say why not and leave the graph as it was."""
     emitter = Emitter(call)
     try:
         # The proofs compute on plain tensors, whatever mode surrounds the compiler.
@@ -71,7 +74,7 @@ def _fuse(call: fx.Node, sizes: Sequence[Sizes]) -> str | None:
         log.warning("RoPE is not fused: the proof failed", exc_info=True)
         emitter.undo()
         return f"the proof failed: {type(error).__name__}: {error}"
-    return None
+    return found
 
 
 class _Found:
