@@ -55,9 +55,10 @@ def check_here(name: str, checks: list[str]) -> None:
     register(name)
     for one in checks:
         with contextlib.redirect_stdout(io.StringIO()) as said:
-            failed = main(["check", name, "--json", "--only", one])
-        print(json.dumps(json.loads(said.getvalue())), flush=True)
-        if failed:
+            main(["check", name, "--json", "--only", one])
+        document = json.loads(said.getvalue())
+        print(json.dumps(document), flush=True)
+        if document["failed"]:
             break
 
 

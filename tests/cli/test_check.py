@@ -57,6 +57,22 @@ def test_a_backend_that_no_device_can_run(cli: Cli, absent: str) -> None:
     assert "the wheel [test] is missing (pip install test-wheel[all])" in result.out
 
 
+def test_where_nothing_passes_the_command_fails(cli: Cli, absent: str) -> None:
+    result = cli("check", absent, "--only", "accuracy")
+    assert result.code == 1
+    assert result.out.endswith("nothing was checked: every check was skipped, or failed as expected\n")
+    assert cli("check", absent, "--only", "accuracy", "--json").code == 1
+
+
+def test_the_suite_itself_says_what_is_wrong_with_it(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "odd_suite.py").write_text(SUITE.replace('{"accuracy"', '{"acuracy"'))
+    monkeypatch.chdir(tmp_path)
+    result = cli("check", "bf16_reference", "--suite", "odd_suite:MySuite")
+    assert result.code == 1
+    assert "acuracy" in result.err
+    assert "--suite must be" not in result.err
+
+
 def test_built_in_backends_have_suites_of_their_own(cli: Cli) -> None:
     assert cli("check", "bf16_reference", "--only", "accuracy").code == 0
 
@@ -66,6 +82,7 @@ def test_built_in_backends_have_suites_of_their_own(cli: Cli) -> None:
     [
         (("no_such",), "unknown backend 'no_such'"),
         (("bf16_reference", "--only", "acuracy"), "only names acuracy; the checks are registration, "),
+        (("bf16_reference", "--only", "probe", "--skip", "probe"), "--only and --skip leave no check; got probe"),
         (("bf16_reference", "--suite", "nowhere:Suite"), "--suite must be MODULE:CLASS that can be imported; got"),
         (("bf16_reference", "--suite", "json:JSONDecoder"), "must be a subclass of lpattn.testing.BackendTests; got"),
         (("bf16_reference", "--suite", "json"), "--suite must be MODULE:CLASS"),

@@ -130,3 +130,11 @@ def test_it_is_formatted_and_typed(rendered: Path) -> None:
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["mine_", "my__own"])
+def test_a_name_that_no_distribution_can_have(cli: Cli, name: str, tmp_path: Path) -> None:
+    result = cli("new-plugin", name, "--into", str(tmp_path))
+    assert result.code == 1
+    assert "single underscores between words" in result.err
+    assert not list(tmp_path.iterdir())

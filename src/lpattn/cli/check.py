@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lpattn.cli.text import make_console, print_json
-from lpattn.errors import InvalidArgumentError
+from lpattn.errors import InvalidArgumentError, LpattnError
 from lpattn.registry import registry
 from lpattn.testing import BackendTests, Outcome, Status, run_checks, suite_for
 from lpattn.testing.builtin import SUITES
@@ -30,20 +30,28 @@ _MARKS = {
 
 
 def run(arguments: Namespace) -> int:
-    """Print each check's outcome as it comes. Returns 0 where none fails, else 1.
+    """Print each check's outcome as it comes. Returns 0 where some pass and none fails, else 1.
 
     Raises:
         UnknownBackendError: no backend has the name.
-        InvalidArgumentError: a check or a suite does not exist.
+        InvalidArgumentError: a check or a suite does not exist, or no check is left.
     """
     name = registry.resolve(arguments.backend)
     suite = suite_for(name, arguments.device, _suite_class(arguments.suite, name))
     only = None if arguments.only is None else _names(arguments.only)
-    outcomes = run_checks(suite, only, _names(arguments.skip or ""))
+    skip = _names(arguments.skip or "")
+    if only is not None and set(only) <= set(skip):
+        raise InvalidArgumentError(
+            f"--only and --skip leave no check; got {arguments.only} and {arguments.skip or ''!r}"
+        )
+    outcomes = run_checks(suite, only, skip)
     document = _show(suite, outcomes, None if arguments.json else make_console())
     if arguments.json:
         print_json(document)
-    return 1 if document["failed"] else 0
+    passed = any(check["status"] == Status.PASSED for check in document["checks"])
+    if not passed and not document["failed"] and not arguments.json:
+        print("nothing was checked: every check was skipped, or failed as expected")
+    return 0 if passed and not document["failed"] else 1
 
 
 def _names(text: str) -> list[str]:
@@ -57,6 +65,8 @@ def _suite_class(text: str | None, name: str) -> type[BackendTests]:
     with _current_folder_on_path():
         try:
             found = getattr(importlib.import_module(module), attribute)
+        except LpattnError:
+            raise  # it says itself what is wrong with the suite
         except (ImportError, AttributeError, ValueError) as error:
             raise InvalidArgumentError(
                 f"--suite must be MODULE:CLASS that can be imported; got {text!r}: {error}"

@@ -27,6 +27,11 @@ def run(arguments: Namespace) -> int:
         raise InvalidArgumentError(problem)
     if name in registry.names():
         raise InvalidArgumentError(f"backend name {name!r} is already taken by {registry.source(name) or 'lpattn'}")
+    if name.endswith("_") or "__" in name:
+        raise InvalidArgumentError(
+            f"{name!r}: of a plugin's name, a distribution's is made, in which no - follows another or is the last; "
+            "choose one with single underscores between words"
+        )
     folder = Path(arguments.into) / words(name)["DISTRIBUTION"]
     if folder.exists():
         raise InvalidArgumentError(f"{folder} exists already; choose another name, or --into another folder")
