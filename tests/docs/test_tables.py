@@ -66,6 +66,12 @@ def test_every_code_is_documented() -> None:
     assert used - documented_codes() == set()
 
 
+def test_no_code_is_explained_twice() -> None:
+    rows = re.findall(r"^\| `([a-z0-9_]+)` \|", (REPOSITORY / "docs" / "errors.md").read_text(encoding="utf-8"), re.M)
+    assert len(rows) > 20
+    assert len(rows) == len(set(rows))
+
+
 def test_every_documented_code_is_used() -> None:
     assert documented_codes() - used_codes() == set()
 
