@@ -52,7 +52,8 @@ def test_what_goes_wrong_is_a_failure_of_its_check(monkeypatch, jobs) -> None:
     answers = {"accuracy": "hang", "threads": "", "layouts": document("layouts", failed=True)}
     monkeypatch.setattr(subprocess, "run", run_as(answers))
     found = conformance.merged(list(conformance.check_all(["mine"], checks, time.monotonic() + 60, jobs)))
-    assert sorted(c["check"] for c in found["checks"]) == sorted(checks)
+    # In the order of the suite, whichever process ends first.
+    assert [c["check"] for c in found["checks"]] == ["probe", "accuracy", "outputs", "layouts", "threads"]
     assert found["device"] == "cuda:0"
     assert sorted(found["failed"]) == ["accuracy", "layouts", "threads"]
     details = {c["check"]: c["detail"] for c in found["checks"]}
