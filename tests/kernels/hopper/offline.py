@@ -39,7 +39,8 @@ def compile_kernel(dim: int, asked: set[str]) -> Any:
     constants = {
         "BN": tile.keys, "D": lanes, "STAGES": tile.stages, "CONSUMERS": tile.consumers, "CAUSAL": "causal" in asked,
         "KIND": next(kind for name, kind in EXPONENTIALS.items() if name in asked), "PARTS": tile.parts,
-        "LATE": tile.late, "DIM": dim, "LANES": lanes, "SUMS": tile.sums, "REGISTERS": tile.registers,
+        "LATE": tile.late, "DIM": dim, "LANES": lanes, "SUMS": tile.sums, "ACROSS": tile.across,
+        "REGISTERS": tile.registers,
     }  # fmt: skip
     if "lse" not in asked:
         constants |= {"lse": None, "lse_shift": None}

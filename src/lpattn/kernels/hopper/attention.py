@@ -43,7 +43,27 @@ KEYS = gl.constexpr(128)
 ROWS = gl.constexpr(64)
 """Query rows of a consumer."""
 
+QUERIES = gl.constexpr(2)
+"""Tiles of queries that are there at a time: the next one is loaded while the consumers still have the last one."""
+
 _LN2 = gl.constexpr(0.6931471805599453)
+
+
+@gluon.constexpr_function
+def store_layout(width, bits, across):
+    """Of a consumer's output [ROWS, width], with elements of so many bits, for stores of 16 bytes per thread.
+
+    Each warp keeps the 16 rows that it has of a product's result, so that no other one is waited for. ``across`` of its
+    threads are side by side on a row.
+    """
+    each = 128 // bits
+    columns = [[0, 1 << i] for i in range(width.bit_length() - 1)]
+    rows = [[1 << i, 0] for i in range(4)]
+    start = each.bit_length() - 1
+    end = start + min(across, width // each).bit_length() - 1
+    lanes = [*columns[start:end], *rows][:5]
+    registers = [*columns[:start], *columns[end:], *rows[5 - (end - start) :]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [ROWS.value, width])
 
 
 @gluon.jit
@@ -109,10 +129,13 @@ def _produce(descriptors, buffers, barriers, counts, sizes, SHAPE: gl.constexpr)
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
         b, head, tile, kv_head = _query_tile(index, sizes, CAUSAL)
         keys, count, whole = _key_tiles(b, tile, counts, sizes, ALL_ROWS, BN, CAUSAL)
-        mbarrier.wait(q_empty, (turn & 1) ^ 1)
-        mbarrier.expect(q_full, ALL_ROWS * D)
+        place, parity = _stage(turn, QUERIES)
+        arrived = q_full.index(place)
+        mbarrier.wait(q_empty.index(place), parity ^ 1)
+        mbarrier.expect(arrived, ALL_ROWS * D)
         for w in gl.static_range(CONSUMERS):
-            load_tile(q_desc, [head * q_len + tile * ALL_ROWS + w * ROWS, 0], q_full, q_buffer.index(w))
+            q_row = head * q_len + tile * ALL_ROWS + w * ROWS
+            load_tile(q_desc, [q_row, 0], arrived, q_buffer.index(place * CONSUMERS + w))
         for i in range(count + 1):
             stage, parity = _stage(step, STAGES)
             k_tile = count - 1 - i
@@ -186,6 +209,7 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes,
     DIM: gl.constexpr = SHAPE[8]
     LANES: gl.constexpr = SHAPE[9]
     SUMS: gl.constexpr = SHAPE[10]
+    ACROSS: gl.constexpr = SHAPE[11]
     BLOCK_PARTS: gl.constexpr = KEYS // BN
     ALL_ROWS: gl.constexpr = CONSUMERS * ROWS
     WIDTH: gl.constexpr = D // PARTS
@@ -195,6 +219,7 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes,
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 4)
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+    out_layout: gl.constexpr = store_layout(WIDTH, out.dtype.element_ty.primitive_bitwidth, ACROSS)
     blocks = (kv_len + KEYS - 1) // KEYS
     s_zero = gl.zeros([ROWS, BN], gl.float16, s_layout)
     o_zero = gl.zeros([ROWS, WIDTH], gl.float32, o_layout)
@@ -213,9 +238,10 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes,
         seen = gl.full([ROWS], 0, gl.int32, s_rows) + keys
         if CAUSAL:
             seen = gl.minimum(seen, row + 1)
-        q = q_buffer.index(w)
+        place, parity = _stage(turn, QUERIES)
+        q = q_buffer.index(place * CONSUMERS + w)
         k_tile = count - 1
-        mbarrier.wait(q_full, turn & 1)
+        mbarrier.wait(q_full.index(place), parity)
 
         # The first tile has no P V beside it.
         stage, parity = _stage(step, STAGES)
@@ -256,7 +282,7 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes,
                 s_zero, o_zero, l_zero, SHAPE, False,
             )  # fmt: skip
             step += 1
-        mbarrier.arrive(q_empty, count=1)
+        mbarrier.arrive(q_empty.index(place), count=1)
 
         # The last tile's P V.
         stage, parity = _stage(step, STAGES)
@@ -291,20 +317,22 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes,
                 log += gl.load(lse_shift + at, mask=row < q_len, other=0.0)
             gl.store(lse + at, gl.where(empty_row, -float("inf"), log * _LN2), mask=row < q_len)
         inverse = gl.convert_layout(inverse, o_rows)
-        rows = gl.arange(0, ROWS, layout=o_rows)
+        rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, out_layout))[:, None]
         base = out + ((b * q_len + start).to(gl.int64) * heads + head % heads) * DIM
         for part_index in gl.static_range(PARTS):
             value = acc if part_index == 0 else high
-            lanes = part_index * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, o_layout))
             value = value * inverse[:, None]
             if v_constant is not None:
+                lanes = part_index * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, o_layout))
                 constant = gl.load(v_constant + kv_head * LANES + lanes, mask=lanes < LANES, other=0.0)
                 value += constant[None, :]
             if out.dtype.element_ty == gl.float16:
                 # Rounding of V must not make inf of what exact attention keeps finite; nor a number of NaN.
                 value = gl.where(gl.abs(value) > 65504.0, gl.where(value > 0.0, 65504.0, -65504.0), value)
-            at = base + rows[:, None] * (heads * DIM) + lanes[None, :]
-            gl.store(at, value.to(out.dtype.element_ty), mask=(start + rows < q_len)[:, None] & (lanes < DIM)[None, :])
+            value = gl.convert_layout(value.to(out.dtype.element_ty), out_layout)
+            columns = part_index * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, out_layout))[None, :]
+            at = base + rows * (heads * DIM) + columns
+            gl.store(at, value, mask=(start + rows < q_len) & (columns < DIM))
 
 
 @gluon.jit
@@ -383,7 +411,7 @@ def attention(
     heads, kv_heads, q_len, kv_len, q_tiles, tiles,
     BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, CAUSAL: gl.constexpr,
     KIND: gl.constexpr, PARTS: gl.constexpr, LATE: gl.constexpr, DIM: gl.constexpr, LANES: gl.constexpr,
-    SUMS: gl.constexpr, REGISTERS: gl.constexpr,
+    SUMS: gl.constexpr, ACROSS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Attention of quantized q, k and v; see :mod:`lpattn.kernels.hopper`.
 
@@ -393,7 +421,7 @@ def attention(
         q_desc: e4m3 [B * H * q_len, PITCH], tiles of [ROWS, D]. k_desc: [B * Hkv * blocks * KEYS, PITCH], of [BN, D].
         v_desc: [B * Hkv * blocks * DIM, KEYS], of [D, BN].
     """
-    q_buffer = gl.allocate_shared_memory(gl.float8e4nv, [CONSUMERS, ROWS, D], q_desc.layout)
+    q_buffer = gl.allocate_shared_memory(gl.float8e4nv, [QUERIES * CONSUMERS, ROWS, D], q_desc.layout)
     k_buffer = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BN, D], k_desc.layout)
     v_buffer = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, D, BN], v_desc.layout)
     one_layout: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
@@ -401,12 +429,13 @@ def attention(
     one = gl.full([8, BN], 0x38, gl.int8, one_layout).to(gl.float8e4nv, bitcast=True)
     ones = gl.allocate_shared_memory(gl.float8e4nv, [8, BN], v_desc.layout, one)
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    q_full = gl.allocate_shared_memory(gl.int64, [1], barrier)
-    q_empty = gl.allocate_shared_memory(gl.int64, [1], barrier)
+    q_full = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], barrier)
+    q_empty = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], barrier)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    mbarrier.init(q_full, count=1)
-    mbarrier.init(q_empty, count=CONSUMERS)
+    for i in gl.static_range(QUERIES):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=CONSUMERS)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=CONSUMERS)
@@ -417,7 +446,7 @@ def attention(
     scales = (q_scale, k_scale, v_scale, v_constant)
     outputs = (out, lse, lse_shift)
     sizes = (heads, kv_heads, q_len, kv_len, q_tiles, tiles)
-    SHAPE: gl.constexpr = (BN, D, STAGES, CONSUMERS, CAUSAL, KIND, PARTS, LATE, DIM, LANES, SUMS)
+    SHAPE: gl.constexpr = (BN, D, STAGES, CONSUMERS, CAUSAL, KIND, PARTS, LATE, DIM, LANES, SUMS, ACROSS)
     # The second and third arguments: warps and registers of all but the first.
     if CONSUMERS == 2:
         gl.warp_specialize(

@@ -33,6 +33,7 @@ class Tile(NamedTuple):
         parts: of head_dim, that P V is done in.
         late: P is computed after the P V of the tile before has ended: fewer registers, less overlap.
         sums: the cores add up P; otherwise the tensor cores do.
+        across: threads that store a row of the output side by side, 16 bytes each.
     """
 
     keys: int
@@ -43,12 +44,19 @@ class Tile(NamedTuple):
     parts: int
     late: bool
     sums: bool
+    across: int
 
 
 TILES = {
-    64: Tile(keys=128, stages=4, consumers=3, registers=160, mean_registers=128, parts=1, late=True, sums=False),
-    128: Tile(keys=128, stages=4, consumers=2, registers=240, mean_registers=168, parts=1, late=False, sums=False),
-    256: Tile(keys=64, stages=4, consumers=2, registers=240, mean_registers=168, parts=2, late=True, sums=True),
+    64: Tile(
+        keys=128, stages=4, consumers=3, registers=160, mean_registers=128, parts=1, late=True, sums=False, across=8
+    ),
+    128: Tile(
+        keys=128, stages=4, consumers=2, registers=240, mean_registers=168, parts=1, late=False, sums=False, across=4
+    ),
+    256: Tile(
+        keys=64, stages=4, consumers=2, registers=240, mean_registers=168, parts=2, late=True, sums=True, across=4
+    ),
 }
 """By head_dim, rounded up."""
 
@@ -221,6 +229,7 @@ def _plan(
             dim,
             lanes_of(dim),
             tile.sums,
+            tile.across,
             tile.registers,
         ),
         (dtype, adds_constant, aligned, all_keys, return_lse),

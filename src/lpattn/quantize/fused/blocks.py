@@ -310,9 +310,11 @@ def _plan(
     )
 
     turned = turns is not None
+    # Heads with angles of their own have nothing to share.
+    shares = turns is not None and not turns[2][2]
     q_tokens = _TURNED_TOKENS if turned else BLOCK
     q_tiles = -(-q_len // q_tokens)
-    q_each = _heads_each(batch * q_tiles, heads, _Q_PROGRAMS, device) if turned else 1
+    q_each = _heads_each(batch * q_tiles, heads, _Q_PROGRAMS, device) if shares else 1
     k_each = _heads_each(batch * blocks, kv_heads, _K_PROGRAMS, device) if turned else 1
 
     strides, reading = how_to_read(dim, q_strides, k_strides, v_strides, turns, eps, hadamard)

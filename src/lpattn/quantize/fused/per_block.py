@@ -23,6 +23,7 @@ from lpattn.quantize.fused.tile import (
     NO_ROPE,
     V_UNIT,
     inverse_power_of_two,
+    load_angles,
     load_tile,
     load_weights,
     nan_for_inf,
@@ -132,7 +133,7 @@ def quantize_blocks(
 ):  # fmt: skip
     """One program per Q_TOKENS tokens of ``q_each`` heads of q, then per BLOCK of ``k_each`` of k, then per BLOCK of v.
 
-    Heads that follow each other in a program turn by the same angles, which the first one leaves in the cache. With
+    Heads that follow each other in a program turn by the same angles: q's stay in registers, k's in the cache. With
     OVERLAPS it may start while ``sample_blocks`` still runs, of which q needs nothing. ``keys`` and ``key_counts`` say
     which tokens of k and v are used; with PACKED these come first in the output, otherwise ``flags`` says so of each,
     in its place.
@@ -151,17 +152,29 @@ def quantize_blocks(
         tile, part = program % q_tiles, (program // q_tiles).to(tl.int64)
         b = part // q_parts
         q_rows = tile * Q_TOKENS + tl.arange(0, Q_TOKENS)
+        q_used = q_rows < q_len
         weight_low, weight_high = load_weights(weight_q, D, HALF, NORM)
+        stride_s, stride_d = q_s * UNIT, 1 if DENSE else q_d
+        first = part % q_parts * q_each
+        angles = _angles(
+            cos_q, sin_q, q_rows, q_used, b, first, turn_q_b, turn_q_h, turn_q_s, turn_q_d,
+            TURN_UNIT, TURN_DENSE, HALF, ROPE, ROTARY,
+        )  # fmt: skip
+        low_next, high_next = load_tile(q + (b * q_b + first * q_h) * UNIT, q_rows, q_used, stride_s, stride_d, D, HALF)
         # Without angles, there is one head: this is no loop.
         for i in tl.range(0, 1 if ROPE == NO_ROPE else q_each, num_stages=1):
             # Where the last program has fewer heads, it takes its last one again, and writes the same.
-            h = tl.minimum(part % q_parts * q_each + i, heads - 1)
+            h = tl.minimum(first + i, heads - 1)
             row = b * heads + h
-            q_used = q_rows < q_len
-            q_low, q_high, times = _qk_tile(
-                q + (b * q_b + h * q_h) * UNIT, q_rows, q_used, q_s, q_d,
-                weight_q, weight_low, weight_high, eps_q, cos_q, sin_q, b, h, turn_q_b, turn_q_h, turn_q_s, turn_q_d,
-                UNIT, DENSE, TURN_UNIT, TURN_DENSE, D, HALF, NORM, ROPE, ROTARY, HADAMARD_QK,
+            q_low, q_high = low_next, high_next
+            if ROPE != NO_ROPE:
+                # The next head is on its way while this one is turned.
+                follows = q + (b * q_b + tl.minimum(h + 1, heads - 1) * q_h) * UNIT
+                wanted = q_used & (i + 1 < q_each)
+                low_next, high_next = load_tile(follows, q_rows, wanted, stride_s, stride_d, D, HALF)
+            q_low, q_high, times = transform_tile(
+                q_low, q_high, q + (b * q_b + h * q_h) * UNIT, q_rows, q_used, stride_s, stride_d,
+                weight_q, weight_low, weight_high, eps_q, angles, True, D, HALF, NORM, ROPE, ROTARY, HADAMARD_QK,
             )  # fmt: skip
             times *= factor
             if lse_shift is not None:
@@ -282,11 +295,25 @@ def _qk_tile(
     """Tokens of a head of q or k, normalized, rotated and transformed: what :func:`transform_tile` returns."""
     stride_s, stride_d = stride_s * UNIT, 1 if DENSE else stride_d
     low, high = load_tile(x, tokens, used, stride_s, stride_d, D, HALF)
+    angles = _angles(
+        cos, sin, tokens, used, b, h, turn_b, turn_h, turn_s, turn_d, TURN_UNIT, TURN_DENSE, HALF, ROPE, ROTARY
+    )  # fmt: skip
     return transform_tile(
-        low, high, x, tokens, used, stride_s, stride_d, weight, weight_low, weight_high, eps,
+        low, high, x, tokens, used, stride_s, stride_d, weight, weight_low, weight_high, eps, angles, True,
+        D, HALF, NORM, ROPE, ROTARY, HADAMARD,
+    )  # fmt: skip
+
+
+@triton.jit
+def _angles(
+    cos, sin, tokens, used, b, h, turn_b, turn_h, turn_s, turn_d,
+    TURN_UNIT: tl.constexpr, TURN_DENSE: tl.constexpr, HALF: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr,
+):  # fmt: skip
+    """What tokens of a head turn by: what :func:`load_angles` returns."""
+    return load_angles(
         None if ROPE == NO_ROPE else cos + (b * turn_b + h * turn_h) * TURN_UNIT,
         None if ROPE == NO_ROPE else sin + (b * turn_b + h * turn_h) * TURN_UNIT,
-        turn_s * TURN_UNIT, 1 if TURN_DENSE else turn_d, True, True, D, HALF, NORM, ROPE, ROTARY, HADAMARD,
+        tokens, used, turn_s * TURN_UNIT, 1 if TURN_DENSE else turn_d, HALF, ROPE, ROTARY,
     )  # fmt: skip
 
 
@@ -299,7 +326,7 @@ def _v_tile(
     stride_s, stride_d = stride_s * UNIT, 1 if DENSE else stride_d
     low, high = load_tile(x, tokens, used, stride_s, stride_d, D, HALF)
     low, high, _ = transform_tile(
-        low, high, x, tokens, used, stride_s, stride_d, None, 1.0, 1.0, 0.0, None, None, 0, 1, False, True,
+        low, high, x, tokens, used, stride_s, stride_d, None, 1.0, 1.0, 0.0, (1.0, 1.0, 1.0, 1.0), True,
         D, HALF, False, NO_ROPE, 0, HADAMARD,
     )  # fmt: skip
     return low, high

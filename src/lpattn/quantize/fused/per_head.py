@@ -17,6 +17,7 @@ from lpattn.quantize.fused.tile import (
     E4M3_MAX,
     NO_ROPE,
     inverse_power_of_two,
+    load_angles,
     load_tile,
     load_weights,
     scale_for,
@@ -138,7 +139,8 @@ def _sample_part(
         low, high = load_tile(x, tokens, used, stride_s, stride_d, D, HALF)
         low, high, of_rows = transform_tile(
             low, high, x, tokens, used, stride_s, stride_d, norm_weight, weight_low, weight_high, eps,
-            cos, sin, turn_s, turn_d, True, True, D, HALF, NORM, ROPE, ROTARY, HADAMARD,
+            load_angles(cos, sin, tokens, used, turn_s, turn_d, HALF, ROPE, ROTARY), True,
+            D, HALF, NORM, ROPE, ROTARY, HADAMARD,
         )  # fmt: skip
         low, high = low * of_rows, high * of_rows
         low = tl.where(tl.abs(low) < float("inf"), low, 0.0)
@@ -305,12 +307,14 @@ def _quantize_tiles(
             rows = tile % tiles * TOKENS + tl.arange(0, TOKENS)
             used = rows < length
             tokens = _tokens(keys, which, b, kv_len, rows, used)
-            low, high, of_rows = transform_tile(
-                low, high, x + head * stride_h, tokens, used, stride_s, stride_d,
-                norm_weight, weight_low, weight_high, eps,
+            angles = load_angles(
                 None if ROPE == NO_ROPE else cos + (b * turn_b + head * turn_h) * TURN_UNIT,
                 None if ROPE == NO_ROPE else sin + (b * turn_b + head * turn_h) * TURN_UNIT,
-                turn_s * TURN_UNIT, 1 if TURN_DENSE else turn_d, True, True, D, HALF, NORM, ROPE, ROTARY, HADAMARD,
+                tokens, used, turn_s * TURN_UNIT, 1 if TURN_DENSE else turn_d, HALF, ROPE, ROTARY,
+            )  # fmt: skip
+            low, high, of_rows = transform_tile(
+                low, high, x + head * stride_h, tokens, used, stride_s, stride_d,
+                norm_weight, weight_low, weight_high, eps, angles, True, D, HALF, NORM, ROPE, ROTARY, HADAMARD,
             )  # fmt: skip
             if lse_shift is not None:
                 products = tl.sum((low * low_k[None, :] + high * high_k[None, :]) * (of_rows * factor), 1)

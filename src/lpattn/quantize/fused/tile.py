@@ -47,9 +47,32 @@ def load_weights(weight, D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr
 
 
 @triton.jit
+def load_angles(
+    cos, sin, rows, used, stride_s, stride_d, HALF: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr
+):  # fmt: skip
+    """What tokens ``rows`` of a head turn by, from its token 0 at cos and sin, for :func:`transform_tile`.
+
+    Returns:
+        Of the lower and of the upper half, cos and sin, float32 [TOKENS, HALF], 1 and 0 where nothing turns; without a
+        rotation, ones that nobody reads.
+    """
+    if ROPE == NO_ROPE:
+        return 1.0, 1.0, 1.0, 1.0
+    else:
+        lanes = tl.arange(0, HALF)
+        at = rows[:, None].to(tl.int64) * stride_s + lanes[None, :] * stride_d
+        low_turns = used[:, None] & (lanes < ROTARY)[None, :]
+        high_turns = used[:, None] & (lanes < ROTARY - HALF)[None, :]
+        cos_low = tl.load(cos + at, mask=low_turns, other=1.0).to(tl.float32)
+        sin_low = tl.load(sin + at, mask=low_turns, other=0.0).to(tl.float32)
+        cos_high = tl.load(cos + at + HALF * stride_d, mask=high_turns, other=1.0).to(tl.float32)
+        sin_high = tl.load(sin + at + HALF * stride_d, mask=high_turns, other=0.0).to(tl.float32)
+        return cos_low, sin_low, cos_high, sin_high
+
+
+@triton.jit
 def transform_tile(
-    low, high, x, rows, used, stride_s, stride_d, weight, weight_low, weight_high, eps, cos, sin, cos_s, cos_d,
-    turns, transforms,
+    low, high, x, rows, used, stride_s, stride_d, weight, weight_low, weight_high, eps, angles, transforms,
     D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr,
     HADAMARD: tl.constexpr,
 ):  # fmt: skip
@@ -64,8 +87,8 @@ def transform_tile(
         weight, eps: of the norm, where NORM compiles it. A negative eps leaves the rows as they are; weight may be
             None.
         weight_low, weight_high: of :func:`load_weights`.
-        cos, sin: at token 0 of this (batch, head).
-        turns, transforms: whether this tensor is rotated and transformed, where ROPE and HADAMARD compile that.
+        angles: of :func:`load_angles`.
+        transforms: whether this tensor is transformed, where HADAMARD compiles that.
     """
     dtype: tl.constexpr = low.dtype
     low, high = low.to(tl.float32), high.to(tl.float32)
@@ -78,24 +101,19 @@ def transform_tile(
         of_rows = tl.where(eps < 0.0, 1.0, tl.rsqrt(mean_square + eps))[:, None]
         low, high = low * weight_low, high * weight_high
     if ROPE != NO_ROPE:
-        if turns:
-            turn = rows[:, None].to(tl.int64) * cos_s + lanes[None, :] * cos_d
+        cos_low, sin_low, cos_high, sin_high = angles
+        if ROPE == HALF_SPLIT:
+            turned_low, turned_high = -high, low
+        elif ROPE == INTERLEAVED:
+            turned_low, turned_high = _swap_pairs(low), _swap_pairs(high)
+        else:
+            start = x + rows[:, None].to(tl.int64) * stride_s
             low_turns = used[:, None] & (lanes < ROTARY)[None, :]
+            turned_low = _partner(start, lanes, low_turns, stride_d, weight, NORM, ROTARY)
             high_turns = used[:, None] & (lanes < ROTARY - HALF)[None, :]
-            cos_low = tl.load(cos + turn, mask=low_turns, other=1.0).to(tl.float32)
-            sin_low = tl.load(sin + turn, mask=low_turns, other=0.0).to(tl.float32)
-            cos_high = tl.load(cos + turn + HALF * cos_d, mask=high_turns, other=1.0).to(tl.float32)
-            sin_high = tl.load(sin + turn + HALF * cos_d, mask=high_turns, other=0.0).to(tl.float32)
-            if ROPE == HALF_SPLIT:
-                turned_low, turned_high = -high, low
-            elif ROPE == INTERLEAVED:
-                turned_low, turned_high = _swap_pairs(low), _swap_pairs(high)
-            else:
-                start = x + rows[:, None].to(tl.int64) * stride_s
-                turned_low = _partner(start, lanes, low_turns, stride_d, weight, NORM, ROTARY)
-                turned_high = _partner(start, lanes + HALF, high_turns, stride_d, weight, NORM, ROTARY)
-            low = low * cos_low + turned_low * sin_low
-            high = high * cos_high + turned_high * sin_high
+            turned_high = _partner(start, lanes + HALF, high_turns, stride_d, weight, NORM, ROTARY)
+        low = low * cos_low + turned_low * sin_low
+        high = high * cos_high + turned_high * sin_high
     if HADAMARD:
         if transforms:
             # Before, since the transform takes values in a dtype that they might not fit into.
