@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -22,10 +22,15 @@ from lpattn.types import AttentionBackend, AttentionCall, CausalKind, HadamardMo
 
 if TYPE_CHECKING:
     from lpattn.quantize.fused import PerHead, Rotation
+    from lpattn.quantize.fused.operands import HeadQuantization
 
 _NO_TRITON = Reason(
     "not_installed", "triton, in which q, k and v are quantized, is not installed", "pip install triton"
 )
+
+
+_PLANS_SIZE = 256
+"""Different calls, strides and alignments for which it is remembered how they are quantized."""
 
 
 class FA3Backend(Backend):
@@ -150,18 +155,20 @@ class FA3Backend(Backend):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         fused = self._fused
         sign, scale = _split_scale(call.softmax_scale)
-        keys = None if attn_mask is None else fused.used_keys(attn_mask, call.batch, call.kv_len)
-        quantized = fused.quantize_per_head(
-            query,
-            key,
-            value,
-            factor=sign,
-            hadamard=call.hadamard,
-            rope=rotation,
-            norm=norm,
-            keys=keys,
-            with_lse_shift=call.return_lse,
-        )
+        keys = more = None
+        if attn_mask is not None or rotation is not None or norm is not None:
+            keys = None if attn_mask is None else fused.used_keys(attn_mask, call.batch, call.kv_len)
+            more = fused.more_of(rotation, keys, norm)
+        at = (query.data_ptr(), key.data_ptr(), value.data_ptr())
+        facts = (call, fused.alike(query, key, value, at, more))
+        plan = self._plans.get(facts)
+        if plan is None:
+            if len(self._plans) >= _PLANS_SIZE:
+                self._plans.clear()
+            plan = self._plans[facts] = fused.plan_per_head(
+                query, key, value, at, factor=sign, hadamard=call.hadamard, more=more, with_lse_shift=call.return_lse
+            )
+        quantized = plan.run(query, key, value, at, fused.short_way(plan.device), more)
         result = self.forward(quantized, call, None if keys is None else keys.counts)
         out = fused.restore_output(result[0], quantized, query.dtype).transpose(1, 2)
         if quantized.lse_shift is None:
@@ -199,6 +206,11 @@ class FA3Backend(Backend):
             num_splits=1,
             seqused_k=key_counts,
         )
+
+    @functools.cached_property
+    def _plans(self) -> dict[Hashable, HeadQuantization]:
+        """How calls are quantized, by what a plan depends on."""
+        return {}
 
     @functools.cached_property
     def _fused(self) -> ModuleType:

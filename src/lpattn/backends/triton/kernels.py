@@ -102,17 +102,7 @@ class HopperKernel(Kernel):
             keys = None if attn_mask is None else self._fused.used_keys(attn_mask, call.batch, key.shape[2])
             more = self._fused.more_of(rotation, keys, norm)
         at = (query.data_ptr(), key.data_ptr(), value.data_ptr())
-        # All that the steps depend on: the call has shapes, dtype and device.
-        facts = (
-            call,
-            query.stride(),
-            key.stride(),
-            value.stride(),
-            at[0] % 16,
-            at[1] % 16,
-            at[2] % 16,
-            None if more is None else (more.turns, more.eps, more.kinds),
-        )
+        facts = (call, self._fused.alike(query, key, value, at, more))
         steps = self._steps.get(facts)
         if steps is None:
             if len(self._steps) >= _STEPS_SIZE:

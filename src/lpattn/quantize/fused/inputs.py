@@ -122,6 +122,27 @@ def more_of(rope: Rotation | None, keys: Keys | None, norm: Norm | None = None) 
     return More(tensors, turns, eps, kinds_of(tensors))
 
 
+def alike(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, at: tuple[int, int, int], more: More | None
+) -> Hashable:
+    """What a plan for q, k and v depends on besides shapes, dtype and device: equal where one serves for both.
+
+    Args:
+        query, key, value: the tensors.
+        at: their addresses.
+        more: what else there is.
+    """
+    return (
+        query.stride(),
+        key.stride(),
+        value.stride(),
+        at[0] % 16,
+        at[1] % 16,
+        at[2] % 16,
+        None if more is None else (more.turns, more.eps, more.kinds),
+    )
+
+
 def addresses_of(tensors: tuple[torch.Tensor | None, ...]) -> tuple[int | None, ...]:
     """As a launch takes them; None for none."""
     return tuple([None if t is None else t.data_ptr() for t in tensors])

@@ -10,7 +10,7 @@ import torch
 
 from lpattn.errors import InvalidArgumentError
 from lpattn.quantize.fused import layout
-from lpattn.quantize.fused.inputs import NO_MORE, Keys, Rotation, Turns, addresses_of, more_of
+from lpattn.quantize.fused.inputs import NO_MORE, Keys, More, Rotation, Turns, addresses_of, more_of
 from lpattn.quantize.fused.launcher import INTERPRETED, Launch, short_way
 from lpattn.quantize.fused.output import restore
 from lpattn.quantize.fused.per_head import quantize_heads, sample_heads
@@ -121,8 +121,33 @@ def quantize_per_head(
         whole token), and enters neither scale nor constant. Magnitudes above about 1e36 may overflow in the transform.
     """
     more = None if rope is None and keys is None and norm is None else more_of(rope, keys, norm)
-    q_at, k_at, v_at = query.data_ptr(), key.data_ptr(), value.data_ptr()
-    plan = _plan(
+    at = (query.data_ptr(), key.data_ptr(), value.data_ptr())
+    plan = plan_per_head(
+        query, key, value, at, factor=factor, hadamard=hadamard, more=more, with_lse_shift=with_lse_shift
+    )
+    return plan.run(query, key, value, at, short_way(plan.device), more)
+
+
+def plan_per_head(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    at: tuple[int, int, int],
+    *,
+    factor: float,
+    hadamard: HadamardMode,
+    more: More | None,
+    with_lse_shift: bool,
+) -> HeadQuantization:
+    """How :func:`quantize_per_head` quantizes such tensors. It holds for all that are :func:`.inputs.alike`.
+
+    Args:
+        query, key, value, factor, hadamard, with_lse_shift: of :func:`quantize_per_head`.
+        at: addresses of q, k and v.
+        more: what :func:`lpattn.quantize.fused.inputs.more_of` makes of the rest.
+    """
+    q_at, k_at, v_at = at
+    return _plan(
         query.shape,
         key.shape,
         query.stride(),
@@ -138,30 +163,23 @@ def quantize_per_head(
         None if more is None else more.kinds,
         query.device,
     )
-    device = plan.device
-    data = torch.empty(plan.bytes, dtype=torch.float8_e4m3fn, device=device)
-    q_out = data.as_strided(plan.q_shape, plan.q_strides)
-    k_out = data.as_strided(plan.kv_shape, plan.kv_strides, plan.k_start)
-    v_out = data.as_strided(plan.kv_shape, plan.kv_strides, plan.v_start)
-    buffer = torch.empty(plan.floats, dtype=torch.float32, device=device)
-    shift = torch.empty(plan.shift_shape, dtype=torch.float32, device=device) if with_lse_shift else None
-
-    # Each launch by the addresses of what it takes, and by the tensors themselves, in the same order.
-    stream = short_way(device)
-    read = (query, key, value, *(NO_MORE if more is None else more.tensors), buffer)
-    extra_at = NO_MORE if more is None else addresses_of(more.tensors)
-    read_at = (q_at, k_at, v_at, *extra_at, buffer.data_ptr())
-    plan.sample.on(stream, read_at, lambda: read)
-    out_at = data.data_ptr()
-    written_at = (out_at, out_at + plan.k_start, out_at + plan.v_start, None if shift is None else shift.data_ptr())
-    plan.quantize.on(stream, (*read_at, *written_at), lambda: (*read, q_out, k_out, v_out, shift))
-    return PerHead(q_out, k_out, v_out, buffer[0], buffer[1], buffer[2], shift, hadamard, buffer)
 
 
-class _Plan(NamedTuple):
-    """What the two launches for some shapes and strides need: the sizes of what they write, and themselves."""
+class HeadQuantization(NamedTuple):
+    """The two launches for tensors that are alike, and what they write.
+
+    Attributes:
+        device: theirs.
+        hadamard: which operands are transformed.
+        bytes: of q, k and v in e4m3, which are views of one tensor: ``q_shape`` and ``q_strides``, from its beginning,
+            ``kv_shape`` and ``kv_strides`` from ``k_start`` and ``v_start``.
+        floats: shape of what the passes tell each other; descales are views of it: ``of_groups``, from ``starts``.
+        shift_shape: of the correction of the log-sum-exp; None: there is none.
+        sample, quantize: the launches.
+    """
 
     device: torch.device
+    hadamard: HadamardMode
     bytes: int
     q_shape: tuple[int, ...]
     q_strides: tuple[int, ...]
@@ -169,10 +187,46 @@ class _Plan(NamedTuple):
     kv_strides: tuple[int, ...]
     k_start: int
     v_start: int
-    floats: tuple[int, ...]
-    shift_shape: tuple[int, ...]
+    floats: int
+    of_groups: tuple[tuple[int, ...], tuple[int, ...]]
+    starts: tuple[int, int, int]
+    shift_shape: tuple[int, ...] | None
     sample: Launch
     quantize: Launch
+
+    def run(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        at: tuple[int, int, int],
+        stream: int | None,
+        more: More | None,
+    ) -> PerHead:
+        """Quantize. ``stream`` is what :func:`.launcher.short_way` says; the rest as of :func:`plan_per_head`."""
+        device = self.device
+        data = torch.empty(self.bytes, dtype=torch.float8_e4m3fn, device=device)
+        q_out = data.as_strided(self.q_shape, self.q_strides)
+        k_out = data.as_strided(self.kv_shape, self.kv_strides, self.k_start)
+        v_out = data.as_strided(self.kv_shape, self.kv_strides, self.v_start)
+        buffer = torch.empty(self.floats, dtype=torch.float32, device=device)
+        q_descale, k_descale, v_descale = [buffer.as_strided(*self.of_groups, start) for start in self.starts]
+        shift = None
+        if self.shift_shape is not None:
+            shift = torch.empty(self.shift_shape, dtype=torch.float32, device=device)
+
+        # Each launch by the addresses of what it takes, and by the tensors themselves, in the same order.
+        extra = NO_MORE if more is None else more.tensors
+        read_at = (*at, *(NO_MORE if more is None else addresses_of(extra)), buffer.data_ptr())
+        self.sample.on(stream, read_at, lambda: (query, key, value, *extra, buffer))
+        out_at = data.data_ptr()
+        written_at = (out_at, out_at + self.k_start, out_at + self.v_start, None if shift is None else shift.data_ptr())
+        self.quantize.on(
+            stream,
+            (*read_at, *written_at),
+            lambda: (query, key, value, *extra, buffer, q_out, k_out, v_out, shift),
+        )
+        return PerHead(q_out, k_out, v_out, q_descale, k_descale, v_descale, shift, self.hadamard, buffer)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -190,7 +244,7 @@ def _plan(
     kinds: Hashable,
     more_kinds: Hashable,
     device: torch.device,
-) -> _Plan:
+) -> HeadQuantization:
     check_device(device)
     batch, heads, q_len, dim = q_shape
     kv_heads, kv_len = k_shape[1:3]
@@ -232,8 +286,9 @@ def _plan(
         overlaps,
         device,
     )
-    return _Plan(
+    return HeadQuantization(
         device=device,
+        hadamard=hadamard,
         bytes=v_start + groups * kv_len * dim,
         q_shape=(batch, q_len, heads, dim),
         q_strides=(heads * q_len * dim, dim, q_len * dim, 1),
@@ -241,9 +296,11 @@ def _plan(
         kv_strides=(kv_heads * kv_len * dim, dim, kv_len * dim, 1),
         k_start=k_start,
         v_start=v_start,
-        # The first three rows are the descales: see layout.py.
-        floats=(-(-layout.size(groups, lanes, parts) // max(groups, 1)), batch, kv_heads),
-        shift_shape=(batch, heads, q_len),
+        floats=layout.size(groups, lanes, parts),
+        # The descales come first: see layout.py.
+        of_groups=((batch, kv_heads), (kv_heads, 1)),
+        starts=(0, groups, 2 * groups),
+        shift_shape=(batch, heads, q_len) if with_lse_shift else None,
         sample=sample,
         quantize=quantize,
     )
