@@ -91,6 +91,10 @@ class Load:
     protocol_versions: tuple[int, ...] = ()
 
 
+class _NameConflictError(RegistrationError):
+    """Several plugins claim one name."""
+
+
 class Registry:
     """The backends of one process. Thread-safe; loads itself at the first question."""
 
@@ -127,8 +131,14 @@ class Registry:
         return self._load()._sources.get(name)
 
     def failures(self) -> list[Failure]:
-        """What could not be loaded or registered."""
-        return list(self._load()._failures)
+        """What could not be loaded or registered; a name in conflict is a failure of every plugin that claims it."""
+        self._load()
+        conflicts = [
+            Failure(source, f"{RegistrationError.__name__}: {self._claimed(name)}")
+            for name, sources in self._conflicts.items()
+            for source in dict.fromkeys(sources)
+        ]
+        return [*self._failures, *conflicts]
 
     def loads(self) -> list[Load]:
         """Every attempt to load something, in order."""
@@ -242,9 +252,12 @@ class Registry:
                 del self._backends[name], self._sources[name]
             self._conflicts.setdefault(name, [other] if other else []).append(source)
             self._changed()
-            raise RegistrationError(f"backend name {name!r} is claimed by {_join(self._conflicts[name])}")
+            raise _NameConflictError(self._claimed(name))
         takers = other or _join(self._conflicts[name])
         raise RegistrationError(f"backend name {name!r} is already taken by {takers}; choose another name")
+
+    def _claimed(self, name: str) -> str:
+        return f"backend name {name!r} is claimed by {_join(self._conflicts[name])}"
 
     def _changed(self) -> None:
         self._probes.clear()
@@ -321,6 +334,8 @@ class Registry:
             try:
                 validate_backend(backend, source)
                 self._add(backend, source)
+            except _NameConflictError:
+                continue  # not this plugin's alone: failures() has it for all that claim the name
             except Exception as error:
                 self._fail(source, error)
 

@@ -167,14 +167,21 @@ def test_two_plugins_with_one_name_are_both_named_and_neither_has_it(cli: Cli, p
     assert [source["distribution"] for source in conflict["sources"]] == ["planted_one", "planted_two"]
     for name in ("planted_one", "planted_two"):
         plugin = find(document["plugins"], "distribution", name)
-        assert (plugin["backends"], plugin["conflicts"]) == ([], ["planted_fp8"])
+        assert (plugin["backends"], plugin["conflicts"], plugin["failed"]) == ([], ["planted_fp8"], True)
         assert plugin["load_seconds"] > 0
+    message = "RegistrationError: backend name 'planted_fp8' is claimed by planted_one 1.5 and planted_two 1.5"
+    failures = [f for f in document["failures"] if f["source"]["distribution"].startswith("planted")]
+    assert {f["source"]["distribution"]: f["message"] for f in failures} == dict.fromkeys(
+        ("planted_one", "planted_two"), message
+    )
     backend = find(document["backends"], "name", "planted_fp8")
     assert backend["source"] is None
     assert {r["code"] for device in backend["devices"].values() for r in device["reasons"]} == {"conflict"}
     text = cli("info").out
     assert "Nobody has the name planted_fp8: claimed by planted_one 1.5 and planted_two 1.5." in text
-    assert "planted_one 1.5 (entry point planted_one): planted_fp8, claimed by several plugins: see below" in text
+    for name in ("planted_one", "planted_two"):
+        assert f"{name} 1.5 (entry point {name}): planted_fp8, claimed by several plugins: see below" in text
+        assert f"  {name} 1.5 ({name}): {message}\n" in text
 
 
 def test_a_plugin_that_is_kept_out_is_listed(cli: Cli, plugins: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,7 +209,8 @@ def test_of_two_plugins_with_one_name_neither_wins(conflict):
     assert set(conflict.backends()) == BUILT_IN | {"own"}
     assert conflict.get("shared") is None
     assert "shared" in conflict.names()
-    assert "'shared' is claimed by lpattn-a 1.0 and lpattn-b 1.0" in only_failure(conflict).message
+    message = "RegistrationError: backend name 'shared' is claimed by lpattn-a 1.0 and lpattn-b 1.0"
+    assert {f.source.distribution: f.message for f in conflict.failures()} == {"lpattn-a": message, "lpattn-b": message}
     assert conflict.probe("shared", CPU) == (
         Reason(
             "conflict",
@@ -223,6 +224,27 @@ def test_a_third_claim_is_named_as_well(install, plugin, make_backend):
     install(*((name, f"lpattn-{name}", plugin(make_backend("shared"))) for name in "abc"))
     (reason,) = Registry().absence("shared")
     assert "lpattn-a 1.0 and lpattn-b 1.0 and lpattn-c 1.0" in reason.message
+
+
+def test_a_conflict_is_a_failure_of_every_plugin_that_claims_the_name(install, plugin, make_backend):
+    install(
+        *((name, f"lpattn-{name}", plugin(make_backend("shared"))) for name in "abc"),
+        ("d", "lpattn-d", plugin(make_backend("own"))),
+        ("e", "lpattn-e", raiser(ImportError("no cuda_13"))),
+    )
+    failures = {f.source.distribution: f for f in Registry().failures()}
+    assert set(failures) == {"lpattn-a", "lpattn-b", "lpattn-c", "lpattn-e"}
+    for name in "abc":
+        failure = failures[f"lpattn-{name}"]
+        assert "is claimed by lpattn-a 1.0 and lpattn-b 1.0 and lpattn-c 1.0" in failure.message
+        assert (failure.source.entry_point, failure.traceback) == (name, "")
+
+
+def test_a_plugin_that_claims_a_name_twice_fails_once(install, plugin, make_backend):
+    install(("a", "lpattn-a", plugin(make_backend("twice"), make_backend("twice"))))
+    reg = Registry()
+    assert reg.get("twice") is None
+    assert only_failure(reg).source.distribution == "lpattn-a"
 
 
 def test_using_a_name_in_conflict_is_an_error_that_names_both(conflict, monkeypatch, qkv):

@@ -80,6 +80,25 @@ def test_additive_masks_of_the_dtype_of_q(agree, qkv, backend, dtype):
     agree(backend, *qkv(dtype=dtype), torch.randn(6, 6, dtype=dtype))
 
 
+def test_float32_masks_of_float64_inputs(qkv):
+    q, k, v = qkv(kv_len=9, dtype=torch.float64)
+    mask = torch.randn(2, 1, 6, 9)
+    out = lpattn.low_precision_sdpa(q, k, v, mask, backend="bf16_reference")
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, mask.double()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [0.0, -0.0, -0.3])
+def test_causal_calls_with_a_scale_that_is_not_positive(qkv, plain, dtype, scale):
+    q, k, v = qkv(dtype=dtype)
+    out, lse = lpattn.low_precision_sdpa(
+        q, k, v, is_causal=True, scale=scale, backend="bf16_reference", return_lse=True
+    )
+    expected, expected_lse = plain(q, k, v, is_causal=True, scale=scale)
+    torch.testing.assert_close(out.double(), expected, atol=4 * torch.finfo(dtype).eps, rtol=1e-5)
+    torch.testing.assert_close(lse, expected_lse.float())
+
+
 @BACKENDS
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_rows_that_attend_to_nothing(agree, qkv, backend, kind):

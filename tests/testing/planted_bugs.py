@@ -178,6 +178,17 @@ class CausalSeesOneKeyTooMany(Honest):
         return (torch.ones_like(seen).tril(1) if call.causal is CausalKind.TOP_LEFT else seen), bias
 
 
+@bug("causal_is_top_left", "q [1, 2, 515, 64]")
+class CausalInTheFirstTilesAlone(Honest):
+    def visible(self, query, key, call, attn_mask):
+        seen, bias = super().visible(query, key, call, attn_mask)
+        if call.causal is CausalKind.TOP_LEFT:
+            seen = seen.clone()
+            # The tail of the keys is a tile of its own, which queries past the fourth tile see in full.
+            seen[..., 256:, call.kv_len // 64 * 64 :] = True
+        return seen, bias
+
+
 @bug("lse_of_exact_logits", "a key too many or too few")
 class LastKeyDropped(Honest):
     def visible(self, query, key, call, attn_mask):
@@ -236,6 +247,27 @@ class MaskIgnored(Honest):
         return super().visible(query, key, call, None)
 
 
+@bug("masks_are_honoured", "bfloat16, k [2, 2, 80, 64], v [2, 2, 80, 64], attn_mask [2, 1, 1, 80] bool")
+class MaskIgnoredInBfloat16(Honest):
+    def visible(self, query, key, call, attn_mask):
+        return super().visible(query, key, call, None if call.dtype == torch.bfloat16 else attn_mask)
+
+
+@bug("masks_are_honoured", "attn_mask [2, 1, 48, 80] float32: ")
+class Float32MasksReadAsHalves(Honest):
+    def visible(self, query, key, call, attn_mask):
+        if attn_mask is not None and attn_mask.dtype == torch.float32 and call.dtype != torch.float32:
+            attn_mask = attn_mask.contiguous().view(call.dtype)[..., : call.kv_len].nan_to_num()
+        return super().visible(query, key, call, attn_mask)
+
+
+@bug("rows_without_keys", "only -inf hides a key")
+class TheLowestNumberHides(Honest):
+    def visible(self, query, key, call, attn_mask):
+        seen, bias = super().visible(query, key, call, attn_mask)
+        return seen if bias is None else seen & (bias > -1e30), bias
+
+
 @bug("rows_without_keys", "must be 0")
 class RowsWithoutKeysAreMeans(Honest):
     def clean(self, out, nothing):
@@ -266,6 +298,27 @@ class KvHeadZeroForAll(Honest):
         return x[:, :1].expand(-1, call.num_heads, -1, -1) if call.num_kv_heads < call.num_heads else x
 
 
+@bug("kv_heads_are_grouped", "they must read [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]")
+class GroupSizesArePowersOfTwo(Honest):
+    def expand(self, x, call):
+        group = call.num_heads // call.num_kv_heads
+        shift = group.bit_length() - 1
+        return x[:, (torch.arange(call.num_heads) >> shift).clamp_max(call.num_kv_heads - 1)]
+
+
+@bug("kv_heads_are_grouped", "q [2, 16, 48, 64] float32, k [2, 2, 48, 64]")
+class GroupsOfEightReadOneHead(Honest):
+    def expand(self, x, call):
+        eight = call.num_heads == 8 * call.num_kv_heads
+        return x[:, :1].expand(-1, call.num_heads, -1, -1) if eight else super().expand(x, call)
+
+
+@bug("kv_heads_are_grouped", "q [2, 24, 48, 64] float32, k [2, 8, 48, 64]")
+class HeadsAreCountedInFourBits(Honest):
+    def expand(self, x, call):
+        return super().expand(x, call)[:, torch.arange(call.num_heads) % 16]
+
+
 # Scales
 
 
@@ -287,6 +340,18 @@ class ValueScaleOffBesideLse(Honest):
         return super().finish(out * 1.025 if call.return_lse else out, call)
 
 
+@bug("scales_are_exact", "bfloat16, k [4, 2, 256, 64], v [4, 2, 256, 64]: the output is 0.98")
+class ValueScaleOffInBfloat16(Honest):
+    def finish(self, out, call):
+        return super().finish(out * 0.985 if call.dtype == torch.bfloat16 else out, call)
+
+
+@bug("scales_are_exact", "q [2, 4, 256, 128] float32, k [2, 2, 256, 128], v [2, 2, 256, 128]: softmax is 1.01")
+class KeyScaleOffAtHeadDim128(Honest):
+    def scale(self, call):
+        return call.softmax_scale * (1.015 if call.head_dim == 128 else 1.0)
+
+
 @bug("outputs", "with lse: the output differs by")
 class CoarserBesideLse(Honest):
     def finish(self, out, call):
@@ -306,10 +371,53 @@ class ScaleZeroReadAsDefault(Honest):
         return call.softmax_scale or call.head_dim**-0.5
 
 
+@bug("scale_is_applied", "attn_mask [2, 1, 1, 80] bool, scale 0.5")
+class ScaleIgnoredBesideAMask(Honest):
+    def scale(self, call):
+        return call.softmax_scale if call.mask is MaskKind.NONE else call.head_dim**-0.5
+
+
+@bug("scale_is_applied", "causal, scale 0.5")
+class ScaleIgnoredWhereCausal(Honest):
+    # A scale beside a log-sum-exp is tried on causal calls too.
+    capabilities = replace(Honest.capabilities, lse=False)
+
+    def scale(self, call):
+        return call.softmax_scale if call.causal is CausalKind.NONE else call.head_dim**-0.5
+
+
+@bug("scale_is_applied", "causal, scale 0: ")
+class KeysAreHiddenInFrontOfTheScale(Honest):
+    def visible(self, query, key, call, attn_mask):
+        seen, bias = super().visible(query, key, call, attn_mask)
+        # -1e30, times a scale of 0
+        return (seen if call.softmax_scale else torch.ones_like(seen)), bias
+
+
 @bug("accuracy", "large values")
 class NoScaleForValues(Honest):
     def quantize(self, x):
         return x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+
+
+class OfOneDtype(Honest):
+    """Knows the call's dtype where it quantizes."""
+
+    def attention(self, query, key, value, call, attn_mask=None, dropout_p=0.0):
+        self.dtype = call.dtype
+        return super().attention(query, key, value, call, attn_mask, dropout_p)
+
+
+@bug("accuracy", "large values: q [2, 4, 160, 64] float16")
+class LargeFloat16ValuesAreClipped(OfOneDtype):
+    def quantize(self, x):
+        return super().quantize(x.clamp(-512, 512) if self.dtype == torch.float16 else x)
+
+
+@bug("accuracy", "small values: q [2, 4, 160, 64] bfloat16")
+class SmallBfloat16ValuesVanish(OfOneDtype):
+    def quantize(self, x):
+        return super().quantize(torch.where(x.abs() < 2**-9, 0.0, x) if self.dtype == torch.bfloat16 else x)
 
 
 @bug("small_weights_count", "Small weights underflow")
@@ -434,6 +542,14 @@ class OutputOverTheQuery(Honest):
 
     def attention(self, query, key, value, call, attn_mask=None, dropout_p=0.0):
         self.query = query
+        return super().attention(query, key, value, call, attn_mask, dropout_p)
+
+
+@bug("outputs", "q [2, 4, 1, 64] bfloat16: the output shares memory with an input")
+class TheOnlyValueIsReturned(Honest):
+    def attention(self, query, key, value, call, attn_mask=None, dropout_p=0.0):
+        if (call.q_len, call.kv_len, call.num_heads) == (1, 1, call.num_kv_heads) and not call.return_lse:
+            return value
         return super().attention(query, key, value, call, attn_mask, dropout_p)
 
 

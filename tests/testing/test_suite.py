@@ -187,6 +187,14 @@ def test_exact_attention_is_that_of_pytorch() -> None:
         torch.testing.assert_close(exact_attention(q, k, v, mask, causal, 0.3)[0], expected)
 
 
+def test_exact_attention_next_to_the_lowest_number_is_uniform() -> None:
+    q, k, v = (torch.randn(1, 2, 9, 8) for _ in range(3))
+    for dtype in (torch.float32, torch.float64):
+        out, lse = exact_attention(q, k, v, torch.full((9, 9), torch.finfo(dtype).min, dtype=dtype))
+        torch.testing.assert_close(out, v.double().mean(2, keepdim=True).expand_as(out))
+        assert bool(lse.isfinite().all())
+
+
 def test_ratios() -> None:
     reference = torch.ones(1, 1, 2, 100)
     assert sqnr(reference, reference) == float("inf")

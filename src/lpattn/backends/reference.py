@@ -61,14 +61,20 @@ class ReferenceBackend(Backend):
             out = query.new_zeros(call.batch, call.q_len, call.num_heads, call.head_dim_v).transpose(1, 2)
             lse = query.new_full((call.batch, call.num_heads, call.q_len), -torch.inf, dtype=torch.float32)
             return (out, lse) if call.return_lse else out
+        scaled, scale, mask = query, call.softmax_scale, attn_mask
+        if scale <= 0.0:
+            # Some of PyTorch's kernels hide keys by -inf in front of the scale, which then shows them, or makes NaN.
+            scaled, scale = (-query, -scale) if scale < 0.0 else (query * 0.0, 1.0)
+        if mask is not None and mask.dtype == torch.float32 and query.dtype == torch.float64:
+            mask = mask.double()  # PyTorch's kernel for the CPU takes its memory for that of a float64 mask
         out = F.scaled_dot_product_attention(
-            query,
+            scaled,
             key,
             value,
-            attn_mask,
+            mask,
             dropout_p,
             call.causal is CausalKind.TOP_LEFT,
-            scale=call.softmax_scale,
+            scale=scale,
             enable_gqa=call.num_heads != call.num_kv_heads,
         )
         return (out, log_sum_exp(query, key, call, attn_mask)) if call.return_lse else out

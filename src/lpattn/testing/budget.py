@@ -152,25 +152,40 @@ def require_same_quality(problem: Problem, output: torch.Tensor, other: torch.Te
     )
 
 
-def require_unbiased(subject: Subject, problem: Problem, output: torch.Tensor, what: str = "") -> str:
-    """Fail where the output as a whole is too large or too small, or softmax too sharp or too soft.
+_STEP = 0.02
+"""How far apart, relative, are the softmax scales between which the slope is taken."""
+
+
+def require_unbiased(subject: Subject, problem: Problem, outputs: Mapping[str, torch.Tensor]) -> str:
+    """Fail where an output as a whole is too large or too small, or softmax too sharp or too soft.
 
     Args:
         subject: its recipe says how far off they are by design.
         problem: of a kind whose weights are neither uniform nor one-hot.
-        output: the backend's.
-        what: which of the problem's outputs it is, for messages.
+        outputs: the backend's, by what sets them apart, for messages: "" is the plain one.
 
     Returns:
-        What was measured.
+        What was measured on the first one.
     """
-    label = f"{problem}{what and f', {what}'}"
-    step = 0.02
-    low, exact, high = (problem.with_scale(factor).exact()[0] for factor in (1 - step, 1.0, 1 + step))
-    found = fitted_scales((low, exact, high), step, output)
+    low, exact, high = (problem.with_scale(factor).exact()[0] for factor in (1 - _STEP, 1.0, 1 + _STEP))
+    measured = [
+        _unbiased(subject, problem, f"{problem}{what and f', {what}'}", (low, exact, high), output)
+        for what, output in outputs.items()
+    ]
+    return measured[0]
+
+
+def _unbiased(
+    subject: Subject,
+    problem: Problem,
+    label: str,
+    outputs_at: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    output: torch.Tensor,
+) -> str:
+    found = fitted_scales(outputs_at, _STEP, output)
     recipe = (1.0, 1.0)
     if subject.emulate is not None and max(abs(x - 1) for x in found) > SCALE_TOLERANCE:
-        recipe = fitted_scales((low, exact, high), step, subject.emulate(problem)[0])
+        recipe = fitted_scales(outputs_at, _STEP, subject.emulate(problem)[0])
     told = {
         "the output is {:.4f} times what it should be": "a scale is off",
         "softmax is {:.4f} times as sharp as it should be": "the softmax scale, or a scale of q or k, is off",

@@ -44,7 +44,8 @@ def exact_attention(
         hides = attn_mask.dtype == torch.bool
         scores = scores.masked_fill(~attn_mask, -torch.inf) if hides else scores + attn_mask.double()
     lse = scores.logsumexp(-1) if scores.shape[-1] else scores.sum(-1) - torch.inf
-    weights = torch.where(lse[..., None] == -torch.inf, 0.0, (scores - lse[..., None]).exp())
+    # Not as exp(scores - lse): next to a bias such as finfo.min, the logarithm of the number of keys is lost in lse.
+    weights = torch.where(lse[..., None] == -torch.inf, 0.0, scores.softmax(-1))
     return weights @ v, lse
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,9 @@ _TELLING_HEAD_DIMS = frozenset({40, 64, 72, 96, 128, 192})
 """Powers of two, their sums, and ones that fill no tile."""
 _USUAL_HEAD_DIMS = (64, 16, 40, 128)
 """Tried where a backend restricts none; the first is used where one is enough."""
+
+ONE_OF_EACH_KIND = ("key padding [B, 1, 1, kv_len]", "bool [B, 1, q_len, kv_len]", "additive with -inf")
+"""Of :meth:`Subject.masks`, where not all are needed."""
 
 
 class Subject:
@@ -201,6 +204,22 @@ class Subject:
                 yield f"additive {text}", bias
             bias = torch.randn(batch, 1, q_len, kv_len, generator=generator)
             yield "additive with -inf", bias.masked_fill(~random(batch, 1, q_len, kv_len), -torch.inf)
+
+    def masked(
+        self,
+        kind: str = "normal",
+        *,
+        mask_dtype: torch.dtype | None = None,
+        only: Sequence[str] | None = None,
+        dtype: torch.dtype | None = None,
+        **sizes: Any,
+    ) -> Iterator[Problem]:
+        """A problem with each of :meth:`masks`, or only those described; additive masks in q's dtype or another."""
+        for text, mask in self.masks(self.sizes(**sizes)):
+            if only is None or text in only:
+                cast = mask if mask.dtype == torch.bool else mask.to(mask_dtype or dtype or self.dtype)
+                problem = self.problem(kind, dtype=dtype, attn_mask=cast, **sizes)
+                yield problem.changed(label=f"{problem.label}, {text}")
 
     # How it is called
 

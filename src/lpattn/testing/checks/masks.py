@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from lpattn.testing.budget import require_close
+from lpattn.testing.exact import worst_row_sqnr
 from lpattn.testing.inputs import Problem
 from lpattn.testing.outcome import NotApplicable, check, require
-from lpattn.testing.subject import Subject
+from lpattn.testing.subject import ONE_OF_EACH_KIND, Subject
 from lpattn.types import MaskKind
 
-
-def _masked(subject: Subject, kind: str = "normal") -> Iterator[Problem]:
-    chosen = subject.sizes(q_len=48, kv_len=80)
-    for text, mask in subject.masks(chosen):
-        problem = subject.problem(kind, attn_mask=mask, q_len=48, kv_len=80)
-        cast = problem.attn_mask if mask.dtype == torch.bool else mask.to(problem.query)
-        yield problem.changed(attn_mask=cast, label=f"{problem.label}, {text}")
+_LENGTHS: dict[str, Any] = {"q_len": 48, "kv_len": 80}
 
 
 def _applies(subject: Subject) -> None:
@@ -28,11 +25,11 @@ def _applies(subject: Subject) -> None:
 
 @check
 def masks_are_honoured(subject: Subject) -> str:
-    """Every declared kind of mask, broadcast over batch, heads and queries, also expanded and strided."""
+    """Every declared kind of mask, broadcast over batch, heads and queries, expanded, strided, in every dtype."""
     _applies(subject)
     seen = 0
     for kind in ("normal", "last_key"):
-        for problem in subject.accepted(_masked(subject, kind)):
+        for problem in subject.accepted(subject.masked(kind, **_LENGTHS)):
             mask = problem.attn_mask
             assert mask is not None
             require_close(subject, problem, subject.run(problem))
@@ -44,39 +41,107 @@ def masks_are_honoured(subject: Subject) -> str:
             for variant in variants:
                 require_close(subject, variant, subject.run(variant))
             seen += 1
+    for problem in _of_other_dtypes(subject):
+        require_close(subject, problem, subject.run(problem))
+        seen += 1
     return f"{seen} masks"
+
+
+def _of_other_dtypes(subject: Subject) -> Iterator[Problem]:
+    """Inputs of every declared dtype, with masks that are bool, of that dtype, and in float32."""
+    for dtype in subject.dtypes:
+        for mask_dtype in dict.fromkeys((dtype, torch.float32)):
+            for problem in subject.masked(dtype=dtype, mask_dtype=mask_dtype, only=ONE_OF_EACH_KIND, **_LENGTHS):
+                assert problem.attn_mask is not None
+                repeated = problem.attn_mask.dtype == torch.bool and mask_dtype != dtype
+                usual = dtype == mask_dtype == subject.dtype
+                if not repeated and not usual and not subject.refusal(problem) and _of_pytorch(problem) is not None:
+                    yield problem
+
+
+def _of_pytorch(problem: Problem) -> torch.Tensor | None:
+    """What SDPA itself returns; None where its kernels for the device refuse masks of another dtype than q's."""
+    q, k, v = problem.query, problem.key, problem.value
+    try:
+        return F.scaled_dot_product_attention(q, k, v, problem.attn_mask, enable_gqa=q.shape[1] != k.shape[1])
+    except RuntimeError:
+        return None
 
 
 @check
 def rows_without_keys(subject: Subject) -> str:
-    """A row that attends to nothing is 0, its lse is -inf, and its neighbours do not notice."""
+    """A row that attends to nothing is 0, its lse is -inf; a row of the lowest finite biases is no such row."""
     _applies(subject)
-    problems = []
-    for problem in _masked(subject):
+    problems = [*_with_empty_rows(subject), *_with_lowest_rows(subject)]
+    with_lse = subject.capabilities.lse
+    taken = subject.accepted(problems, return_lse=with_lse)
+    for problem in taken:
+        out, lse = subject.run_with_lse(problem) if with_lse else (subject.run(problem), None)
+        exact, exact_lse = problem.exact()
+        nothing = exact_lse == -torch.inf
+        require(bool((out[nothing] == 0).all()), f"{problem}: rows that attend to nothing must be 0")
+        if _LOWEST in problem.label:
+            row = _quality_of_row(exact, out)
+            require(
+                row >= _LEAST_OF_LOWEST,
+                f"{problem}: the row has {row:.1f} dB, and needs {_LEAST_OF_LOWEST:g}. The lowest number is a bias as "
+                "others are, and a row of it attends to all keys; only -inf hides a key",
+            )
+        require_close(subject, problem, out)
+        if lse is not None:
+            require(bool((lse[nothing] == -torch.inf).all()), f"{problem}: lse of rows without keys must be -inf")
+            finite = exact_lse.float().isfinite()
+            require(bool(lse[finite].isfinite().all()), f"{problem}: lse of rows with keys must be finite")
+    return f"{len(taken)} masks"
+
+
+_ROW = 5
+"""The row that is hidden."""
+
+_LOWEST = "a row of the lowest number"
+
+_LEAST_OF_LOWEST = 6.0
+"""dB that a row of the lowest number needs: rows of zeros have 0."""
+
+
+def _with_empty_rows(subject: Subject) -> Iterator[Problem]:
+    for problem in subject.masked(**_LENGTHS):
         mask = problem.attn_mask
         assert mask is not None
         if mask.dim() == 4 and mask.shape[0] == 2 and mask.dtype == torch.bool:
             mask = mask.clone()
             mask[1] = False  # a batch entry of padding alone
             if mask.shape[2] > 1:
-                mask[0, :, 5] = False
-            problems.append(problem.changed(attn_mask=mask, label=f"{problem.label}, rows without keys"))
+                mask[0, :, _ROW] = False
+            yield problem.changed(attn_mask=mask, label=f"{problem.label}, rows without keys")
         elif bool(torch.isinf(mask).any()):
             mask = mask.clone()
-            mask[0, :, 5] = -torch.inf
-            problems.append(problem.changed(attn_mask=mask, label=f"{problem.label}, row of -inf"))
-    with_lse = subject.capabilities.lse
-    taken = subject.accepted(problems, return_lse=with_lse)
-    for problem in taken:
-        out, lse = subject.run_with_lse(problem) if with_lse else (subject.run(problem), None)
-        _, exact_lse = problem.exact()
-        nothing = exact_lse == -torch.inf
-        require(bool((out[nothing] == 0).all()), f"{problem}: rows that attend to nothing must be 0")
-        require_close(subject, problem, out)
-        if lse is not None:
-            require(bool((lse[nothing] == -torch.inf).all()), f"{problem}: lse of rows without keys must be -inf")
-            require(bool(lse[~nothing].isfinite().all()), f"{problem}: lse of rows with keys must be finite")
-    return f"{len(taken)} masks"
+            mask[0, :, _ROW] = -torch.inf
+            yield problem.changed(attn_mask=mask, label=f"{problem.label}, row of -inf")
+
+
+def _with_lowest_rows(subject: Subject) -> Iterator[Problem]:
+    """Masks as models build them, with the lowest number for what is hidden: the whole of one row, and one of -inf."""
+    for dtype in subject.dtypes:
+        for mask_dtype in dict.fromkeys((dtype, torch.float32)):
+            lowest = torch.finfo(mask_dtype).min
+            for problem in subject.masked(dtype=dtype, mask_dtype=mask_dtype, only=ONE_OF_EACH_KIND, **_LENGTHS):
+                mask = problem.attn_mask
+                assert mask is not None
+                if mask.dtype != torch.bool:
+                    mask = torch.zeros_like(mask).masked_fill(mask == -torch.inf, lowest)
+                    mask[:, :, _ROW] = lowest
+                    mask[:, :, _ROW + 1] = -torch.inf
+                    found = problem.changed(attn_mask=mask, label=f"{_LOWEST} of {str(mask_dtype)[6:]}, one of -inf")
+                    out = _of_pytorch(found)
+                    # Some of PyTorch's kernels overflow next to the lowest number: only exact backends may share that.
+                    lost = out is not None and _quality_of_row(found.exact()[0], out) < _LEAST_OF_LOWEST
+                    if out is not None and not (lost and subject.backend.exact):
+                        yield found
+
+
+def _quality_of_row(exact: torch.Tensor, out: torch.Tensor) -> float:
+    return worst_row_sqnr(exact[:, :, _ROW : _ROW + 1], out[:, :, _ROW : _ROW + 1])
 
 
 @check
@@ -84,7 +149,7 @@ def hidden_keys_have_no_influence(subject: Subject) -> str:
     """Keys that no row sees enter no scale and no mean: huge values there leave the output as it is."""
     _applies(subject)
     problems = []
-    for problem in _masked(subject):
+    for problem in subject.masked(**_LENGTHS):
         mask = problem.attn_mask
         assert mask is not None
         if mask.dtype != torch.bool:

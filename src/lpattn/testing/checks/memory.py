@@ -36,28 +36,43 @@ def outputs(subject: Subject) -> None:
     """Shape, dtype and memory of the output and of lse are those of the contract; the output shares no memory."""
     for dtype in subject.dtypes:
         (problem,) = subject.accepted([subject.problem(dtype=dtype, length=subject.fitting(50))])
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # a call that runs says nothing
-            out = subject.run(problem)
-        shape = (*problem.query.shape[:3], problem.value.shape[3])
-        require(out.shape == shape, f"{problem}: the output is {list(out.shape)}, and must be {list(shape)}")
-        require(out.dtype == dtype, f"{problem}: the output is {out.dtype}")
-        require(out.device == problem.query.device, f"{problem}: the output is on {out.device}")
-        require(not out.requires_grad, f"{problem}: the output requires grad")
-        # As the backend returns it: the public functions copy what is not in their layout.
-        before = [x.untyped_storage().data_ptr() for x in (problem.query, problem.key, problem.value)]
-        require(out.untyped_storage().data_ptr() not in before, f"{problem}: the output shares memory with an input")
-        require(out.transpose(1, 2).is_contiguous(), f"{problem}: the output is not in [B, S, H, D] memory")
-        if subject.capabilities.lse and not subject.refusal(problem, return_lse=True):
-            beside, lse = subject.run_with_lse(problem)
-            require(lse.shape == shape[:3] and lse.dtype == torch.float32, f"{problem}: lse {lse.shape} {lse.dtype}")
-            # A backend may take another way where it has to return the log-sum-exp too.
-            if sqnr(out, beside) < SAME:
-                require(
-                    not subject.backend.exact, f"{problem}, with lse: the output differs ({sqnr(out, beside):.1f} dB)"
-                )
-                require_close(subject, problem, beside)
-                require_same_quality(problem, out, beside, "with lse")
+        _require_contract(subject, problem)
+        # The output is v itself, which must not be what the caller gets: as many heads, so that nothing is repeated.
+        single = subject.problem(dtype=dtype, length=1, groups=1)
+        if not subject.refusal(single):
+            require_close(subject, single, _require_contract(subject, single), "sharp")
+
+
+def _require_contract(subject: Subject, problem: Problem) -> torch.Tensor:
+    """Hold the output of a call to the contract; returns a copy of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # a call that runs says nothing
+        out = subject.run(problem)
+    shape = (*problem.query.shape[:3], problem.value.shape[3])
+    require(out.shape == shape, f"{problem}: the output is {list(out.shape)}, and must be {list(shape)}")
+    require(out.dtype == problem.query.dtype, f"{problem}: the output is {out.dtype}")
+    require(out.device == problem.query.device, f"{problem}: the output is on {out.device}")
+    require(not out.requires_grad, f"{problem}: the output requires grad")
+    # As the backend returns it: the public functions copy what is not in their layout.
+    inputs = {"q": problem.query, "k": problem.key, "v": problem.value}
+    before = [x.untyped_storage().data_ptr() for x in inputs.values()]
+    require(out.untyped_storage().data_ptr() not in before, f"{problem}: the output shares memory with an input")
+    require(out.transpose(1, 2).is_contiguous(), f"{problem}: the output is not in [B, S, H, D] memory")
+    found, held = out.clone(), {name: x.clone() for name, x in inputs.items()}
+    out.fill_(7.0)
+    for name, x in inputs.items():
+        require(torch.equal(x, held[name]), f"{problem}: writing to the output changes {name}")
+    if subject.capabilities.lse and not subject.refusal(problem, return_lse=True):
+        beside, lse = subject.run_with_lse(problem)
+        require(lse.shape == shape[:3] and lse.dtype == torch.float32, f"{problem}: lse {lse.shape} {lse.dtype}")
+        # A backend may take another way where it has to return the log-sum-exp too.
+        if sqnr(found, beside) < SAME:
+            require(
+                not subject.backend.exact, f"{problem}, with lse: the output differs ({sqnr(found, beside):.1f} dB)"
+            )
+            require_close(subject, problem, beside)
+            require_same_quality(problem, found, beside, "with lse")
+    return found
 
 
 @check

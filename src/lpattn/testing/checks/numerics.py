@@ -5,24 +5,39 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
-from lpattn.testing.budget import LSE_BIAS, LSE_TOLERANCE, require_close, require_like_recipe, require_unbiased
+from lpattn.testing.budget import (
+    FEW_LANES,
+    LSE_BIAS,
+    LSE_TOLERANCE,
+    require_close,
+    require_like_recipe,
+    require_unbiased,
+)
 from lpattn.testing.exact import worst_row_sqnr
 from lpattn.testing.inputs import KINDS, Problem
 from lpattn.testing.outcome import NotApplicable, check, require
-from lpattn.testing.subject import Subject
+from lpattn.testing.subject import ONE_OF_EACH_KIND, Subject
 
 
 @check
 def accuracy(subject: Subject) -> str:
-    """Every declared dtype and head_dim, and every kind of data, causal and not, within both budgets."""
+    """Every dtype and head_dim, every kind of data, large and small values in every dtype, within both budgets."""
     problems: list[tuple[str, Problem]] = []
     for causal in subject.causal_kinds:
         problems += [("normal", subject.problem(dtype=dtype, causal=causal)) for dtype in subject.dtypes]
         problems += [("normal", subject.problem(head_dim=dim, causal=causal)) for dim in subject.head_dims]
         problems += [(kind, subject.problem(kind, causal=causal)) for kind in KINDS if kind != "normal"]
+        # What overflows or vanishes without a scale does so in one dtype, and in another it does not.
+        problems += [
+            (kind, subject.problem(kind, dtype=dtype, causal=causal))
+            for kind in ("large_values", "small_values")
+            for dtype in subject.dtypes
+            if dtype != subject.dtype
+        ]
     taken = subject.accepted(problem for _, problem in problems)
     measured: dict[str, float] = {}
     for kind, problem in problems:
@@ -34,15 +49,24 @@ def accuracy(subject: Subject) -> str:
 
 @check
 def scales_are_exact(subject: Subject) -> str:
-    """Outputs are neither too large nor too small, softmax neither too sharp nor too soft, to half a per cent."""
+    """Output and softmax are neither too large nor too small in any dtype and head_dim, to half a per cent."""
     # Many elements: the more there are, the less of the rounding is left.
-    problems = [subject.problem(kind, length=subject.fitting(256)) for kind in ("normal", "biased")]
+    length = subject.fitting(256)
+    problems = [subject.problem(kind, length=length) for kind in ("normal", "biased")]
+    usual = len(subject.accepted(problems))
+    # Twice as many: values with few bits of their own lie half-way between two of the format more often.
+    dtypes = [dtype for dtype in subject.dtypes if dtype != subject.dtype]
+    problems += [subject.problem(length=length, dtype=dtype, batch=4) for dtype in dtypes]
+    # Rounding errors of few lanes have a direction: they move the largest logits most.
+    dims = [dim for dim in subject.head_dims if dim >= FEW_LANES and dim != subject.head_dim]
+    problems += [subject.problem(length=length, head_dim=dim, batch=max(2, 128 // dim)) for dim in dims]
     found = []
     for problem in subject.accepted(problems):
-        found.append(require_unbiased(subject, problem, subject.run(problem)))
+        outputs = {"": subject.run(problem)}
         if subject.capabilities.lse and not subject.refusal(problem, return_lse=True):
-            require_unbiased(subject, problem, subject.run_with_lse(problem)[0], "with lse")
-    return "; ".join(found)
+            outputs["with lse"] = subject.run_with_lse(problem)[0]
+        found.append(require_unbiased(subject, problem, outputs))
+    return "; ".join(found[:usual])
 
 
 _BALANCE = 0.02
@@ -101,39 +125,48 @@ def keys_are_read_in_order(subject: Subject) -> None:
         require(row >= 10.0, f"{turned}: some row has {row:.1f} dB, as if it had read another key; needs 10 dB")
 
 
+_GROUPED = ((8, 4), (8, 2), (8, 1), (12, 4), (24, 8), (10, 2), (15, 3), (16, 2))
+"""(heads, KV heads). Powers of two hide mistakes, and so does a single KV head."""
+
+
 @check
 def kv_heads_are_grouped(subject: Subject) -> None:
-    """Query head h reads KV head h // group, for every group size and for one KV head."""
-    groups = [g for g in (2, 4, 8) if subject.capabilities.gqa]
-    if not groups:
+    """Query head h reads KV head h // group: groups of 2, 3, 4, 5 and 8, up to 24 heads, and one KV head for all."""
+    if not subject.capabilities.gqa:
         raise NotApplicable("declares no GQA")
-    problems = [subject.problem(groups=1, num_heads=8, num_kv_heads=8 // g, length=subject.fitting(48)) for g in groups]
+    length = subject.fitting(48)
+    problems = [
+        subject.problem(groups=1, num_heads=heads, num_kv_heads=kv_heads, length=length) for heads, kv_heads in _GROUPED
+    ]
     for problem in subject.accepted(problems):
-        kv_heads = problem.key.shape[1]
-        numbers = torch.arange(1.0, kv_heads + 1, device=problem.value.device)[None, :, None, None]
+        heads, kv_heads = problem.query.shape[1], problem.key.shape[1]
+        # Around zero: the smaller the numbers are, the further apart they stay when they are rounded.
+        middle = (kv_heads - 1) / 2
+        numbers = (torch.arange(kv_heads, device=problem.value.device) - middle)[None, :, None, None]
         numbered = problem.changed(value=torch.ones_like(problem.value) * numbers.to(problem.value.dtype))
-        out = subject.run(numbered).double().mean((0, 2, 3))
-        expected = torch.arange(8, device=out.device) // (8 // kv_heads) + 1
-        off = (out - expected).abs()
+        read = subject.run(numbered).double().mean((0, 2, 3)) + middle
+        expected = torch.arange(heads, device=read.device) // (heads // kv_heads)
         require(
-            bool((off < 0.4).all()),
-            f"{numbered}: query heads read the KV heads {[round(float(x) - 1, 2) for x in out]}; "
-            f"they must read {[int(x) - 1 for x in expected]}",
+            bool(((read - expected).abs() < 0.4).all()),
+            f"{numbered}: query heads read the KV heads {[round(float(x), 2) for x in read]}; "
+            f"they must read {expected.tolist()}",
         )
         require_close(subject, problem, subject.run(problem))
 
 
 @check
 def causal_is_top_left(subject: Subject) -> str:
-    """Query i sees keys 0..i and no other, also where q_len and kv_len differ."""
+    """Query i sees keys 0..i and no other, also where q_len and kv_len differ, and past several tiles."""
     if not subject.capabilities.causal:
         raise NotApplicable("declares no causal calls")
-    shapes = [(96, 96), (129, 129)]
+    shapes: list[dict[str, Any]] = [{"length": 96}, {"length": 129}]
+    # Several tiles, whatever their size, and the tail of one; few heads, since it is long.
+    shapes += [{"length": length, "batch": 1, "num_heads": 2} for length in dict.fromkeys((515, subject.fitting(515)))]
     if subject.capabilities.causal_rectangular:
-        shapes += [(48, 96), (96, 48), (1, 65), (65, 1)]
+        shapes += [{"q_len": q_len, "kv_len": kv_len} for q_len, kv_len in ((48, 96), (96, 48), (1, 65), (65, 1))]
     problems = [
-        (kind, subject.problem(kind, q_len=q_len, kv_len=kv_len, causal=True))
-        for q_len, kv_len in shapes
+        (kind, subject.problem(kind, **shape, causal=True))
+        for shape in shapes
         for kind in ("last_key", "past_the_last_key", "normal")
     ]
     taken = subject.accepted(problem for _, problem in problems)
@@ -166,10 +199,13 @@ def _require_counts(subject: Subject, problem: Problem) -> None:
 
 @check
 def scale_is_applied(subject: Subject) -> str:
-    """``scale`` is the factor on q.k: given, 0 (uniform weights), negative, and large."""
+    """``scale`` is the factor on q.k: given, 0 (uniform weights), negative, and large; also causal and with a mask."""
     problems = [subject.problem(scale=scale) for scale in (0.02, 0.5, 0.0, -0.1)]
     taken = subject.accepted(problems)
-    for problem in taken:
+    # What hides keys by a large negative number in front of the scale shows them where that is 0, or turns the number.
+    hidden = [problem for scale in (0.5, 0.0, -0.1) for problem in _with_hidden_keys(subject, scale)]
+    hidden = [problem for problem in hidden if not subject.refusal(problem)]
+    for problem in taken + hidden:
         require_close(subject, problem, subject.run(problem), "sharp")
         if problem.scale:
             # In a different way than another scale would.
@@ -180,7 +216,13 @@ def scale_is_applied(subject: Subject) -> str:
                 (out - exact).square().sum() < (out - default).square().sum(),
                 f"{problem}: the output is nearer to that of the default scale",
             )
-    return f"scales {', '.join(f'{problem.scale:g}' for problem in taken)}"
+    return f"scales {', '.join(f'{problem.scale:g}' for problem in taken)}; {len(hidden)} calls with hidden keys"
+
+
+def _with_hidden_keys(subject: Subject, scale: float) -> Iterator[Problem]:
+    if subject.capabilities.causal:
+        yield subject.problem(scale=scale, causal=True)
+    yield from subject.masked(only=ONE_OF_EACH_KIND, scale=scale, q_len=48, kv_len=80)
 
 
 @check
