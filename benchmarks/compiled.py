@@ -269,7 +269,7 @@ def measure_rounding(
     runs: dict[str, Run] = {kind: compiled(rounding.Rounding(between, kind), inputs, how) for kind in kinds}
     quality = {}
     for kind, run in runs.items():
-        off = want - rounding.query_of(run(), sizes.heads).double()  # type: ignore[arg-type]
+        off = want - rounding.query_of(run()).double()  # type: ignore[arg-type]
         quality[kind] = decibels(float(want.square().sum()), float(off.square().sum()))
         if quality[kind] < ROUNDING_FLOOR:
             raise RuntimeError(f"{kind} rounds q wrongly: {quality[kind]:.1f} dB")

@@ -1,10 +1,10 @@
 """What lies between the projections and an FP8 attention kernel, with more and more of it in the quantization.
 
 Each module takes q, k and v as the projections write them. ``opaque``, ``rope`` and ``norm`` end in the quantization of
-fp8_fa3, which is an operator to the compiler: scales per head from a sample, k and v smoothed. ``row-local`` is what
-the compiler can fuse by itself: everything in plain PyTorch, with a scale for each token of each head, nothing
-smoothed. No kernel here reads that: a scale per token cannot be taken out of the sums over keys for v, and is none of
-FlashAttention-3's for q and k. It says how fast the quantization could be if one did.
+fp8_triton, which is an operator to the compiler: scales per token and block, k and v smoothed, v transposed.
+``row-local`` is what the compiler can fuse by itself: everything in plain PyTorch, with a scale for each token of each
+head, nothing smoothed or transposed. No kernel here reads that: a scale per token cannot be taken out of the sums over
+keys for v. It says how fast the quantization could be if one did.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ _library.define(
 
 
 def _quantize(query, key, value, cos, sin, interleaved, weight_q, weight_k, eps):  # type: ignore[no-untyped-def]
-    from lpattn.quantize.fused import quantize_per_head, rotation_of
+    from lpattn.quantize.fused import quantize_per_block, rotation_of
 
     rope = (
         None if cos is None else rotation_of(query, key, [t[None, :, None] for t in (cos, sin, cos, sin)], interleaved)
     )
     norm = None if eps is None else Norm(eps, eps, weight_q, weight_k)
-    found = quantize_per_head(query, key, value, rope=rope, norm=norm)
-    return found.query, found.q_descale
+    found = quantize_per_block(query, key, value, rope=rope, norm=norm)
+    return found.query.transpose(1, 2), found.q_scale.transpose(1, 2).unsqueeze(-1)
 
 
 def _fake(query, key, value, *rest):  # type: ignore[no-untyped-def]
     batch, heads, tokens, dim = query.shape
     data = query.new_empty(batch, heads, tokens, dim, dtype=torch.float8_e4m3fn).transpose(1, 2)
-    return data, query.new_empty(batch, key.shape[1], dtype=torch.float32)
+    return data, query.new_empty(batch, heads, tokens, dtype=torch.float32).transpose(1, 2).unsqueeze(-1)
 
 
 _library.impl("quantize", _quantize, "CompositeExplicitAutograd")
@@ -60,7 +60,7 @@ class Rounding(nn.Module):
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """e4m3 [B, S, H, D] of q and its scales, float32: [B, Hkv], or [B, S, H, 1] where they are per token."""
+        """e4m3 [B, S, H, D] of q and its scales, float32 [B, S, H, 1]."""
         own, normed = self.between, self.between.normed
         q, k, v = (x.unflatten(-1, (-1, own.sizes.head_dim)).transpose(1, 2) for x in (q, k, v))
         if normed and self.how != NORM:
@@ -84,9 +84,7 @@ def _per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x / scale).to(torch.float8_e4m3fn), scale
 
 
-def query_of(made: tuple[torch.Tensor, ...], heads: int) -> torch.Tensor:
+def query_of(made: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """Q as it was rounded: float32 [B, S, H, D]."""
     data, scale = made[:2]
-    if scale.dim() == 2:
-        scale = scale.repeat_interleave(heads // scale.shape[1], 1)[:, None, :, None]
     return data.float() * scale

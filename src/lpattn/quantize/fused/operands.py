@@ -173,7 +173,7 @@ class HeadQuantization(NamedTuple):
         hadamard: which operands are transformed.
         bytes: of q, k and v in e4m3, which are views of one tensor: ``q_shape`` and ``q_strides``, from its beginning,
             ``kv_shape`` and ``kv_strides`` from ``k_start`` and ``v_start``.
-        floats: shape of what the passes tell each other; descales are views of it: ``of_groups``, from ``starts``.
+        floats: shape of what the passes tell each other, of which the first three rows are the descales.
         shift_shape: of the correction of the log-sum-exp; None: there is none.
         sample, quantize: the launches.
     """
@@ -187,9 +187,7 @@ class HeadQuantization(NamedTuple):
     kv_strides: tuple[int, ...]
     k_start: int
     v_start: int
-    floats: int
-    of_groups: tuple[tuple[int, ...], tuple[int, ...]]
-    starts: tuple[int, int, int]
+    floats: tuple[int, ...]
     shift_shape: tuple[int, ...] | None
     sample: Launch
     quantize: Launch
@@ -210,7 +208,6 @@ class HeadQuantization(NamedTuple):
         k_out = data.as_strided(self.kv_shape, self.kv_strides, self.k_start)
         v_out = data.as_strided(self.kv_shape, self.kv_strides, self.v_start)
         buffer = torch.empty(self.floats, dtype=torch.float32, device=device)
-        q_descale, k_descale, v_descale = [buffer.as_strided(*self.of_groups, start) for start in self.starts]
         shift = None
         if self.shift_shape is not None:
             shift = torch.empty(self.shift_shape, dtype=torch.float32, device=device)
@@ -226,7 +223,7 @@ class HeadQuantization(NamedTuple):
             (*read_at, *written_at),
             lambda: (query, key, value, *extra, buffer, q_out, k_out, v_out, shift),
         )
-        return PerHead(q_out, k_out, v_out, q_descale, k_descale, v_descale, shift, self.hadamard, buffer)
+        return PerHead(q_out, k_out, v_out, buffer[0], buffer[1], buffer[2], shift, self.hadamard, buffer)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -296,10 +293,8 @@ def _plan(
         kv_strides=(kv_heads * kv_len * dim, dim, kv_len * dim, 1),
         k_start=k_start,
         v_start=v_start,
-        floats=layout.size(groups, lanes, parts),
-        # The descales come first: see layout.py.
-        of_groups=((batch, kv_heads), (kv_heads, 1)),
-        starts=(0, groups, 2 * groups),
+        # The first three rows are the descales: see layout.py.
+        floats=(-(-layout.size(groups, lanes, parts) // max(groups, 1)), batch, kv_heads),
         shift_shape=(batch, heads, q_len) if with_lse_shift else None,
         sample=sample,
         quantize=quantize,
