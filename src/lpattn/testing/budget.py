@@ -191,16 +191,16 @@ def _unbiased(
         "softmax is {:.4f} times as sharp as it should be": "the softmax scale, or a scale of q or k, is off",
     }
     for (text, cause), factor, designed in zip(told.items(), found, recipe, strict=True):
-        # A recipe that is off by chance must not make room for a kernel that is.
-        designed = designed if abs(designed - 1) > SCALE_TOLERANCE else 1.0
+        # A recipe that is off by chance must not make as much room for a kernel that is.
+        room = SCALE_TOLERANCE if abs(designed - 1) > SCALE_TOLERANCE else SCALE_TOLERANCE / 2
         require(
             abs(designed - 1) <= RECIPE_BIAS,
             f"{label}: in the recipe itself, {text.format(designed)} (limit {RECIPE_BIAS:g})",
         )
-        within = min(1.0, designed) - SCALE_TOLERANCE <= factor <= max(1.0, designed) + SCALE_TOLERANCE
+        low, high = min(1.0 - SCALE_TOLERANCE, designed - room), max(1.0 + SCALE_TOLERANCE, designed + room)
         by_design = "" if designed == 1.0 else f", and by the recipe {designed:.4f}"
         require(
-            within,
+            low <= factor <= high,
             f"{label}: {text.format(factor)}{by_design}, far beyond what rounding explains "
             f"(tolerance {SCALE_TOLERANCE:g}): {cause}",
         )
