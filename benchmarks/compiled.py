@@ -3,9 +3,8 @@
 A Llama-3-8B-shaped block (causal, grouped heads, half-split RoPE in bfloat16) and a FLUX-shaped one (normalized q and
 k, interleaved RoPE in float32), with random weights, under torch.compile. Measured are the whole block, and what lies
 between its projections. Every variant is compared with the untouched module before it is timed, and the report must say
-that RoPE, and the norm, were fused where that is what is measured; the variants of one item are timed in turn. The part
-"quantization" ends where the attention kernel begins: see rounding.py. Every item has a process of its own; these
-compile side by side, and are timed one after another. Needs a CUDA device.
+that RoPE, and the norm, were fused where that is what is measured; the variants of one item are timed in turn. Every
+item has a process of its own; these compile side by side, and are timed one after another. Needs a CUDA device.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import rounding
 import torch
 from blocks import BETWEEN, SHAPES, Between, Block, Sizes, tables
 from cases import decibels
@@ -42,9 +40,9 @@ from lpattn.compile import install
 from lpattn.registry import registry
 
 LENGTHS = (1024, 4608, 8192, 16384)
-PARTS = ("between", "block", "quantization")
+PARTS = ("between", "block")
 OPAQUE, ROPE_ONLY, FUSED = "opaque", "rope only", "fused"
-EXACT_FLOOR, LOW_FLOOR, ROUNDING_FLOOR = 35.0, 12.0, 25.0
+EXACT_FLOOR, LOW_FLOOR = 35.0, 12.0
 """dB below which a variant is wrong, not only imprecise."""
 
 Run = Callable[[], torch.Tensor]
@@ -237,80 +235,11 @@ def measure(
     }
 
 
-@torch.no_grad()
-def measure_rounding(
-    name: str,
-    length: int,
-    timer: Timer,
-    rounds: int,
-    seconds: float,
-    *,
-    sizes: Sizes | None = None,
-    device: str = "cuda",
-    dtype: torch.dtype = torch.bfloat16,
-    how: str | None = None,
-    turn: Callable[[], Turn] = contextlib.nullcontext,
-) -> dict[str, Any]:
-    """Times from the projections to where an FP8 attention kernel begins; the arguments are those of :func:`measure`.
-
-    The quality is that of q as it was rounded, which all variants do.
-    """
-    sizes = sizes or SHAPES[name]
-    between = BETWEEN[name](sizes).to(device, dtype).eval()
-    torch.manual_seed(1)
-    xs = [
-        torch.randn(1, length, heads * sizes.head_dim, device=device, dtype=dtype)
-        for heads in (sizes.heads, sizes.kv_heads, sizes.kv_heads)
-    ]
-    inputs = (*xs, *tables(length, sizes.head_dim, between.interleaved, device))
-    q = between.q_norm(xs[0].unflatten(-1, (sizes.heads, -1)).transpose(1, 2))
-    want = between.rotate(q, *inputs[3:]).transpose(1, 2).double()
-    kinds = [rounding.OPAQUE, rounding.ROPE, *([rounding.NORM] if between.normed else []), rounding.ROW_LOCAL]
-    runs: dict[str, Run] = {kind: compiled(rounding.Rounding(between, kind), inputs, how) for kind in kinds}
-    quality = {}
-    for kind, run in runs.items():
-        off = want - rounding.query_of(run()).double()  # type: ignore[arg-type]
-        quality[kind] = decibels(float(want.square().sum()), float(off.square().sum()))
-        if quality[kind] < ROUNDING_FLOOR:
-            raise RuntimeError(f"{kind} rounds q wrongly: {quality[kind]:.1f} dB")
-    with turn():
-        raw = interleaved(as_graphs(runs, device), timer, rounds, seconds)
-    times = {n: median(t) for n, t in raw.items()}
-    return {
-        "model": name,
-        "part": "quantization",
-        "length": length,
-        "milliseconds": {n: t * 1e3 for n, t in times.items()},
-        "spread": {n: round(spread(t), 4) for n, t in raw.items()},
-        "sqnr_db_of_q": {n: round(value, 2) for n, value in quality.items()},
-        "over_opaque": {n: times[rounding.OPAQUE] / t for n, t in times.items()},
-        "rounds": min(map(len, raw.values())),
-    }
-
-
-def report_rounding(results: list[Mapping[str, Any]]) -> str:
-    """Times, and ratios to the opaque quantization, as a table."""
-    kinds = (rounding.OPAQUE, rounding.ROPE, rounding.NORM, rounding.ROW_LOCAL)
-    rows = [["from the projections to the kernel", "tokens", *(f"{kind} ms" for kind in kinds), *kinds[1:]]]
-    for r in results:
-        times, ratios = r["milliseconds"], r["over_opaque"]
-        row = [f"{times[kind]:.3f}" if kind in times else "-" for kind in kinds]
-        row += [f"x{ratios[kind]:.3f}" if kind in ratios else "-" for kind in kinds[1:]]
-        rows.append([r["model"], str(r["length"]), *row])
-    return (
-        f"{table(rows)}\n{rounding.ROW_LOCAL}: all in PyTorch's compiler with a scale per token of q, k and v, nothing "
-        "smoothed; no kernel reads it"
-    )
-
-
 def report(results: list[Mapping[str, Any]]) -> str:
     """Ratios as a table."""
     named = [f"{kind} ms" for kind in (OPAQUE, ROPE_ONLY, FUSED)]
     rows = [["part", "tokens", "backend", "best exact", "ms", *named, "fused/opaque", "opaque/exact", "fused/exact"]]
-    rounded = [r for r in results if r["part"] == "quantization"]
     for r in results:
-        if r in rounded:
-            continue
         times = r["milliseconds"]
         kinds = [
             next((f"{t:.3f}" for n, t in times.items() if n.endswith(kind)), "-") for kind in (OPAQUE, ROPE_ONLY, FUSED)
@@ -318,8 +247,7 @@ def report(results: list[Mapping[str, Any]]) -> str:
         ratios = [f"x{r[key]:.3f}" for key in ("fused_over_opaque", "opaque_over_exact", "fused_over_exact")]
         exact_ms = [r["best_exact"].removeprefix(EXACT), f"{times[r['best_exact']]:.3f}"]
         rows.append([f"{r['model']} {r['part']}", str(r["length"]), r["backend"], *exact_ms, *kinds, *ratios])
-    tables_of = [table(rows)] if len(rows) > 1 else []
-    return "\n\n".join([*tables_of, *([report_rounding(rounded)] if rounded else [])])
+    return table(rows)
 
 
 class Item(NamedTuple):
@@ -331,15 +259,14 @@ class Item(NamedTuple):
     backend: str
 
     def __str__(self) -> str:
-        return f"{self.model} {self.part} {self.length} {self.backend}".strip()
+        return f"{self.model} {self.part} {self.length} {self.backend}"
 
 
 def items(models: list[str], parts: list[str], lengths: list[int], backends: list[str]) -> list[Item]:
-    """All of them. No attention backend is in the part "quantization"."""
+    """All of them."""
     return [
         Item(model, part, length, backend)
-        for length, part, model in itertools.product(lengths, parts, models)
-        for backend in ([""] if part == "quantization" else backends)
+        for length, part, model, backend in itertools.product(lengths, parts, models, backends)
     ]
 
 
@@ -348,8 +275,6 @@ def measure_here(item: Item, seconds: float, rounds: int, turns: Turns) -> dict[
     lpattn.register_backend(FA3Exact())
     warnings.simplefilter("ignore")
     timer = DeviceTimer(calls=5)
-    if item.part == "quantization":
-        return measure_rounding(item.model, item.length, timer, rounds, seconds, turn=turns.mine)
     return measure(item.model, item.part, item.length, timer, rounds, seconds, backend=item.backend, turn=turns.mine)
 
 

@@ -85,9 +85,21 @@ written once, and the copy moves as many. "GPU" is the time in a replayed CUDA g
 from the host, whose launches may be the limit. "against plain" is the GPU time relative to no rotation.
 """
 
-PROFILE = """What Nsight Compute says of one launch of "step": how busy the busiest pipeline of the multiprocessors is,
-the tensor cores', and how many of the slots for instructions are used. Neither is the limit by itself: products wait
-for the exponentials of their warps, and these for products.
+PROFILE = """### What limits it
+
+What Nsight Compute says of one launch of "step": how busy the busiest pipeline of the multiprocessors is, the tensor
+cores', and how many of the slots for instructions are used.
+
+* At head_dim 128 neither is the limit by itself: products wait for the exponentials of their warps, and these for
+  products. Long calls run at the card's limit of power, below its highest clock.
+* At head_dim 64 a score takes as many instructions for half the products.
+* At head_dim 256 the sums of a tile leave no registers in which the exponentials of the next one could be made beside
+  its products, so that they take turns.
+* Short calls end with a wave that does not fill the card, and a whole call moves the bytes of its quantization.
+
+Tried without gain: fewer or more tiles in flight, exponentials behind the products at head_dim 128 and in front of them
+at 64, two consumers at 64, twice the keys per tile at 256, launches that overlap with the quantization, scales and
+constants that are loaded a tile early, consumers that start apart, and other widths of the stores.
 """
 
 COMPILED = """## Compiled blocks
@@ -98,9 +110,13 @@ does it all; "rope only": the compiler keeps the norm. "between" is what lies be
 these and the MLP, too, of which attention is a small part.
 """
 
-IN_FRONT = """From the projections to where FlashAttention-3's kernel would begin. "row-local" is all in PyTorch's
-compiler, with a scale per token of q, k and v and nothing smoothed; no kernel reads it. It says how fast quantization
-could be if one did.
+ROW_LOCAL = """### Scales per token by PyTorch's compiler
+
+What was decided by measuring: from the projections to where the attention kernel begins. "opaque", "rope" and "rope and
+norm" end in lpattn's quantization, with more and more of what precedes it taken in. "row-local" is all in PyTorch's
+compiler, norm and rotation included, with a scale per token of q, k and v, nothing smoothed and V not transposed; no
+kernel reads that. What lpattn takes in is the faster way, or as fast (except Llama's at 8192 tokens), and the more
+exact one: the other way is gone from the benchmarks, which had it at the commit that the file names.
 """
 
 SANITIZER = """## Compute-sanitizer
@@ -339,19 +355,9 @@ def targets(name: str) -> str:
 
 def compiled(name: str) -> str:
     data = load(name)
-    blocks, front = [], []
+    blocks = []
     for result in data.get("results", []):
         times = result["milliseconds"]
-        if result["part"] == "quantization":
-            kinds = ("opaque", "rope", "norm", "row-local")
-            front.append(
-                [
-                    result["model"],
-                    str(result["length"]),
-                    *(f"{times[kind]:.3f}" if kind in times else "" for kind in kinds),
-                ]
-            )
-            continue
         of = {kind: times.get(f"{result['backend']} {kind}") for kind in ("opaque", "rope only", "fused")}
         blocks.append(
             [
@@ -367,11 +373,20 @@ def compiled(name: str) -> str:
     if not blocks:
         return ""
     head = ["what", "tokens", "best exact kernel, ms", "backend", "opaque, ms", "rope only, ms", "fused, ms"]
-    found = [COMPILED, source(name, data), "", rows([*head, "fused over opaque", "fused over exact"], blocks), ""]
-    if front:
-        head = ["what", "tokens", "opaque, ms", "rope, ms", "rope and norm, ms", "row-local, ms"]
-        found += [IN_FRONT, rows(head, front), ""]
-    return "\n".join(found)
+    body = rows([*head, "fused over opaque", "fused over exact"], blocks)
+    return f"{COMPILED}\n{source(name, data)}\n\n{body}\n"
+
+
+def row_local(name: str) -> str:
+    data = load(name)
+    kinds = ("opaque", "rope", "norm", "row-local")
+    body = [
+        [r["model"], str(r["length"]), *(f"{t[kind]:.3f}" if kind in t else "" for kind in kinds)]
+        for r in data.get("results", [])
+        for t in [r["milliseconds"]]
+    ]
+    head = ["what", "tokens", "opaque, ms", "rope, ms", "rope and norm, ms", "row-local, ms"]
+    return f"{ROW_LOCAL}\n{source(name, data)}\n\n{rows(head, body)}\n" if body else ""
 
 
 def sanitizer(name: str) -> str:
@@ -442,6 +457,7 @@ def page() -> str:
         profile("h100-profile"),
         lengths("h100-sweep.json"),
         compiled("h100-compiled.json"),
+        row_local("h100-row-local.json"),
         quantization("h100-quantization.json"),
         sanitizer("h100-sanitizer.json"),
         demo("h100-demo.json"),

@@ -72,34 +72,6 @@ def test_measure(name, part, rotating):
     assert name in compiled.report([result])
 
 
-@pytest.mark.parametrize("name", ["llama", "flux"])
-def test_what_lies_in_front_of_the_kernel(name):
-    """All variants round the same q: in Triton's interpreter, or in plain PyTorch."""
-    pytest.importorskip("triton", reason="triton, in which q, k and v are quantized, is not installed")
-    torch._dynamo.reset()
-    result = compiled.measure_rounding(
-        name, 24, lambda run: (run(), 1.0)[1], 3, 1.0, sizes=blocks.SMALL[name], device="cpu", dtype=torch.float32,
-        how=passes_only,
-    )  # fmt: skip
-    kinds = ["opaque", "rope", *(["norm"] if name == "flux" else []), "row-local"]
-    assert list(result["sqnr_db_of_q"]) == kinds
-    assert min(result["sqnr_db_of_q"].values()) > compiled.ROUNDING_FLOOR
-    assert "no kernel reads it" in compiled.report([result])
-
-
-def test_a_quantization_of_another_q_is_no_result(monkeypatch):
-    pytest.importorskip("triton", reason="triton, in which q, k and v are quantized, is not installed")
-    torch._dynamo.reset()
-    monkeypatch.setattr(
-        compiled.rounding, "_per_token", lambda x: (x.flip(1).to(torch.float8_e4m3fn), x.new_ones(1, 1, 1, 1))
-    )
-    with pytest.raises(RuntimeError, match="row-local rounds q wrongly"):
-        compiled.measure_rounding(
-            "llama", 24, lambda run: 1.0, 3, 1.0, sizes=blocks.SMALL["llama"], device="cpu", dtype=torch.float32,
-            how=passes_only,
-        )  # fmt: skip
-
-
 def test_a_backend_that_does_not_fuse_is_no_result(rotating, monkeypatch):
     monkeypatch.setattr(Rotating, "capabilities", lpattn.Capabilities(dtypes=frozenset({torch.float32})))
     build = lambda: blocks.BETWEEN["flux"](blocks.SMALL["flux"])  # noqa: E731
@@ -150,7 +122,3 @@ def test_an_item_that_hangs_costs_no_other_its_result(monkeypatch, tmp_path):
     monkeypatch.setattr(compiled, "__file__", str(script))
     waiting = compiled.items(["llama"], ["block"], [8], ["stuck", "quick"])
     assert [result for _, result in compiled.measure_all(waiting, 1.0, 1, 1.0, 2)] == ["no time left", {}]
-
-
-def test_no_backend_quantizes_alone():
-    assert len(compiled.items(["llama", "flux"], ["quantization"], [8, 9], ["a", "b"])) == 4

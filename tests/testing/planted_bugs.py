@@ -386,7 +386,7 @@ class ScaleIgnoredWhereCausal(Honest):
         return call.softmax_scale if call.causal is CausalKind.NONE else call.head_dim**-0.5
 
 
-@bug("scale_is_applied", "causal, scale 0: ")
+@bug("scale_is_applied", "attn_mask [2, 1, 1, 80] bool, scale 0: ")
 class KeysAreHiddenInFrontOfTheScale(Honest):
     def visible(self, query, key, call, attn_mask):
         seen, bias = super().visible(query, key, call, attn_mask)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 
 
 def exact_attention(
@@ -47,6 +48,27 @@ def exact_attention(
     # Not as exp(scores - lse): next to a bias such as finfo.min, the logarithm of the number of keys is lost in lse.
     weights = torch.where(lse[..., None] == -torch.inf, 0.0, scores.softmax(-1))
     return weights @ v, lse
+
+
+def pytorch_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor | None:
+    """What PyTorch's own SDPA returns, which need not be right; None where its kernels for the device refuse the call.
+
+    The arguments are those of :func:`exact_attention`.
+    """
+    grouped = query.shape[1] != key.shape[1]
+    try:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
+        )
+    except RuntimeError:
+        return None
 
 
 def sqnr(reference: torch.Tensor, output: torch.Tensor) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lpattn.testing.exact import exact_attention
+from lpattn.testing.exact import exact_attention, pytorch_attention
 from lpattn.types import HadamardMode
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -63,6 +63,10 @@ class Problem:
     def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(output, lse) in float64, by the formula."""
         return exact_attention(self.query, self.key, self.value, self.attn_mask, self.is_causal, self.scale)
+
+    def by_pytorch(self) -> torch.Tensor | None:
+        """The output of PyTorch's own SDPA; None where it refuses the call."""
+        return pytorch_attention(self.query, self.key, self.value, self.attn_mask, self.is_causal, self.scale)
 
     def changed(self, **changes: Any) -> Problem:
         """A copy with other values of some attributes."""
