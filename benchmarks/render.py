@@ -353,10 +353,10 @@ def targets(name: str) -> str:
     return f"{TARGETS}\n{source(name, data)}\n\n{rows(['what', 'wanted', 'found', ''], body)}\n" if body else ""
 
 
-def compiled(name: str) -> str:
-    data = load(name)
+def compiled(*names: str) -> str:
+    files = {name: data for name in names if (data := load(name))}
     blocks = []
-    for result in data.get("results", []):
+    for result in (result for data in files.values() for result in data["results"]):
         times = result["milliseconds"]
         of = {kind: times.get(f"{result['backend']} {kind}") for kind in ("opaque", "rope only", "fused")}
         blocks.append(
@@ -374,7 +374,8 @@ def compiled(name: str) -> str:
         return ""
     head = ["what", "tokens", "best exact kernel, ms", "backend", "opaque, ms", "rope only, ms", "fused, ms"]
     body = rows([*head, "fused over opaque", "fused over exact"], blocks)
-    return f"{COMPILED}\n{source(name, data)}\n\n{body}\n"
+    sources = "\n\n".join(source(name, data) for name, data in files.items())
+    return f"{COMPILED}\n{sources}\n\n{body}\n"
 
 
 def row_local(name: str) -> str:
@@ -456,7 +457,7 @@ def page() -> str:
         hopper("h100-hopper.json"),
         profile("h100-profile"),
         lengths("h100-sweep.json"),
-        compiled("h100-compiled.json"),
+        compiled("h100-compiled.json", "h100-compiled-lengths.json"),
         row_local("h100-row-local.json"),
         quantization("h100-quantization.json"),
         sanitizer("h100-sanitizer.json"),

@@ -36,11 +36,11 @@ def compile_kernel(dim: int, asked: set[str]) -> Any:
     types |= {"out": "*fp16" if "half" in asked else "*bf16", "lse": "*fp32", "lse_shift": "*fp32", "counts": "*i32"}
     types |= {"q_desc": descriptor(ROWS.value, lanes), "k_desc": descriptor(tile.keys, lanes)}
     types |= {"v_desc": descriptor(lanes, tile.keys)}
+    kind = next(kind for name, kind in EXPONENTIALS.items() if name in asked)
     constants = {
         "BN": tile.keys, "D": lanes, "STAGES": tile.stages, "CONSUMERS": tile.consumers, "CAUSAL": "causal" in asked,
-        "KIND": next(kind for name, kind in EXPONENTIALS.items() if name in asked), "PARTS": tile.parts,
-        "LATE": tile.late, "DIM": dim, "LANES": lanes, "SUMS": tile.sums, "ACROSS": tile.across,
-        "REGISTERS": tile.registers,
+        "KIND": kind, "PARTS": tile.parts, "LATE": tile.late, "DIM": dim, "LANES": lanes, "SUMS": tile.sums,
+        "ACROSS": tile.across, "AHEAD": kind in tile.ahead, "REGISTERS": tile.registers,
     }  # fmt: skip
     if "lse" not in asked:
         constants |= {"lse": None, "lse_shift": None}

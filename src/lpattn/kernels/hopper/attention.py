@@ -205,7 +205,7 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes,
     CAUSAL: gl.constexpr = SHAPE[4]
     KIND: gl.constexpr = SHAPE[5]
     PARTS: gl.constexpr = SHAPE[6]
-    LATE: gl.constexpr = SHAPE[7]
+    AHEAD: gl.constexpr = SHAPE[12]
     DIM: gl.constexpr = SHAPE[8]
     LANES: gl.constexpr = SHAPE[9]
     SUMS: gl.constexpr = SHAPE[10]
@@ -262,7 +262,7 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes,
         factor = gl.full([ROWS], 1.0, gl.float32, s_rows)
         change = 1.0
         next_k = gl.load(k_scales + gl.maximum(k_tile - 1, 0) // BLOCK_PARTS)
-        if LATE == 0:
+        if AHEAD:
             stage, parity = _stage(step, STAGES)
             mbarrier.wait(full.index(stage), parity)
         if CAUSAL & (ALL_ROWS > BN):
@@ -288,7 +288,7 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes,
         stage, parity = _stage(step, STAGES)
         p = as_operand(codes, ROWS, BN, p_layout)
         _release(empty, step - 1, STAGES)
-        if LATE:
+        if not AHEAD:
             mbarrier.wait(full.index(stage), parity)
         part, part_sum = _attend_values(p, v_buffer.index(stage), ones, o_zero, l_zero, 0, PARTS, not SUMS)
         part, part_sum = _end(part, part_sum, SUMS)
@@ -354,12 +354,13 @@ def _iterate(
     PARTS: gl.constexpr = SHAPE[6]
     LATE: gl.constexpr = SHAPE[7]
     SUMS: gl.constexpr = SHAPE[10]
+    AHEAD: gl.constexpr = SHAPE[12]
     BLOCK_PARTS: gl.constexpr = KEYS // BN
     s_rows: gl.constexpr = gl.SliceLayout(1, s_zero.type.layout)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_zero.type.layout, 4)
     stage, parity = _stage(step, STAGES)
     p = as_operand(codes, ROWS, BN, p_layout)
-    if LATE:
+    if not AHEAD:
         _release(empty, step - 1, STAGES)
         mbarrier.wait(full.index(stage), parity)
     s = warpgroup_mma(q, k_buffer.index(stage).permute((1, 0)), s_zero, use_acc=False, is_async=True)
@@ -382,6 +383,7 @@ def _iterate(
         part, part_sum = _attend_values(p, v_buffer.index(stage), ones, o_zero, l_zero, 1, PARTS, False)
     if LATE == 0:
         codes, lanes_sums = to_codes(pairs, offset, c, ROWS, BN, KIND, SUMS)
+    if AHEAD:
         # What the step before has read is released as late as here, next to a wait: the compiler has the warps meet in
         # front of either, and once less if these are neighbours. A wait is a branch: without one, ptxas would move the
         # end of P V in front of the lines above.
@@ -411,7 +413,7 @@ def attention(
     heads, kv_heads, q_len, kv_len, q_tiles, tiles,
     BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, CAUSAL: gl.constexpr,
     KIND: gl.constexpr, PARTS: gl.constexpr, LATE: gl.constexpr, DIM: gl.constexpr, LANES: gl.constexpr,
-    SUMS: gl.constexpr, ACROSS: gl.constexpr, REGISTERS: gl.constexpr,
+    SUMS: gl.constexpr, ACROSS: gl.constexpr, AHEAD: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Attention of quantized q, k and v; see :mod:`lpattn.kernels.hopper`.
 
@@ -446,7 +448,7 @@ def attention(
     scales = (q_scale, k_scale, v_scale, v_constant)
     outputs = (out, lse, lse_shift)
     sizes = (heads, kv_heads, q_len, kv_len, q_tiles, tiles)
-    SHAPE: gl.constexpr = (BN, D, STAGES, CONSUMERS, CAUSAL, KIND, PARTS, LATE, DIM, LANES, SUMS, ACROSS)
+    SHAPE: gl.constexpr = (BN, D, STAGES, CONSUMERS, CAUSAL, KIND, PARTS, LATE, DIM, LANES, SUMS, ACROSS, AHEAD)
     # The second and third arguments: warps and registers of all but the first.
     if CONSUMERS == 2:
         gl.warp_specialize(

@@ -33,6 +33,8 @@ class Tile(NamedTuple):
         parts: of head_dim, that P V is done in.
         late: P is computed after the P V of the tile before has ended: fewer registers, less overlap.
         sums: the cores add up P; otherwise the tensor cores do.
+        ahead: exponentials with which the next tiles are waited for in front of the end of P V, so that it overlaps
+            with the row maximum. Where that takes more registers than there are, it is slower.
         across: threads that store a row of the output side by side, 16 bytes each.
     """
 
@@ -44,23 +46,51 @@ class Tile(NamedTuple):
     parts: int
     late: bool
     sums: bool
+    ahead: tuple[int, ...]
     across: int
 
 
+EXPONENTIALS = {"linear": softmax.LINEAR.value, "step": softmax.STEP.value, "quadratic": softmax.QUADRATIC.value}
+
 TILES = {
     64: Tile(
-        keys=128, stages=4, consumers=3, registers=160, mean_registers=128, parts=1, late=True, sums=False, across=8
+        keys=128,
+        stages=4,
+        consumers=3,
+        registers=160,
+        mean_registers=128,
+        parts=1,
+        late=True,
+        sums=False,
+        ahead=(softmax.LINEAR.value,),
+        across=8,
     ),
     128: Tile(
-        keys=128, stages=4, consumers=2, registers=240, mean_registers=168, parts=1, late=False, sums=False, across=4
+        keys=128,
+        stages=4,
+        consumers=2,
+        registers=240,
+        mean_registers=168,
+        parts=1,
+        late=False,
+        sums=False,
+        ahead=tuple(EXPONENTIALS.values()),
+        across=4,
     ),
     256: Tile(
-        keys=64, stages=4, consumers=2, registers=240, mean_registers=168, parts=2, late=True, sums=True, across=4
+        keys=64,
+        stages=4,
+        consumers=2,
+        registers=240,
+        mean_registers=168,
+        parts=2,
+        late=True,
+        sums=True,
+        ahead=(),
+        across=4,
     ),
 }
 """By head_dim, rounded up."""
-
-EXPONENTIALS = {"linear": softmax.LINEAR.value, "step": softmax.STEP.value, "quadratic": softmax.QUADRATIC.value}
 
 
 def tile_of(head_dim: int) -> tuple[int, Tile]:
@@ -230,6 +260,7 @@ def _plan(
             lanes_of(dim),
             tile.sums,
             tile.across,
+            kind in tile.ahead,
             tile.registers,
         ),
         (dtype, adds_constant, aligned, all_keys, return_lse),
