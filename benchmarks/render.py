@@ -97,9 +97,9 @@ cores', and how many of the slots for instructions are used.
   its products, so that they take turns.
 * Short calls end with a wave that does not fill the card, and a whole call moves the bytes of its quantization.
 
-Tried for little or no gain: fewer or more tiles in flight, exponentials behind the products at head_dim 128 and in front of them
-at 64, two consumers at 64, twice the keys per tile at 256, launches that overlap with the quantization, scales and
-constants that are loaded a tile early, consumers that start apart, and other widths of the stores.
+Tried for little or no gain: fewer or more tiles in flight, exponentials behind the products at head_dim 128 and in
+front of them at 64, two consumers at 64, twice the keys per tile at 256, launches that overlap with the quantization,
+scales and constants that are loaded a tile early, consumers that start apart, and other widths of the stores.
 """
 
 COMPILED = """## Compiled blocks
