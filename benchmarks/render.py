@@ -115,8 +115,8 @@ ROW_LOCAL = """### Scales per token by PyTorch's compiler
 What was decided by measuring: from the projections to where the attention kernel begins. "opaque", "rope" and "rope and
 norm" end in lpattn's quantization, with more and more of what precedes it taken in. "row-local" is all in PyTorch's
 compiler, norm and rotation included, with a scale per token of q, k and v, nothing smoothed and V not transposed; no
-kernel reads that. What lpattn takes in is the faster way, or as fast (except Llama's at 8192 tokens), and the more
-exact one: the other way is gone from the benchmarks, which had it at the commit that the file names.
+kernel reads that. What lpattn takes in is the faster way, or as fast (except Llama's at 8192 tokens), and a kernel
+reads it: the other way is gone from the benchmarks, which had it at the commit that the file names.
 """
 
 SANITIZER = """## Compute-sanitizer
@@ -273,7 +273,7 @@ def profile(prefix: str) -> str:
     """What a profiler found, a row per shape, from its own text."""
     wanted = {
         "SM frequency, GHz": r"SM Frequency +Ghz +([\d.]+)",
-        "busiest pipeline": r"SM Busy +% +([\d.]+)",
+        "busiest pipeline": r"highest-utilized pipeline \(([\d.]+)%\)",
         "instruction slots": r"Issue Slots Busy +% +([\d.]+)",
     }
     body = []

@@ -407,6 +407,23 @@ def test_near_rotations_are_right(name, attend, spy):
         assert bool(spy.fused) == (rope == "fused")
 
 
+@pytest.mark.parametrize("tokens", [20, slice(100, 164)], ids=["one row", "some rows"])
+def test_a_write_to_rows_of_one_head_is_seen(tokens, attend, spy):
+    """There are more rows than the proof looks at."""
+
+    def written(x, cos, sin):
+        out = half_split(x, cos, sin).clone()
+        out[:, 3, tokens] = x[:, 3, tokens]
+        return out
+
+    q, k, v = torch.randn(3, 2, 6, 300, D)
+    angles = torch.arange(300)[:, None] * 10.0 ** -(torch.arange(D) % (D // 2))
+    want, got, rope = attend(Attention(written, half_split), q, k, v, angles.cos(), angles.sin(), turned_tells=False)
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+    assert rope.startswith("q: ")
+    assert not spy.fused
+
+
 def test_what_holds_at_one_length_only(spy, compiled):
     """Six rows are rotated, which are all of them at first, and not later."""
 

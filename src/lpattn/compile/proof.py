@@ -262,7 +262,10 @@ def constants_of(dependent: Iterable[fx.Node], sizes: Sizes) -> list[int]:
 def rows_to_look_at(
     batch: int, heads: int, rows: int, groups: int, constants: Sequence[int]
 ) -> list[tuple[int, int, int]]:
-    """(b, h, s) to look at: corners, neighbours of constants, and others at random, always the same ones."""
+    """(b, h, s) to look at: corners, neighbours of constants, and others at random, always the same ones.
+
+    A write to some tokens of some heads begins at a constant of each axis, so that its first row is among them.
+    """
     if batch * heads * rows <= _MAX_ROWS:
         return list(itertools.product(range(batch), range(heads), range(rows)))
 
@@ -271,6 +274,9 @@ def rows_to_look_at(
         wanted += [c + d for constant in constants for c in (constant, size + constant) for d in (-1, 0, 1)]
         return sorted({value for value in wanted if 0 <= value < size})
 
+    def exact(size: int) -> list[int]:
+        return sorted({0, *(value for c in constants for value in (c, size + c) if 0 <= value < size)})
+
     shuffled = random.Random(0)
     last = (batch - 1, heads - 1, rows - 1)
     found = {(b, h, s) for b in {0, last[0]} for h in {0, last[1]} for s in {0, last[2]}}
@@ -278,6 +284,7 @@ def rows_to_look_at(
     found |= {(b, shuffled.randrange(heads), shuffled.randrange(rows)) for b in near(batch)[:8]}
     found |= {(shuffled.randrange(batch), h, shuffled.randrange(rows)) for h in near(heads)[:24]}
     found |= {(shuffled.randrange(batch), shuffled.randrange(heads), s) for s in near(rows)[:40]}
+    found |= set(itertools.product(exact(batch), exact(heads), exact(rows)))
     for _ in range(_RANDOM_ROWS):
         found.add((shuffled.randrange(batch), shuffled.randrange(heads), shuffled.randrange(rows)))
     return sorted(found)
