@@ -178,7 +178,7 @@ class CausalSeesOneKeyTooMany(Honest):
         return (torch.ones_like(seen).tril(1) if call.causal is CausalKind.TOP_LEFT else seen), bias
 
 
-@bug("causal_is_top_left", "q [1, 2, 515, 64]")
+@bug("causal_is_top_left", "q [1, 4, 515, 64]")
 class CausalInTheFirstTilesAlone(Honest):
     def visible(self, query, key, call, attn_mask):
         seen, bias = super().visible(query, key, call, attn_mask)
