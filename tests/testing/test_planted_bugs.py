@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import lpattn
+from lpattn.backends.reference import ReferenceBackend
 from lpattn.testing import CHECKS, BackendTests, Status, run_check, run_checks, suite_for
 from lpattn.testing.builtin import ReferenceTests
 from lpattn.testing.subject import Subject
@@ -78,6 +80,15 @@ def failures(suite: BackendTests, skip: set[str]) -> list[tuple[str, str]]:
 
 def test_a_correct_backend_fails_nothing(register) -> None:
     assert failures(suite_for(register(planted.Honest())), {"import_is_pure"}) == []
+
+
+@pytest.mark.parametrize("less", [{"gqa": False}, {"head_dims": frozenset({4, 8})}], ids=["no_gqa", "few_lanes"])
+def test_a_correct_backend_that_declares_less_fails_nothing(register, less) -> None:
+    class Less(ReferenceBackend):
+        name = "declares_less"
+        capabilities = dataclasses.replace(ReferenceBackend.capabilities, **less)
+
+    assert failures(suite_for(register(Less())), SLOW) == []
 
 
 @pytest.mark.parametrize("name", ["fa3_per_head", "per_block_f16"])

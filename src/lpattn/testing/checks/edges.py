@@ -63,7 +63,7 @@ def unusual_values_stay_finite(subject: Subject) -> None:
 
 def _with_zero_channel(x: torch.Tensor) -> torch.Tensor:
     x = x.clone()
-    x[..., 5] = 0
+    x[..., -1] = 0
     return x
 
 
@@ -95,8 +95,8 @@ def nan_stays_where_it_is(subject: Subject) -> None:
     plain = subject.problem(length=subject.fitting(70))
     for name in ("query", "key", "value"):
         tensor = getattr(plain, name).clone()
-        tensor[0, 0, 3, 2] = torch.nan
-        poisoned = plain.changed(**{name: tensor}, label=f"NaN in {name}[0, 0, 3, 2]")
+        tensor[0, 0, 3, -1] = torch.nan
+        poisoned = plain.changed(**{name: tensor}, label=f"NaN in {name}[0, 0, 3, -1]")
         for problem in subject.accepted([poisoned]):
             exact, _ = problem.exact()
             out = subject.run(problem)

@@ -207,7 +207,7 @@ def scale_is_applied(subject: Subject) -> str:
     hidden = [problem for problem in hidden if not subject.refusal(problem) and _is_right_in_pytorch(problem)]
     for problem in taken + hidden:
         require_close(subject, problem, subject.run(problem), "sharp")
-        if problem.scale:
+        if problem.scale not in (0.0, problem.query.shape[-1] ** -0.5):
             # In a different way than another scale would.
             exact, _ = problem.exact()
             default, _ = problem.changed(scale=None).exact()
