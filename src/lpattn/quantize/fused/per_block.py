@@ -170,7 +170,7 @@ def quantize_blocks(
             if ROPE != NO_ROPE:
                 # The next head is on its way while this one is turned.
                 follows = q + (b * q_b + tl.minimum(h + 1, heads - 1) * q_h) * UNIT
-                wanted = q_used & (i + 1 < q_each)
+                wanted = q_rows < q_len * tl.minimum(q_each - 1 - i, 1)
                 low_next, high_next = load_tile(follows, q_rows, wanted, stride_s, stride_d, D, HALF)
             q_low, q_high, times = transform_tile(
                 q_low, q_high, q + (b * q_b + h * q_h) * UNIT, q_rows, q_used, stride_s, stride_d,
