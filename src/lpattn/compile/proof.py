@@ -269,13 +269,12 @@ def rows_to_look_at(
     if batch * heads * rows <= _MAX_ROWS:
         return list(itertools.product(range(batch), range(heads), range(rows)))
 
-    def near(size: int) -> list[int]:
-        wanted = [0, 1, size - 1, size - 2, size // 2]
-        wanted += [c + d for constant in constants for c in (constant, size + constant) for d in (-1, 0, 1)]
-        return sorted({value for value in wanted if 0 <= value < size})
+    def at_constants(size: int, around: Sequence[int] = (0,), more: Sequence[int] = (0,)) -> list[int]:
+        wanted = [c + d for constant in constants for c in (constant, size + constant) for d in around]
+        return sorted({value for value in (*wanted, *more) if 0 <= value < size})
 
-    def exact(size: int) -> list[int]:
-        return sorted({0, *(value for c in constants for value in (c, size + c) if 0 <= value < size)})
+    def near(size: int) -> list[int]:
+        return at_constants(size, (-1, 0, 1), (0, 1, size - 1, size - 2, size // 2))
 
     shuffled = random.Random(0)
     last = (batch - 1, heads - 1, rows - 1)
@@ -284,7 +283,7 @@ def rows_to_look_at(
     found |= {(b, shuffled.randrange(heads), shuffled.randrange(rows)) for b in near(batch)[:8]}
     found |= {(shuffled.randrange(batch), h, shuffled.randrange(rows)) for h in near(heads)[:24]}
     found |= {(shuffled.randrange(batch), shuffled.randrange(heads), s) for s in near(rows)[:40]}
-    found |= set(itertools.product(exact(batch), exact(heads), exact(rows)))
+    found |= set(itertools.product(at_constants(batch), at_constants(heads), at_constants(rows)))
     for _ in range(_RANDOM_ROWS):
         found.add((shuffled.randrange(batch), shuffled.randrange(heads), shuffled.randrange(rows)))
     return sorted(found)

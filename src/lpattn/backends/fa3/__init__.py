@@ -155,10 +155,8 @@ class FA3Backend(Backend):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         fused = self._fused
         sign, scale = _split_scale(call.softmax_scale)
-        keys = more = None
-        if attn_mask is not None or rotation is not None or norm is not None:
-            keys = None if attn_mask is None else fused.used_keys(attn_mask, call.batch, call.kv_len)
-            more = fused.more_of(rotation, keys, norm)
+        keys = None if attn_mask is None else fused.used_keys(attn_mask, call.batch, call.kv_len)
+        more = fused.more_of(rotation, keys, norm)
         at = (query.data_ptr(), key.data_ptr(), value.data_ptr())
         facts = (call, fused.alike(query, key, value, at, more))
         plan = self._plans.get(facts)

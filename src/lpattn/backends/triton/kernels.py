@@ -97,10 +97,8 @@ class HopperKernel(Kernel):
         rotation: Rotation | None,
         norm: Norm | None = None,
     ) -> Result:
-        more = None
-        if attn_mask is not None or rotation is not None or norm is not None:
-            keys = None if attn_mask is None else self._fused.used_keys(attn_mask, call.batch, key.shape[2])
-            more = self._fused.more_of(rotation, keys, norm)
+        keys = None if attn_mask is None else self._fused.used_keys(attn_mask, call.batch, key.shape[2])
+        more = self._fused.more_of(rotation, keys, norm)
         at = (query.data_ptr(), key.data_ptr(), value.data_ptr())
         facts = (call, self._fused.alike(query, key, value, at, more))
         steps = self._steps.get(facts)

@@ -205,11 +205,11 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes,
     CAUSAL: gl.constexpr = SHAPE[4]
     KIND: gl.constexpr = SHAPE[5]
     PARTS: gl.constexpr = SHAPE[6]
-    AHEAD: gl.constexpr = SHAPE[12]
     DIM: gl.constexpr = SHAPE[8]
     LANES: gl.constexpr = SHAPE[9]
     SUMS: gl.constexpr = SHAPE[10]
     ACROSS: gl.constexpr = SHAPE[11]
+    AHEAD: gl.constexpr = SHAPE[12]
     BLOCK_PARTS: gl.constexpr = KEYS // BN
     ALL_ROWS: gl.constexpr = CONSUMERS * ROWS
     WIDTH: gl.constexpr = D // PARTS

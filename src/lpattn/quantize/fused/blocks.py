@@ -105,7 +105,7 @@ def quantize_per_block(
         batch, kv_heads, kv_len, _ = key.shape
         sampled = used_keys(used.any(1, keepdim=True)[:, :, None], batch, kv_len)
         flags = used.expand(batch, kv_heads, kv_len)
-    more = None if rope is None and sampled is None and norm is None else more_of(rope, sampled, norm)
+    more = more_of(rope, sampled, norm)
     at = (query.data_ptr(), key.data_ptr(), value.data_ptr())
     plan = plan_per_block(
         query,

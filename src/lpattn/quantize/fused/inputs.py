@@ -109,8 +109,10 @@ NO_MORE = (None,) * 8
 """In place of :attr:`More.tensors`."""
 
 
-def more_of(rope: Rotation | None, keys: Keys | None, norm: Norm | None = None) -> More:
-    """What the passes are to read of a rotation, a list of keys and a norm."""
+def more_of(rope: Rotation | None, keys: Keys | None, norm: Norm | None = None) -> More | None:
+    """What the passes are to read of a rotation, a list of keys and a norm; None where there is none of them."""
+    if rope is None and keys is None and norm is None:
+        return None
     indices, counts = (None, None) if keys is None else (keys.indices, keys.counts)
     turns = cos_q = sin_q = cos_k = sin_k = None
     if rope is not None:

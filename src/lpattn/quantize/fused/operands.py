@@ -120,7 +120,7 @@ def quantize_per_head(
         point, and loses precision only below 2^-6. An inf or NaN becomes NaN, alone (with a Hadamard transform: its
         whole token), and enters neither scale nor constant. Magnitudes above about 1e36 may overflow in the transform.
     """
-    more = None if rope is None and keys is None and norm is None else more_of(rope, keys, norm)
+    more = more_of(rope, keys, norm)
     at = (query.data_ptr(), key.data_ptr(), value.data_ptr())
     plan = plan_per_head(
         query, key, value, at, factor=factor, hadamard=hadamard, more=more, with_lse_shift=with_lse_shift

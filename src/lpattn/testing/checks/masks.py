@@ -46,19 +46,26 @@ def masks_are_honoured(subject: Subject) -> str:
     return f"{seen} masks"
 
 
-def _of_other_dtypes(subject: Subject) -> Iterator[Problem]:
-    """Inputs of every declared dtype, with masks that are bool, of that dtype, and in float32."""
+def _of_every_dtype(subject: Subject) -> Iterator[tuple[Problem, torch.dtype]]:
+    """Inputs of every declared dtype, with additive masks of that dtype and in float32, whose dtype comes along."""
     for dtype in subject.dtypes:
         for mask_dtype in dict.fromkeys((dtype, torch.float32)):
             for problem in subject.masked(dtype=dtype, mask_dtype=mask_dtype, only=ONE_OF_EACH_KIND, **_LENGTHS):
-                assert problem.attn_mask is not None
-                repeated = problem.attn_mask.dtype == torch.bool and mask_dtype != dtype
-                usual = dtype == mask_dtype == subject.dtype
-                if repeated or usual or subject.refusal(problem):
-                    continue
-                # Its kernels for some devices refuse masks of another dtype than q's, or get them wrong.
-                if (out := problem.by_pytorch()) is not None and bool(out.isfinite().all()):
-                    yield problem
+                yield problem, mask_dtype
+
+
+def _of_other_dtypes(subject: Subject) -> Iterator[Problem]:
+    """Those of :func:`_of_every_dtype` that are not tried elsewhere, with bool masks once for a dtype."""
+    for problem, mask_dtype in _of_every_dtype(subject):
+        assert problem.attn_mask is not None
+        dtype = problem.query.dtype
+        repeated = problem.attn_mask.dtype == torch.bool and mask_dtype != dtype
+        usual = dtype == mask_dtype == subject.dtype
+        if repeated or usual or subject.refusal(problem):
+            continue
+        # PyTorch's kernels for some devices refuse masks of another dtype than q's, or get them wrong.
+        if (out := problem.by_pytorch()) is not None and bool(out.isfinite().all()):
+            yield problem
 
 
 @check
@@ -115,22 +122,20 @@ def _with_empty_rows(subject: Subject) -> Iterator[Problem]:
 
 def _with_lowest_rows(subject: Subject) -> Iterator[Problem]:
     """Masks as models build them, with the lowest number for what is hidden: the whole of one row, and one of -inf."""
-    for dtype in subject.dtypes:
-        for mask_dtype in dict.fromkeys((dtype, torch.float32)):
-            lowest = torch.finfo(mask_dtype).min
-            for problem in subject.masked(dtype=dtype, mask_dtype=mask_dtype, only=ONE_OF_EACH_KIND, **_LENGTHS):
-                mask = problem.attn_mask
-                assert mask is not None
-                if mask.dtype != torch.bool:
-                    mask = torch.zeros_like(mask).masked_fill(mask == -torch.inf, lowest)
-                    mask[:, :, _ROW] = lowest
-                    mask[:, :, _ROW + 1] = -torch.inf
-                    found = problem.changed(attn_mask=mask, label=f"{_LOWEST} of {str(mask_dtype)[6:]}, one of -inf")
-                    out = found.by_pytorch()
-                    # Some of PyTorch's kernels overflow next to the lowest number: only exact backends may share that.
-                    lost = out is not None and _quality_of_row(found.exact()[0], out) < _LEAST_OF_LOWEST
-                    if out is not None and not (lost and subject.backend.exact):
-                        yield found
+    for problem, mask_dtype in _of_every_dtype(subject):
+        mask, lowest = problem.attn_mask, torch.finfo(mask_dtype).min
+        assert mask is not None
+        if mask.dtype == torch.bool:
+            continue
+        mask = torch.zeros_like(mask).masked_fill(mask == -torch.inf, lowest)
+        mask[:, :, _ROW] = lowest
+        mask[:, :, _ROW + 1] = -torch.inf
+        found = problem.changed(attn_mask=mask, label=f"{_LOWEST} of {str(mask_dtype)[6:]}, one of -inf")
+        out = found.by_pytorch()
+        # Some of PyTorch's kernels overflow next to the lowest number: only exact backends may share that.
+        lost = out is not None and _quality_of_row(found.exact()[0], out) < _LEAST_OF_LOWEST
+        if out is not None and not (lost and subject.backend.exact):
+            yield found
 
 
 def _quality_of_row(exact: torch.Tensor, out: torch.Tensor) -> float:
