@@ -6,6 +6,7 @@ recorded with its traceback and harms nothing else.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import difflib
 import functools
@@ -182,8 +183,8 @@ class Registry:
         if name in self._backends:
             return ()
         if sources := self._conflicts.get(name):
-            who = " and ".join(str(s) for s in sources)
-            return (Reason("conflict", f"{who} both provide it", f"uninstall one, or name it in {DISABLE_VARIABLE}"),)
+            remedy = f"uninstall all but one, or name them in {DISABLE_VARIABLE}"
+            return (Reason("conflict", f"it is claimed by {_claimants(sources)}", remedy),)
         for failure in self._failures:
             if failure.source.kind == "built-in" and failure.source.entry_point.endswith(name.rpartition("_")[2]):
                 return (Reason("load_failed", f"its module failed to load: {failure.message}", "see `lpattn info`"),)
@@ -230,9 +231,10 @@ class Registry:
             canonical = self.resolve(name)
             source = self._sources.get(canonical)
             if source is None or source.kind != "registered":
+                known = f"it is {source}" if source else self.absence(canonical)[0].message
                 raise RegistrationError(
-                    f"{canonical} was not registered in this process (it is {source or 'not loaded'}), so it cannot be "
-                    f"unregistered; {DISABLE_VARIABLE} keeps plugins out"
+                    f"{canonical} was not registered in this process ({known}), so it cannot be unregistered; "
+                    f"{DISABLE_VARIABLE} keeps plugins out"
                 )
             del self._backends[canonical], self._sources[canonical]
             self._changed()
@@ -253,11 +255,11 @@ class Registry:
             self._conflicts.setdefault(name, [other] if other else []).append(source)
             self._changed()
             raise _NameConflictError(self._claimed(name))
-        takers = other or _join(self._conflicts[name])
+        takers = other or _claimants(self._conflicts[name])
         raise RegistrationError(f"backend name {name!r} is already taken by {takers}; choose another name")
 
     def _claimed(self, name: str) -> str:
-        return f"backend name {name!r} is claimed by {_join(self._conflicts[name])}"
+        return f"backend name {name!r} is claimed by {_claimants(self._conflicts[name])}"
 
     def _changed(self) -> None:
         self._probes.clear()
@@ -407,6 +409,12 @@ def _disabled_plugins() -> set[str] | None:
     if value.lower() in {"1", "true", "all"}:
         return None
     return {name.strip() for name in value.split(",") if name.strip()} - {"0", "false"}
+
+
+def _claimants(sources: list[Source]) -> str:
+    """Who provides one name; a plugin may do so more than once."""
+    counts = collections.Counter(map(str, sources))
+    return _join(who if times == 1 else f"{who} ({times} times)" for who, times in counts.items())
 
 
 def _join(items: Any) -> str:

@@ -214,8 +214,8 @@ def test_of_two_plugins_with_one_name_neither_wins(conflict):
     assert conflict.probe("shared", CPU) == (
         Reason(
             "conflict",
-            "lpattn-a 1.0 and lpattn-b 1.0 both provide it",
-            "uninstall one, or name it in LPATTN_DISABLE_PLUGINS",
+            "it is claimed by lpattn-a 1.0 and lpattn-b 1.0",
+            "uninstall all but one, or name them in LPATTN_DISABLE_PLUGINS",
         ),
     )
 
@@ -244,16 +244,19 @@ def test_a_plugin_that_claims_a_name_twice_fails_once(install, plugin, make_back
     install(("a", "lpattn-a", plugin(make_backend("twice"), make_backend("twice"))))
     reg = Registry()
     assert reg.get("twice") is None
-    assert only_failure(reg).source.distribution == "lpattn-a"
+    message = "backend name 'twice' is claimed by lpattn-a 1.0 (2 times)"
+    assert only_failure(reg).message == f"RegistrationError: {message}"
+    with pytest.raises(RegistrationError, match=r"\(it is claimed by lpattn-a 1\.0 \(2 times\)\), so it cannot be"):
+        reg.unregister("twice")
 
 
 def test_using_a_name_in_conflict_is_an_error_that_names_both(conflict, monkeypatch, qkv):
     assert "shared" in conflict.names()
     monkeypatch.setattr(registry, "_conflicts", conflict._conflicts)
     q, k, v = qkv()
-    with pytest.raises(lpattn.UnsupportedCallError, match=r"shared +lpattn-a 1\.0 and lpattn-b 1\.0 both provide it"):
+    with pytest.raises(lpattn.UnsupportedCallError, match=r"shared +it is claimed by lpattn-a 1\.0 and lpattn-b 1\.0"):
         lpattn.low_precision_sdpa(q, k, v, backend="shared")
-    with pytest.raises(lpattn.BackendUnavailableError, match=r"lpattn-a 1\.0 and lpattn-b 1\.0 both provide it"):
+    with pytest.raises(lpattn.BackendUnavailableError, match=r"it is claimed by lpattn-a 1\.0 and lpattn-b 1\.0"):
         lpattn.low_precision_attention("shared")
 
 

@@ -189,7 +189,7 @@ class CausalInTheFirstTilesAlone(Honest):
         return seen, bias
 
 
-@bug("lse_of_exact_logits", "a key too many or too few")
+@bug("lse_of_exact_logits", "(limit 0.001)")
 class LastKeyDropped(Honest):
     def visible(self, query, key, call, attn_mask):
         seen, bias = super().visible(query, key, call, attn_mask)
@@ -266,6 +266,23 @@ class TheLowestNumberHides(Honest):
     def visible(self, query, key, call, attn_mask):
         seen, bias = super().visible(query, key, call, attn_mask)
         return seen if bias is None else seen & (bias > -1e30), bias
+
+
+@bug("rows_without_keys", "a row of half of the lowest")
+class HalfOfTheLowestNumberHides(Honest):
+    def visible(self, query, key, call, attn_mask):
+        seen, bias = super().visible(query, key, call, attn_mask)
+        if bias is None:
+            return seen, bias
+        lowest = torch.finfo(bias.dtype).min
+        return seen & ((bias > lowest / 2) | (bias == lowest)), bias
+
+
+@bug("rows_without_keys", "a row of -10000")
+class LargeNegativeBiasesHide(Honest):
+    def visible(self, query, key, call, attn_mask):
+        seen, bias = super().visible(query, key, call, attn_mask)
+        return seen if bias is None else seen & ((bias > -5e3) | (bias < -6e4)), bias
 
 
 @bug("rows_without_keys", "must be 0")
@@ -391,7 +408,207 @@ class KeysAreHiddenInFrontOfTheScale(Honest):
     def visible(self, query, key, call, attn_mask):
         seen, bias = super().visible(query, key, call, attn_mask)
         # -1e30, times a scale of 0
-        return (seen if call.softmax_scale else torch.ones_like(seen)), bias
+        shown = not call.softmax_scale and call.mask is not MaskKind.NONE
+        return (torch.ones_like(seen) if shown else seen), bias
+
+
+@bug("scale_is_applied", "causal, scale -0.1: ")
+class CausalScalesAreAbsolute(Honest):
+    def scale(self, call):
+        return abs(call.softmax_scale) if call.causal is CausalKind.TOP_LEFT else call.softmax_scale
+
+
+@bug("causal_is_top_left", "q [1, 2, 1100, 64]")
+class CausalInTheFirstThousandKeys(Honest):
+    def visible(self, query, key, call, attn_mask):
+        seen, bias = super().visible(query, key, call, attn_mask)
+        if call.causal is CausalKind.TOP_LEFT:
+            seen = seen.clone()
+            seen[..., 1024:, 1024:] = True
+        return seen, bias
+
+
+# Two options together
+
+
+class Combined(Honest):
+    """Wrong where two options meet, and right with each of them alone."""
+
+    def meets(self, call):
+        raise NotImplementedError
+
+    def attention(self, query, key, value, call, attn_mask=None, dropout_p=0.0):
+        self.call = call
+        return super().attention(query, key, value, call, attn_mask, dropout_p)
+
+
+class WrongLse(Combined):
+    """The log-sum-exp alone is wrong."""
+
+    def clean_lse(self, lse, nothing):
+        return super().clean_lse(lse + 1.5 if self.meets(self.call) else lse, nothing)
+
+
+@bug("options_combine", "attn_mask")
+class LseBesideABoolMask(WrongLse):
+    def meets(self, call):
+        return call.mask is MaskKind.BOOL
+
+
+@bug("options_combine", "attn_mask")
+class LseBesideAnAdditiveMask(WrongLse):
+    def meets(self, call):
+        return call.mask is MaskKind.ADDITIVE
+
+
+@bug("options_combine", "float16")
+class LseInFloat16(WrongLse):
+    def meets(self, call):
+        return call.dtype == torch.float16
+
+
+@bug("options_combine", "128]")
+class LseAtHeadDim128(WrongLse):
+    def meets(self, call):
+        return call.head_dim == 128
+
+
+@bug("options_combine", "lse is off")
+class LseOfMoreQueriesThanKeys(WrongLse):
+    def meets(self, call):
+        return call.q_len > call.kv_len
+
+
+@bug("options_combine", "lse is off")
+class LseOfWideGroups(Honest):
+    def clean_lse(self, lse, nothing):
+        lse, group = super().clean_lse(lse, nothing), lse.shape[1] // self.num_kv_heads
+        return lse.unflatten(1, (-1, group)).transpose(1, 2).flatten(1, 2) if group > 2 else lse
+
+    def expand(self, x, call):
+        self.num_kv_heads = call.num_kv_heads
+        return super().expand(x, call)
+
+
+@bug("options_combine", "scale -0.1")
+class LseOfNegativeScales(WrongLse):
+    def meets(self, call):
+        return call.softmax_scale < 0
+
+
+@bug("options_combine", "hadamard")
+class LseOfRotatedInputs(WrongLse):
+    def meets(self, call):
+        return call.hadamard is HadamardMode.QKV and call.causal is CausalKind.TOP_LEFT
+
+
+class WrongMask(Honest):
+    """Another mask than the one that was given."""
+
+    def read(self, mask, call):
+        raise NotImplementedError
+
+    def visible(self, query, key, call, attn_mask):
+        if attn_mask is not None:
+            attn_mask = self.read(attn_mask.expand(*query.shape[:3], key.shape[2]), call)
+        return super().visible(query, key, call, attn_mask)
+
+
+@bug("options_combine", "attn_mask")
+class ColumnsOfMasksWrap(WrongMask):
+    def read(self, mask, call):
+        return mask[..., torch.arange(call.kv_len) % 128]
+
+
+@bug("options_combine", "attn_mask")
+class RowsOfMasksWrap(WrongMask):
+    def read(self, mask, call):
+        return mask[..., torch.arange(call.q_len) % 128, :]
+
+
+@bug("options_combine", "attn_mask")
+class MasksOfTheFirst256Keys(WrongMask):
+    def read(self, mask, call):
+        mask = mask.clone()
+        mask[..., 256:] = True if mask.dtype == torch.bool else 0
+        return mask
+
+
+@bug("options_combine", "k [2, 1, ")
+class MasksOfKvHeadsInWideGroups(WrongMask):
+    def read(self, mask, call):
+        group = call.num_heads // call.num_kv_heads
+        return mask[:, torch.arange(call.num_heads) // group] if group > 4 else mask
+
+
+@bug("options_combine", "float16")
+class Float32MasksAreHalvesBesideFloat16(WrongMask):
+    def read(self, mask, call):
+        if mask.dtype == torch.float32 and call.dtype == torch.float16:
+            return mask * 0.5
+        return mask
+
+
+class WrongScale(Combined):
+    """Another scale than the one that was given."""
+
+    def scale(self, call):
+        return call.head_dim**-0.5 if self.meets(call) else call.softmax_scale
+
+
+@bug("options_combine", "scale")
+class ScaleIgnoredInBfloat16(WrongScale):
+    def meets(self, call):
+        return call.dtype == torch.bfloat16
+
+
+@bug("options_combine", "128]")
+class ScaleIgnoredAtHeadDim128(WrongScale):
+    def meets(self, call):
+        return call.head_dim == 128
+
+
+@bug("options_combine", "scale 0.003")
+class SmallScalesAreClamped(Honest):
+    def scale(self, call):
+        return 0.01 if 0 < call.softmax_scale < 0.01 else call.softmax_scale
+
+
+class WrongHeads(Combined):
+    """KV heads in another order."""
+
+    def expand(self, x, call):
+        return super().expand(x, call).flip(1) if self.meets(call) else super().expand(x, call)
+
+
+@bug("options_combine", "float16")
+class GroupsOfThreeInFloat16(WrongHeads):
+    def meets(self, call):
+        return call.dtype == torch.float16 and call.num_heads == 3 * call.num_kv_heads
+
+
+@bug("options_combine", "causal")
+class CausalGroupsOfFive(WrongHeads):
+    def meets(self, call):
+        return call.causal is CausalKind.TOP_LEFT and call.num_heads == 5 * call.num_kv_heads
+
+
+@bug("options_combine", "causal")
+class CausalRectanglesOfManyTiles(Honest):
+    def visible(self, query, key, call, attn_mask):
+        seen, bias = super().visible(query, key, call, attn_mask)
+        if call.causal is CausalKind.TOP_LEFT and call.q_len != call.kv_len and call.q_len > 128:
+            seen = torch.ones_like(seen).tril(call.kv_len - call.q_len)
+        return seen, bias
+
+
+@bug("options_combine", "hadamard v_only")
+class RotatedWiderValues(Combined):
+    def meets(self, call):
+        return call.hadamard is HadamardMode.V_ONLY and call.head_dim_v > call.head_dim
+
+    def rotate_back(self, out):
+        return out if self.meets(self.call) else super().rotate_back(out)
 
 
 @bug("accuracy", "large values")
@@ -465,6 +682,14 @@ class LogitsOverflowInFloat16(Honest):
     def attention(self, query, key, value, call, attn_mask=None, dropout_p=0.0):
         logits = query.float() @ self.expand(key, call).float().mT
         overflow = bool((logits.abs() > 65504).any())
+        return super().attention(query, key, value * torch.inf if overflow else value, call, attn_mask, dropout_p)
+
+
+@bug("unusual_values_stay_finite", "huge logits: q [2, 4, 70, 64] float16")
+class Float16LogitsOverflow(Honest):
+    def attention(self, query, key, value, call, attn_mask=None, dropout_p=0.0):
+        logits = query.float() @ self.expand(key, call).float().mT
+        overflow = call.dtype == torch.float16 and bool((logits.abs() > 65504).any())
         return super().attention(query, key, value * torch.inf if overflow else value, call, attn_mask, dropout_p)
 
 
@@ -558,6 +783,45 @@ class KeyIsSmoothedInPlace(Honest):
     def attention(self, query, key, value, call, attn_mask=None, dropout_p=0.0):
         key -= key.mean(2, keepdim=True)
         return super().attention(query, key, value, call, attn_mask, dropout_p)
+
+
+@bug("inputs_are_not_written_to", "[B, S, H, D] memory: q [2, 4, 100, 64] float32, k [2, 2, 100, 64]")
+class StridedQueriesAreScaledInPlace(Honest):
+    def attention(self, query, key, value, call, attn_mask=None, dropout_p=0.0):
+        if not query.is_contiguous():
+            query *= 2.0
+        return super().attention(query, key, value, call, attn_mask, dropout_p)
+
+
+@bug("inputs_are_not_written_to", "the call changed attn_mask")
+class WideMasksAreClampedInPlace(Honest):
+    def attention(self, query, key, value, call, attn_mask=None, dropout_p=0.0):
+        if attn_mask is not None and attn_mask.dtype == torch.float32 and call.dtype == torch.bfloat16:
+            attn_mask.clamp_(min=-1e30)
+        return super().attention(query, key, value, call, attn_mask, dropout_p)
+
+
+class OneBufferForAllCalls(Honest):
+    """Hands out the same memory again and again."""
+
+    def __init__(self):
+        self.buffers = {}
+
+    def kept(self, x):
+        return self.buffers.setdefault((x.shape, x.dtype), torch.empty_like(x)).copy_(x)
+
+
+@bug("repeated_calls", "the next call changes the output of this one")
+class OutputsShareABuffer(OneBufferForAllCalls):
+    def finish(self, out, call):
+        out = super().finish(out, call).transpose(1, 2).contiguous()
+        return self.kept(out).transpose(1, 2)
+
+
+@bug("repeated_calls", "the next call changes the lse of this one")
+class LsesShareABuffer(OneBufferForAllCalls):
+    def clean_lse(self, lse, nothing):
+        return self.kept(super().clean_lse(lse, nothing))
 
 
 @bug("layouts", "differs from that of plain tensors")

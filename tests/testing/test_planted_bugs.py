@@ -82,7 +82,15 @@ def test_a_correct_backend_fails_nothing(register) -> None:
     assert failures(suite_for(register(planted.Honest())), {"import_is_pure"}) == []
 
 
-@pytest.mark.parametrize("less", [{"gqa": False}, {"head_dims": frozenset({4, 8})}], ids=["no_gqa", "few_lanes"])
+LESS = {
+    "no_gqa": {"gqa": False},
+    "few_lanes": {"head_dims": frozenset({4, 8})},
+    "one_lane": {"head_dims": frozenset({1})},
+    "no_masks": {"masks": frozenset({lpattn.MaskKind.NONE}), "key_padding": True},
+}
+
+
+@pytest.mark.parametrize("less", LESS.values(), ids=LESS)
 def test_a_correct_backend_that_declares_less_fails_nothing(register, less) -> None:
     class Less(ReferenceBackend):
         name = "declares_less"

@@ -123,7 +123,7 @@ def test_a_name_without_a_backend_is_skipped_with_the_reason(monkeypatch: pytest
     monkeypatch.setitem(registry._conflicts, "shared", sources)
     for outcome in run_checks(suite_for("shared"), only=["registration", "accuracy"]):
         assert outcome.status is Status.SKIPPED
-        assert "a name without a backend: lpattn-a 1.0 and lpattn-b 1.0 both provide it" in outcome.detail
+        assert "a name without a backend: it is claimed by lpattn-a 1.0 and lpattn-b 1.0" in outcome.detail
 
 
 def test_the_recipe_is_a_second_budget() -> None:

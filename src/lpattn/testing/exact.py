@@ -67,7 +67,7 @@ def pytorch_attention(
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
         )
-    except RuntimeError:
+    except (RuntimeError, IndexError):  # the latter of masks of one dimension
         return None
 
 

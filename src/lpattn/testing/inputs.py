@@ -7,6 +7,7 @@ keep logits, weights and outputs in the range of float16.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,7 +62,11 @@ class Problem:
     label: str = ""
 
     def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(output, lse) in float64, by the formula."""
+        """(output, lse) in float64, by the formula; computed once, of the values that the tensors have then."""
+        return self._exact
+
+    @functools.cached_property
+    def _exact(self) -> tuple[torch.Tensor, torch.Tensor]:
         return exact_attention(self.query, self.key, self.value, self.attn_mask, self.is_causal, self.scale)
 
     def by_pytorch(self) -> torch.Tensor | None:
@@ -72,10 +77,32 @@ class Problem:
         """A copy with other values of some attributes."""
         return dataclasses.replace(self, **changes)
 
+    @property
+    def softmax_scale(self) -> float:
+        """The factor on q.k."""
+        return self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
+
+    def visible(self) -> torch.Tensor:
+        """Which keys each row sees: bool [B, H, q_len, kv_len]."""
+        shape = (*self.query.shape[:3], self.key.shape[2])
+        seen = torch.ones(shape, dtype=torch.bool, device=self.query.device)
+        if self.is_causal:
+            seen = seen.tril()
+        if self.attn_mask is None:
+            return seen
+        return seen & (self.attn_mask if self.attn_mask.dtype == torch.bool else self.attn_mask != -torch.inf)
+
+    def cast(self, dtype: torch.dtype) -> Problem:
+        """The same in another dtype; masks of bool stay as they are."""
+        mask = self.attn_mask
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(dtype)
+        q, k, v = (x.to(dtype) for x in (self.query, self.key, self.value))
+        return self.changed(query=q, key=k, value=v, attn_mask=mask)
+
     def with_scale(self, factor: float) -> Problem:
         """The same with the softmax scale times a factor."""
-        scale = self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
-        return self.changed(scale=scale * factor)
+        return self.changed(scale=self.softmax_scale * factor)
 
     def __str__(self) -> str:
         q, k, v = self.query, self.key, self.value
@@ -242,3 +269,77 @@ def make_problem(
     q, k, v = (x.to(device=device, dtype=dtype) for x in KINDS[kind](sizes, generator))
     mask = None if attn_mask is None else attn_mask.to(device)
     return Problem(q, k, v, mask, sizes.causal, sizes.scale, hadamard, kind.replace("_", " "))
+
+
+def spread(problem: Problem) -> Problem:
+    """Logits with a standard deviation of 1, whatever the scale."""
+    lanes = problem.query.shape[-1]
+    size = (abs(problem.softmax_scale) or lanes**-0.5) * lanes**0.5
+    return problem.changed(query=problem.query / size, label="spread over all keys")
+
+
+def level(problem: Problem) -> Problem:
+    """Logits of zero: a key too many or too few shows in the log-sum-exp."""
+    return problem.changed(query=torch.zeros_like(problem.query), label="q of zeros")
+
+
+def at_one_visible_key(problem: Problem) -> Problem:
+    """Every row attends to one of the keys that it sees, chosen at random."""
+    return _aimed(problem, problem.visible(), "each row attends to one key")
+
+
+def at_one_hidden_key(problem: Problem) -> Problem:
+    """Every row would attend to one of the keys that are hidden from it, chosen at random."""
+    return _aimed(problem, ~problem.visible(), "each row would attend to one hidden key")
+
+
+def _aimed(problem: Problem, targets: torch.Tensor, label: str) -> Problem:
+    generator, device = torch.Generator().manual_seed(0), problem.query.device
+    lanes, groups = problem.query.shape[-1], problem.query.shape[1] // problem.key.shape[1]
+    key = _codes(*problem.key.shape, generator=generator).to(problem.key)
+    # Where a row has no such key, any will do.
+    target = (torch.rand(targets.shape, generator=generator).to(device) + targets.float()).argmax(-1, keepdim=True)
+    query = key.repeat_interleave(groups, 1).gather(2, target.expand(-1, -1, -1, lanes))
+    return problem.changed(query=query * (8.0 / (lanes * (problem.softmax_scale or lanes**-0.5))), key=key, label=label)
+
+
+AIMS: tuple[Callable[[Problem], Problem], ...] = (spread, level, at_one_visible_key, at_one_hidden_key)
+"""Where rows look: other q and k for a problem of any mask and scale."""
+
+
+def _sliced_heads(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat((x, x), 1)[:, : x.shape[1]]
+
+
+def _sliced_tokens(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat((x, x, x), 2)[:, :, x.shape[2] : 2 * x.shape[2]]
+
+
+def _sliced_lanes(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat((x, x), 3)[..., : x.shape[3]]
+
+
+def _offset(x: torch.Tensor) -> torch.Tensor:
+    """One element past an aligned address."""
+    flat = x.new_zeros(x.numel() + 1)
+    flat[1:] = x.flatten()
+    return flat[1:].view(x.shape)
+
+
+def _every_other_lane(x: torch.Tensor) -> torch.Tensor:
+    return torch.stack((x, x), -1).flatten(-2)[..., ::2]
+
+
+Layout = Callable[[torch.Tensor], torch.Tensor]
+
+LAYOUTS: dict[str, Layout] = {
+    "[B, S, H, D] memory": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "[S, B, H, D] memory": lambda x: x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
+    "[B, H, D, S] memory": lambda x: x.mT.contiguous().mT,
+    "sliced heads": _sliced_heads,
+    "sliced tokens": _sliced_tokens,
+    "sliced lanes": _sliced_lanes,
+    "not aligned": _offset,
+    "every other lane": _every_other_lane,
+}
+"""Every way to lay out [B, H, S, D] in memory, as what makes such a copy."""

@@ -1,9 +1,20 @@
 """The checks, by what they look at: :data:`CHECKS` has all of them in the order in which they run."""
 
-from lpattn.testing.checks import edges, features, machinery, masks, memory, numerics, packed, protocol, refusals
+from lpattn.testing.checks import (
+    combinations,
+    edges,
+    features,
+    machinery,
+    masks,
+    memory,
+    numerics,
+    packed,
+    protocol,
+    refusals,
+)
 from lpattn.testing.outcome import CheckFunction, is_check
 
-_MODULES = (protocol, refusals, numerics, edges, masks, memory, features, packed, machinery)
+_MODULES = (protocol, refusals, numerics, edges, masks, combinations, memory, features, packed, machinery)
 
 CHECKS: dict[str, CheckFunction] = {
     name: function

@@ -22,11 +22,12 @@ def fused_rotation(subject: Subject) -> str:
     """rope_attention: half-split and interleaved, all lanes and some, tables per batch entry, own tables for keys."""
     if not subject.capabilities.rope:
         raise NotApplicable("declares no fused rotation")
-    (plain,) = subject.accepted([subject.problem(length=subject.fitting(60))])
+    (plain,) = subject.accepted([subject.problem(length=subject.fitting(60), head_dim=_even_head_dim(subject))])
     generator = torch.Generator().manual_seed(2)
     dim, seen = plain.query.shape[3], 0
     for interleaved in (False, True):
-        for rotary_dim in (dim, dim // 2):
+        # A rotation turns pairs of lanes.
+        for rotary_dim in dict.fromkeys((dim, max(dim // 4 * 2, 2))):
             for own_tables in (False, True):
                 for causal in subject.causal_kinds:
                     # Neither equal halves nor cos^2 + sin^2 = 1: what a kernel assumes of them shows.
@@ -46,7 +47,7 @@ def fused_norm(subject: Subject) -> str:
     """rope_attention with a norm: of q and k or of one of them, with weights and without, each with its own eps."""
     if not (subject.capabilities.rope and subject.capabilities.norm):
         raise NotApplicable("declares no fused norm")
-    (plain,) = subject.accepted([subject.problem(length=subject.fitting(60))])
+    (plain,) = subject.accepted([subject.problem(length=subject.fitting(60), head_dim=_even_head_dim(subject))])
     generator = torch.Generator().manual_seed(3)
     length, dim = plain.query.shape[2:]
     tables = {name: torch.randn(1, length, 1, dim, generator=generator).to(plain.query) for name in ("cos", "sin")}
@@ -59,6 +60,13 @@ def fused_norm(subject: Subject) -> str:
         for norm in norms:
             _require_rotation(subject, plain, tables, interleaved, norm)
     return f"{2 * len(norms)} norms"
+
+
+def _even_head_dim(subject: Subject) -> int:
+    dims = [dim for dim in (subject.head_dim, *subject.head_dims) if dim % 2 == 0]
+    if not dims:
+        raise NotApplicable(f"declares odd head_dims alone, {subject.head_dims}, and a rotation turns pairs of lanes")
+    return dims[0]
 
 
 def _require_rotation(

@@ -12,7 +12,7 @@ import torch
 
 from lpattn.testing.budget import require_close, require_same_quality
 from lpattn.testing.exact import sqnr
-from lpattn.testing.inputs import Problem
+from lpattn.testing.inputs import LAYOUTS, Problem
 from lpattn.testing.outcome import check, require
 from lpattn.testing.subject import Subject
 
@@ -82,6 +82,15 @@ def inputs_are_not_written_to(subject: Subject) -> None:
     for _, mask in subject.masks(subject.sizes(length=subject.fitting(100))):
         masked = subject.problem("biased", length=subject.fitting(100), attn_mask=mask)
         problems += [masked] if not subject.refusal(masked) else []
+    for dtype in subject.dtypes:
+        beside = subject.masked("biased", dtype=dtype, mask_dtype=torch.float32, only=("additive with -inf",))
+        problems += [problem for problem in beside if not subject.refusal(problem)]
+    for plain in _kinds(subject):
+        # What is copied to be contiguous may be written to; what is not copied may not.
+        for label, change in LAYOUTS.items():
+            q, k, v = (change(x) for x in (plain.query, plain.key, plain.value))
+            problem = plain.changed(query=q, key=k, value=v, label=label)
+            problems += [problem] if not subject.refusal(problem) else []
     for problem in problems:
         named = {"query": problem.query, "key": problem.key, "value": problem.value, "attn_mask": problem.attn_mask}
         tensors = {name: x for name, x in named.items() if x is not None}
@@ -99,7 +108,7 @@ def layouts(subject: Subject) -> str:
     seen = 0
     for plain in _kinds(subject):
         expected = subject.run(plain)
-        for label, change in _LAYOUTS.items():
+        for label, change in LAYOUTS.items():
             q, k, v = (change(x) for x in (plain.query, plain.key, plain.value))
             problem = plain.changed(query=q, key=k, value=v, label=label)
             if subject.refusal(problem):
@@ -115,41 +124,6 @@ def layouts(subject: Subject) -> str:
             copied = one.changed(key=one.key.contiguous())
             _same(subject, str(one), subject.run(copied), subject.run(one))
     return f"{seen} layouts"
-
-
-def _sliced_heads(x: torch.Tensor) -> torch.Tensor:
-    return torch.cat((x, x), 1)[:, : x.shape[1]]
-
-
-def _sliced_tokens(x: torch.Tensor) -> torch.Tensor:
-    return torch.cat((x, x, x), 2)[:, :, x.shape[2] : 2 * x.shape[2]]
-
-
-def _sliced_lanes(x: torch.Tensor) -> torch.Tensor:
-    return torch.cat((x, x), 3)[..., : x.shape[3]]
-
-
-def _offset(x: torch.Tensor) -> torch.Tensor:
-    """One element past an aligned address."""
-    flat = x.new_zeros(x.numel() + 1)
-    flat[1:] = x.flatten()
-    return flat[1:].view(x.shape)
-
-
-def _every_other_lane(x: torch.Tensor) -> torch.Tensor:
-    return torch.stack((x, x), -1).flatten(-2)[..., ::2]
-
-
-_LAYOUTS = {
-    "[B, S, H, D] memory": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-    "[S, B, H, D] memory": lambda x: x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
-    "[B, H, D, S] memory": lambda x: x.mT.contiguous().mT,
-    "sliced heads": _sliced_heads,
-    "sliced tokens": _sliced_tokens,
-    "sliced lanes": _sliced_lanes,
-    "not aligned": _offset,
-    "every other lane": _every_other_lane,
-}
 
 
 @check
@@ -216,6 +190,7 @@ def scratch_memory(subject: Subject) -> None:
 def repeated_calls(subject: Subject) -> None:
     """The same call gives the same bits, also after calls of the same and of other shapes with other values."""
     for problem in _kinds(subject):
+        _require_kept(subject, problem)
         first = subject.run(problem)
         again = subject.run(problem)
         require(torch.equal(first, again), f"{problem}: two runs differ, by up to {_largest(first, again):.3g}")
@@ -227,6 +202,19 @@ def repeated_calls(subject: Subject) -> None:
         require(torch.equal(first, after), f"{problem}: another call in between changed the result")
         fresh = subject.run(other.changed(query=other.query.clone()))
         require(torch.equal(subject.run(other), fresh), f"{other}: equal inputs in other memory give another result")
+
+
+def _require_kept(subject: Subject, problem: Problem) -> None:
+    """Hold that a result stays what it is when the next call is made: no buffer of a backend is handed out twice."""
+    other = problem.changed(query=problem.query.flip(2), value=-problem.value)
+    for return_lse in (False, True):
+        if return_lse and (not subject.capabilities.lse or subject.refusal(problem, return_lse=True)):
+            continue
+        found = subject.call(problem, return_lse=True) if return_lse else (subject.call(problem),)
+        copies = [x.clone() for x in found]
+        subject.call(other, return_lse=return_lse)
+        for name, x, copy in zip(("output", "lse"), found, copies, strict=False):
+            require(torch.equal(x, copy), f"{problem}: the next call changes the {name} of this one")
 
 
 def _largest(one: torch.Tensor, other: torch.Tensor) -> float:
