@@ -35,6 +35,9 @@ BACKENDS = (
     "cudnn_fp8",
     "fp8_emulated",
 )
+LONGEST = ("options_combine", "scales_are_exact", "accuracy")
+"""Checks that begin first, each in a process of its own."""
+
 PLUGINS = {"sageattention": "lpattn_sageattention", "cudnn_fp8": "lpattn_cudnn", "fp8_emulated": "lpattn_emulated"}
 
 
@@ -64,11 +67,13 @@ def check_here(name: str, checks: list[str]) -> None:
 
 def check_all(backends: list[str], checks: list[str], end: float, jobs: int) -> Iterator[dict[str, Any]]:
     """The documents of ``lpattn check``, as they end; ``jobs`` processes at a time."""
+    others = [check for check in checks if check not in LONGEST]
     # Checks next to each other are alike, and compile alike: every process gets some of each kind.
-    count = min(len(checks), -(-2 * jobs // len(backends)))
+    count = min(len(others), -(-2 * jobs // len(backends)))
+    shares = [[check] for check in LONGEST if check in checks] + [others[i::count] for i in range(count)]
     threads = ThreadPoolExecutor(jobs)
     try:
-        waiting = [threads.submit(check_share, name, checks[i::count], end) for i in range(count) for name in backends]
+        waiting = [threads.submit(check_share, name, share, end) for share in shares for name in backends]
         for future in as_completed(waiting):
             yield from future.result()
     finally:  # an interrupted run does not wait to write what it found

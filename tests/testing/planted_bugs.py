@@ -534,7 +534,7 @@ class MasksOfTheFirst256Keys(WrongMask):
         return mask
 
 
-@bug("options_combine", "k [2, 1, ")
+@bug("options_combine", "k [2, 2, ")
 class MasksOfKvHeadsInWideGroups(WrongMask):
     def read(self, mask, call):
         group = call.num_heads // call.num_kv_heads
