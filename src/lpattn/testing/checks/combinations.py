@@ -31,8 +31,15 @@ _CAUSAL = "causal"
 _TRIES = 12
 """Combinations that are tried for two values before they count as ones that the backend does not take together."""
 
+_COMPILED = ("dtype", "head_dim", "wider_v", "hadamard", "lse")
+"""Axes for whose values kernels are compiled: as few combinations of these as the pairs of their values need."""
+
 Row = dict[str, int]
-"""One combination: the index of a value, by axis."""
+"""One combination, or the part of it that some axes are: the index of a value, by axis."""
+
+
+Pair = frozenset[tuple[str, int]]
+"""Two values: (axis, index) of each."""
 
 
 @check
@@ -46,7 +53,9 @@ def options_combine(subject: Subject) -> str:
         return not subject.refusal(_problem(subject, options), options["lse"])
 
     seen = 0
-    for row in _covering({axis: len(values) for axis, values in axes.items()}, admitted):
+    parts = {axis: [{axis: index} for index in range(len(values))] for axis, values in axes.items()}
+    kernels = list(_covering([parts.pop(axis) for axis in _COMPILED], lambda _: True))
+    for row in _covering([kernels, *parts.values()], admitted):
         options = _options(axes, row)
         problem = _problem(subject, options)
         out, lse = subject.run_with_lse(problem) if options["lse"] else (subject.run(problem), None)
@@ -117,36 +126,42 @@ def _lse_limit(subject: Subject, problem: Problem, aim: Any) -> float:
     return lse_limit(subject, "normal" if aim in (spread, level) else "sharp")
 
 
-def _covering(axes: Mapping[str, int], admitted: Callable[[Row], bool]) -> Iterator[Row]:
-    """Rows in which every two values of two axes meet at least once, where a row with them is admitted.
+def _covering(groups: Sequence[Sequence[Row]], admitted: Callable[[Row], bool]) -> Iterator[Row]:
+    """Rows in which every two values meet at least once, where a row with them is admitted.
 
-    Greedy: a row begins with two values that have not met yet, and takes of each other axis the value that has not
-    met most of those that the row has.
+    Greedy: a row begins with two values that have not met yet, and takes of each group the part that has most to meet
+    in what the row has so far.
 
     Args:
-        axes: the number of values of each axis.
+        groups: each has the parts of which a row has one; those of a group have the same axes.
         admitted: whether a row can be used.
     """
     chance = random.Random(0)
-    left = {
-        frozenset(((one, i), (other, j))): None
-        for one, other in itertools.combinations(axes, 2)
-        for i, j in itertools.product(range(axes[one]), range(axes[other]))
-    }
+    both = itertools.chain.from_iterable(itertools.product(*two) for two in itertools.combinations(groups, 2))
+    left = dict.fromkeys(pair for one, other in both for pair in _pairs({**one, **other}))
 
-    def unmet(row: Row, axis: str, index: int) -> int:
-        return sum(frozenset((item, (axis, index))) in left for item in row.items())
+    def unmet(row: Row, part: Row) -> int:
+        return sum(pair in left for pair in _pairs({**row, **part}))
 
     while left:
-        pair = next(iter(left))
+        wanted = next(iter(left))
         for _ in range(_TRIES):
-            row = dict(pair)
-            for axis in chance.sample(sorted(set(axes) - set(row)), len(axes) - 2):
-                values = chance.sample(range(axes[axis]), axes[axis])
-                row[axis] = max(values, key=functools.partial(unmet, dict(row), axis))
+            row: Row = {}
+            # Those of the two values come first, so that the others can look at them.
+            for group in sorted(chance.sample(groups, len(groups)), key=functools.partial(_lacks, wanted)):
+                fitting = [part for part in group if all(part.get(axis, i) == i for axis, i in wanted)]
+                row |= max(chance.sample(fitting, len(fitting)), key=functools.partial(unmet, dict(row)))
             if admitted(row):
                 yield row
-                for met in itertools.combinations(row.items(), 2):
-                    left.pop(frozenset(met), None)
+                for pair in _pairs(row):
+                    left.pop(pair, None)
                 break
-        left.pop(pair, None)
+        left.pop(wanted, None)
+
+
+def _lacks(wanted: Pair, group: Sequence[Row]) -> bool:
+    return not any(axis in group[0] for axis, _ in wanted)
+
+
+def _pairs(row: Row) -> Iterator[Pair]:
+    return map(frozenset, itertools.combinations(row.items(), 2))
