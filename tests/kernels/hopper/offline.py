@@ -40,7 +40,8 @@ def compile_kernel(dim: int, asked: set[str]) -> Any:
     constants = {
         "BN": tile.keys, "D": lanes, "STAGES": tile.stages, "CONSUMERS": tile.consumers, "CAUSAL": "causal" in asked,
         "KIND": kind, "PARTS": tile.parts, "LATE": tile.late, "DIM": dim, "LANES": lanes, "SUMS": tile.sums,
-        "ACROSS": tile.across, "AHEAD": kind in tile.ahead, "REGISTERS": tile.registers,
+        "ACROSS": tile.across, "AHEAD": kind in tile.ahead, "EARLY": kind in tile.early,
+        "REGISTERS": tile.registers,
     }  # fmt: skip
     if "lse" not in asked:
         constants |= {"lse": None, "lse_shift": None}

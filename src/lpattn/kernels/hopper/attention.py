@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from lpattn.kernels.hopper.softmax import (
     UNSEEN,
     as_operand,
+    exponentials,
     factor_of,
     hide,
     keep,
@@ -254,7 +255,8 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes,
         pairs = hide(pair_up(s, ROWS, BN), seen - k_tile * BN, ROWS, BN)
         unseen = gl.full([ROWS], UNSEEN, gl.int32, s_rows)
         c, offset, offset_value = refer(row_max(pairs, ROWS, BN // 2, s_rows), c, unseen, KIND, True)
-        codes, sums = to_codes(pairs, offset, c, ROWS, BN, KIND, SUMS)
+        first, second, sums = exponentials(pairs, offset, c, ROWS, BN, KIND, SUMS)
+        codes = to_codes(first, second)
         if not SUMS:
             sums = l_zero
         acc = o_zero
@@ -353,6 +355,7 @@ def _iterate(
     KIND: gl.constexpr = SHAPE[5]
     PARTS: gl.constexpr = SHAPE[6]
     LATE: gl.constexpr = SHAPE[7]
+    EARLY: gl.constexpr = SHAPE[13]
     SUMS: gl.constexpr = SHAPE[10]
     AHEAD: gl.constexpr = SHAPE[12]
     BLOCK_PARTS: gl.constexpr = KEYS // BN
@@ -381,8 +384,10 @@ def _iterate(
             sums = _add(sums, part_sum, factor)
         acc = _add(acc, part, factor * change)
         part, part_sum = _attend_values(p, v_buffer.index(stage), ones, o_zero, l_zero, 1, PARTS, False)
-    if LATE == 0:
-        codes, lanes_sums = to_codes(pairs, offset, c, ROWS, BN, KIND, SUMS)
+    if not LATE:
+        first, second, lanes_sums = exponentials(pairs, offset, c, ROWS, BN, KIND, SUMS)
+        if EARLY:
+            codes = to_codes(first, second)
     if AHEAD:
         # What the step before has read is released as late as here, next to a wait: the compiler has the warps meet in
         # front of either, and once less if these are neighbours. A wait is a branch: without one, ptxas would move the
@@ -398,10 +403,12 @@ def _iterate(
         if not SUMS:
             sums = _add(sums, part_sum, factor)
         acc = _add(acc, part, factor * change)
-    if LATE == 0:
+    if LATE:
+        first, second, lanes_sums = exponentials(pairs, offset, c, ROWS, BN, KIND, SUMS)
+    if EARLY:
         codes = keep(codes)
     else:
-        codes, lanes_sums = to_codes(pairs, offset, c, ROWS, BN, KIND, SUMS)
+        codes = to_codes(first, second)
     if SUMS:
         sums = _add(sums, lanes_sums, next_factor)
     return acc, high, sums, codes, offset, next_value, next_factor, _quotient(v_unit, next_v), next_v, next_k
@@ -413,7 +420,7 @@ def attention(
     heads, kv_heads, q_len, kv_len, q_tiles, tiles,
     BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, CAUSAL: gl.constexpr,
     KIND: gl.constexpr, PARTS: gl.constexpr, LATE: gl.constexpr, DIM: gl.constexpr, LANES: gl.constexpr,
-    SUMS: gl.constexpr, ACROSS: gl.constexpr, AHEAD: gl.constexpr, REGISTERS: gl.constexpr,
+    SUMS: gl.constexpr, ACROSS: gl.constexpr, AHEAD: gl.constexpr, EARLY: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Attention of quantized q, k and v; see :mod:`lpattn.kernels.hopper`.
 
@@ -448,7 +455,7 @@ def attention(
     scales = (q_scale, k_scale, v_scale, v_constant)
     outputs = (out, lse, lse_shift)
     sizes = (heads, kv_heads, q_len, kv_len, q_tiles, tiles)
-    SHAPE: gl.constexpr = (BN, D, STAGES, CONSUMERS, CAUSAL, KIND, PARTS, LATE, DIM, LANES, SUMS, ACROSS, AHEAD)
+    SHAPE: gl.constexpr = (BN, D, STAGES, CONSUMERS, CAUSAL, KIND, PARTS, LATE, DIM, LANES, SUMS, ACROSS, AHEAD, EARLY)
     # The second and third arguments: warps and registers of all but the first.
     if CONSUMERS == 2:
         gl.warp_specialize(

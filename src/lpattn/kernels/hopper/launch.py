@@ -32,6 +32,7 @@ class Tile(NamedTuple):
         mean_registers: per thread, over all warps.
         parts: of head_dim, that P V is done in.
         late: P is computed after the P V of the tile before has ended: fewer registers, less overlap.
+        early: exponentials whose codes are put together before that P V has ended, and moved then.
         sums: the cores add up P; otherwise the tensor cores do.
         ahead: exponentials with which the next tiles are waited for in front of the end of P V, so that it overlaps
             with the row maximum. Where that takes more registers than there are, it is slower.
@@ -45,6 +46,7 @@ class Tile(NamedTuple):
     mean_registers: int
     parts: int
     late: bool
+    early: tuple[int, ...]
     sums: bool
     ahead: tuple[int, ...]
     across: int
@@ -61,6 +63,7 @@ TILES = {
         mean_registers=128,
         parts=1,
         late=True,
+        early=(),
         sums=False,
         ahead=(softmax.LINEAR.value,),
         across=8,
@@ -73,6 +76,7 @@ TILES = {
         mean_registers=168,
         parts=1,
         late=False,
+        early=(softmax.LINEAR.value,),
         sums=False,
         ahead=tuple(EXPONENTIALS.values()),
         across=4,
@@ -85,6 +89,7 @@ TILES = {
         mean_registers=168,
         parts=2,
         late=True,
+        early=(),
         sums=True,
         ahead=(),
         across=4,
@@ -261,6 +266,7 @@ def _plan(
             tile.sums,
             tile.across,
             kind in tile.ahead,
+            kind in tile.early,
             tile.registers,
         ),
         (dtype, adds_constant, aligned, all_keys, return_lse),

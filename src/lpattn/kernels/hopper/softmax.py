@@ -165,8 +165,8 @@ def _over(x, N: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def to_codes(pairs, offset, c, BM: gl.constexpr, BN: gl.constexpr, KIND: gl.constexpr, SUMS: gl.constexpr):
-    """P of a tile in e4m3, and what it adds up to.
+def exponentials(pairs, offset, c, BM: gl.constexpr, BN: gl.constexpr, KIND: gl.constexpr, SUMS: gl.constexpr):
+    """P of a tile in e4m3, each number in 16 bits, which may be where the scores were, and what it adds up to.
 
     Args:
         pairs: scores, int32 [BM, BN / 2].
@@ -174,7 +174,7 @@ def to_codes(pairs, offset, c, BM: gl.constexpr, BN: gl.constexpr, KIND: gl.cons
         c: powers of two per row, such that the logits are S * c.
 
     Returns:
-        (int32 [BM, BN / 4], each the codes of four keys, in the order of a permuted V;
+        (int32 [BM, BN / 4], codes of the first two keys of four in the order of a permuted V; the same of the others;
         with SUMS float32 [BM, 4]: how much each lane that has a part of a row has of the sum of P * 2^-8, as rounded)
     """
     # Of 16 keys, a thread has 2t, 2t+1, 8+2t and 9+2t: four bytes that V's permutation makes neighbours.
@@ -185,22 +185,23 @@ def to_codes(pairs, offset, c, BM: gl.constexpr, BN: gl.constexpr, KIND: gl.cons
     factor = _over(twice, BN // 4, layout)
     offset = _over(offset, BN // 4, layout)
     if SUMS:
-        codes, sums = gl.inline_asm_elementwise(
-            _assembly(KIND, True), "=&r,=r,r,r,r,r", [low, high, factor, offset],
+        low, high, sums = gl.inline_asm_elementwise(
+            _assembly(KIND, True), "=&r,=&r,=r,r,r,r,r", [low, high, factor, offset],
+            dtype=(gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+        return low, high, _sum_up(sums, BM, BN // 4)
+    else:
+        low, high = gl.inline_asm_elementwise(
+            _assembly(KIND, False), "=&r,=r,r,r,r,r", [low, high, factor, offset],
             dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
         )  # fmt: skip
-        return codes, _sum_up(sums, BM, BN // 4)
-    else:
-        codes = gl.inline_asm_elementwise(
-            _assembly(KIND, False), "=r,r,r,r,r", [low, high, factor, offset], dtype=gl.int32, is_pure=True, pack=1
-        )
-        return codes, codes
+        return low, high, low
 
 
 @gluon.constexpr_function
 def _assembly(kind, sums):
-    """PTX for two pairs of scores, a factor and an offset: to four codes, and with ``sums`` to two of their sums."""
-    low, high, factor, offset = (f"${i}" for i in range(1 + sums, 5 + sums))
+    """PTX for two pairs of scores, a factor and an offset: to two pairs of codes, and with ``sums`` to their sums."""
+    low, high, factor, offset = (f"${i}" for i in range(2 + sums, 6 + sums))
     # Numbers of float16, twice: 0x797d is 0.3431 * 2^17, 0xb57d is -0.3431.
     constants = {
         LINEAR.value: {"eight": 0x0008, "start": 0x8080},
@@ -225,10 +226,18 @@ def _assembly(kind, sums):
             # Bit 5, a half, is set in the middle half of an octave: there 3 steps of 64 are taken off.
             lines += [f"and.b32 u, {word}, 0x00200020;", f"fma.rn.f16x2 {word}, u, three, {word};"]
         lines.append(f"fma.rn.relu.f16x2 {word}, {word}, eight, start;")
-    lines.append("prmt.b32 $0, a, b, 0x6420;")
+    lines += ["mov.b32 $0, a;", "mov.b32 $1, b;"]
     if sums:
-        lines += ["shl.b32 a, a, 7;", "shl.b32 b, b, 7;", "add.rn.f16x2 $1, a, b;"]
+        lines += ["shl.b32 a, a, 7;", "shl.b32 b, b, 7;", "add.rn.f16x2 $2, a, b;"]
     return f"{{ {' '.join(lines)} }}"
+
+
+@gluon.jit
+def to_codes(low, high):
+    """Both parts of :func:`exponentials` in one: int32 [BM, BN / 4], each the codes of four keys."""
+    return gl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, 0x6420;", "=r,r,r", [low, high], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
