@@ -97,6 +97,11 @@ def read_rotation(
     for picked in (straight, crossed):
         if picked.sample.unique().numel() != picked.sample.numel():
             raise RefusedError("an element is a sum of more than two products", NOT_A_ROTATION)
+    empty = torch.ones(samples, dtype=torch.bool, device="cpu")
+    empty[terms.sample] = False
+    if bool(empty.any()):
+        b, s, h, d = (int(c[empty][0]) for c in (place.batch, place.row, place.head, place.lane))
+        raise RefusedError(f"lane {d} of row {s}, head {h}, batch {b} is 0, whatever is rotated", NOT_A_ROTATION)
     plain = torch.zeros(samples, dtype=torch.bool, device="cpu")
     plain[straight.sample] = (straight.factor == 1.0) & (straight.leaf < 0)
     plain[crossed.sample] = False
