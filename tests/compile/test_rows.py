@@ -148,6 +148,26 @@ def test_a_write_of_what_is_there_is_none():
     assert fused(with_write(write, False), inputs()).target in FUSED
 
 
+def test_lanes_that_change_places_from_row_to_row():
+    """In the first row and the last one, lanes are paired as RoPE pairs them, and in the row between they are not."""
+
+    def along(x, start, step):
+        """Three elements that lie a step apart in memory."""
+        return x.flatten()[start : start + 2 * step + 1 : step]
+
+    def run(q, k, v, table):
+        own, other = (torch.stack([along(q, start, step) for start in s], -1) for step, s in ((5, (0, 1)), (3, (2, 3))))
+        behind = q[..., 2:] * table - q[..., :2] * table
+        turned = torch.cat(((own * table + other * table)[None, None], behind), -1)
+        both = torch.cat((table, table), -1)
+        k = k * both + torch.cat((-k[..., 2:], k[..., :2]), -1) * both
+        return ops.sdpa(turned, k, v, None, 0.0, False, None, None, REFERENCE)
+
+    torch.manual_seed(0)
+    call = fused(run, (*torch.randn(3, 1, 1, 3, 4), torch.rand(3, 2)))
+    assert call.args[9] == "q: lanes change places from one row to another"
+
+
 def test_rows_of_too_many_kinds():
     """Every row is written to by itself: there is no time to look at all of them."""
 

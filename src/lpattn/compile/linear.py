@@ -247,7 +247,7 @@ class PullBack:
         alpha = float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
         parts = []
         for argument, factor in zip(args_of(node)[:2], (1.0, sign * alpha), strict=True):
-            if not isinstance(argument, fx.Node):
+            if not _is_tensor(argument):
                 raise RefusedError(f"{node.name} adds the number {argument}")
             parts.append(self(argument, self.broadcast(points, node, argument)).scaled(factor))
         return joined(parts)
@@ -262,6 +262,8 @@ class PullBack:
         inner = self.broadcast(points, node, left)
         if (number := constant_of(right)) is not None:
             return self(left, inner).scaled(number)
+        if not _is_tensor(right):
+            raise RefusedError(f"{node.name} multiplies by the number {right}")
         return self._times_leaf(node, left, inner, right, self.broadcast(points, node, right).flat)
 
     def _times_leaf(self, node: fx.Node, left: fx.Node, inner: Points, leaf: fx.Node, at: torch.Tensor) -> Terms:
@@ -380,6 +382,10 @@ def dim_of(node: fx.Node, position: int, default: int | None = None) -> int:
 
 def _first(node: fx.Node) -> fx.Node:
     return args_of(node)[0]
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, fx.Node) and isinstance(value_of(value), torch.Tensor)
 
 
 def _int(value: Any, default: int | None = None) -> int:
