@@ -74,15 +74,19 @@ class Points:
         Raises:
             Cut: in some block, one carries over into the next.
         """
-        first = self.flat[:, :1]
-        steps = (self.flat[:, 1:] - first) // (self.counts - 1).clamp(min=1)
+        spans = (self.counts - 1).clamp(min=1)
+        # In column 0 the first element, in the others what is added from one row to the next.
+        rest = torch.cat((self.flat[:, :1], (self.flat[:, 1:] - self.flat[:, :1]) // spans), 1)
         found = []
         for size in reversed(shape):
-            begin = first % size
-            coordinate = torch.cat((begin, begin + steps % size * (self.counts - 1)), 1)
-            self.part_of(coordinate, [size], periodic=True)
+            coordinate = rest % size
+            coordinate[:, 1:] *= spans
+            last = coordinate.sum(1)
+            coordinate[:, 1:] += coordinate[:, :1]
+            if bool((last >= size).any()):
+                self.part_of(coordinate, [size], periodic=True)
             found.append(coordinate)
-            first, steps = first // size, steps // size
+            rest = rest // size
         return found[::-1]
 
     def part_of(self, coordinate: torch.Tensor, bounds: list[int], periodic: bool = False) -> torch.Tensor:
