@@ -148,6 +148,89 @@ def test_a_write_of_what_is_there_is_none():
     assert fused(with_write(write, False), inputs()).target in FUSED
 
 
+def position(x):
+    return torch.arange(x.shape[2])[:, None]
+
+
+def windows(x):
+    return x.unflatten(2, (10, 30)).transpose(2, 3).flatten(2, 3)
+
+
+# By name: what becomes of q after the rotation, and what the reason must name.
+NEAR = {
+    "index_put": (lambda y, x: y.index_put((torch.tensor([1]), torch.tensor([2])), x[:1, 0]), "index_put"),
+    "masked_fill": (lambda y, x: y.masked_fill(position(y) == 12, 0.0), "where"),
+    "where": (lambda y, x: torch.where(position(y) < 12 + 5, x, y), "where"),
+    "mask": (lambda y, x: y * (position(y) != 40).float(), "multiplies by a second tensor"),
+    "bool_mask": (lambda y, x: y * (position(y) != 40), "multiplies by torch.bool"),
+    "roll": (lambda y, x: y.roll(1, 2), "index"),
+    "flip": (lambda y, x: y.flip(1), "rev"),
+    "scatter": (lambda y, x: y.scatter(2, torch.full((B, H, 1, D), 77), 0.3), "scatter"),
+    "gather": (lambda y, x: y.gather(2, torch.zeros_like(y, dtype=torch.long)), "gather"),
+    "padded": (lambda y, x: torch.nn.functional.pad(y[:, :, 1:], (0, 0, 1, 0)), "constant_pad_nd"),
+    "zeros_first": (lambda y, x: torch.cat((torch.zeros_like(y[:, :, :3]), y[:, :, 3:]), 2), "is 0, whatever"),
+    "last_row": (lambda y, x: torch.cat((y[:, :, :-1], x[:, :, -1:]), 2), "row 299, head 0, batch 0 is not rotated"),
+    "last_head": (lambda y, x: torch.cat((y[:, :-1], -y[:, -1:]), 1), "is not rotated, and in other rows it is"),
+    "one_batch": (lambda y, x: torch.cat((y[:1], 2.0 * y[1:]), 0), "is not rotated, and in other rows it is"),
+    "other_windows": (lambda y, x: windows(y), "other rows or heads"),
+    "heads_swapped": (lambda y, x: y.unflatten(1, (3, 2)).transpose(1, 2).flatten(1, 2), "other rows or heads"),
+    "rows_twice": (lambda y, x: y[:, :, :150].repeat(1, 1, 2, 1), "other rows or heads"),
+    "one_batch_twice": (lambda y, x: y[:1].expand(2, -1, -1, -1), "other rows or heads"),
+    "rows_of_heads": (lambda y, x: y.transpose(1, 2).reshape(B, H, S, D), "other rows or heads"),
+    "one_off": (lambda y, x: torch.cat((y[:, :, :200], y[:, :, 199:-1]), 2), "other rows or heads"),
+}
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_what_becomes_of_a_rotation(name):
+    change, reason = NEAR[name]
+
+    def run(q, k, v, cos, sin):
+        changed = change(rotated(q, cos, sin), q)
+        return ops.sdpa(changed, rotated(k, cos, sin), v, None, 0.0, False, None, None, REFERENCE)
+
+    call = fused(run, inputs())
+    assert call.target is ops.sdpa
+    assert reason in call.args[9]
+
+
+def heads_apart(x, cos, sin):
+    return torch.stack([rotated(x[:, head], cos, sin) for head in range(H)], 1)
+
+
+def frames_apart(x, cos, sin):
+    return torch.cat([rotated(x[:, :, i : i + 60], cos[i : i + 60], sin[i : i + 60]) for i in range(0, S, 60)], 2)
+
+
+def every_third_row_apart(x, cos, sin):
+    out = torch.empty_like(x)
+    for i in range(3):
+        out[:, :, i::3] = rotated(x[:, :, i::3], cos[i::3], sin[i::3])
+    return out
+
+
+def in_windows(x, cos, sin):
+    return windows(rotated(x, cos, sin)).unflatten(2, (30, 10)).transpose(2, 3).flatten(2, 3)
+
+
+def batch_and_heads_in_one(x, cos, sin):
+    return rotated(x.flatten(0, 1), cos, sin).unflatten(0, (B, H))
+
+
+@pytest.mark.parametrize(
+    "rotate", [heads_apart, frames_apart, every_third_row_apart, in_windows, batch_and_heads_in_one]
+)
+def test_rows_that_are_taken_apart_and_put_together(rotate):
+    """Of these, rotated a part at a time, those are fused whose parts all have tables that one table holds."""
+
+    def run(q, k, v, cos, sin):
+        q, k = rotate(q, cos, sin), rotated(k, cos, sin)
+        return ops.sdpa(q, k, v, None, 0.0, False, None, None, REFERENCE)
+
+    call = fused(run, inputs())
+    assert (call.target in FUSED) == (rotate is not every_third_row_apart)
+
+
 def test_lanes_that_change_places_from_row_to_row():
     """In the first row and the last one, lanes are paired as RoPE pairs them, and in the row between they are not."""
 
@@ -220,6 +303,20 @@ def changed(x, name, number):
     part = part.select(dim, 0) if name == "one" else part[(*(slice(None),) * dim, slice(None, None, 1 + number % 3))]
     part.copy_(x.flatten()[: part.numel()].view(part.shape))
     return out
+
+
+VIEWS = ("slice", "step", "transpose", "unflatten", "select")
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.tuples(st.sampled_from(VIEWS), st.integers(0, 10**6)), min_size=2, max_size=6))
+def test_a_write_through_any_view(chain):
+    def write(y, x):
+        for name, number in chain:
+            y = changed(y, name, number)
+        y.mul_(2.0)
+
+    fused(with_write(write, False), inputs())
 
 
 def in_all_rows(blocks, terms, rows, lanes):
