@@ -360,6 +360,11 @@ def swapped_lanes_in_the_write(x, cos, sin):
     return out
 
 
+def turned_by_a_number(x, cos, sin):
+    turned = torch.view_as_complex(complex_numbers(x, cos, sin).unflatten(-1, (-1, 2))) * 1j
+    return torch.view_as_real(turned).flatten(3)
+
+
 def unwritten_lanes(x, cos, sin):
     out = torch.zeros_like(x)
     out[..., 0::2] = x[..., 0::2] * cos[..., 0::2] - x[..., 1::2] * sin[..., 0::2]
@@ -388,6 +393,7 @@ NEAR = {
     "twice_rotated": ((twice_rotated,), None),
     "other_angle": ((other_angle_in_the_write,), None),
     "swapped_lanes": ((swapped_lanes_in_the_write,), None),
+    "turned_by_a_number": ((turned_by_a_number,), "multiplies by the number 1j"),
     "unwritten_lanes": ((unwritten_lanes,), "q: "),
     "other_widths": ((half_split, lambda x, *t: partly(x, *t)), "lanes of k are rotated"),
     "v_repeated_otherwise": (
@@ -439,6 +445,85 @@ def test_what_holds_at_one_length_only(spy, compiled):
         for tensor in inputs:
             torch._dynamo.maybe_mark_dynamic(tensor, 2)
         torch.testing.assert_close(under(*inputs), plain_model(*inputs), rtol=2e-5, atol=2e-5)
+
+
+def rows_from(y, start):
+    y[:, :, :5] = y[:, :, start : start + 5].clone()
+
+
+def at_other_remainders(y):
+    rows_from(y, y.shape[2] % 20)
+
+
+def at_other_quotients(y):
+    rows_from(y, y.shape[2] - y.shape[2] // 20 * 20)
+
+
+def when_longer(y):
+    rows_from(y, torch.sym_max(y.shape[2] - 45, 0))
+
+
+def when_shorter(y):
+    rows_from(y, torch.sym_max(40 - y.shape[2], 0))
+
+
+@pytest.mark.parametrize("write", [at_other_remainders, at_other_quotients, when_longer, when_shorter])
+def test_a_write_that_changes_nothing_at_the_first_length(write, spy, compiled, reasons):
+    def written(x, cos, sin):
+        out = half_split(x, cos, sin).clone()
+        write(out)
+        return out
+
+    plain_model, model = Attention(written, half_split), Attention(written, half_split)
+    lpattn.apply_low_precision_attention(model, "bf16_reference")
+    under = compiled(model)
+    for length in (40, 33, 51):
+        angle = twice(angles(length=length))
+        inputs = (*qkv(length=length), angle.cos(), angle.sin())
+        for tensor in inputs:
+            torch._dynamo.mark_dynamic(tensor, 2)
+        torch.testing.assert_close(under(*inputs), plain_model(*inputs), rtol=2e-5, atol=2e-5)
+    assert len(under.graphs) == 1
+    assert "mixed in" in reasons(model)[""]
+
+
+def test_a_length_in_front_of_bounds_is_fused(spy, compiled, reasons):
+    """The graph holds for lengths up to 30 only, and for even ones: the proof takes no others."""
+
+    def even(x, cos, sin):
+        assert x.shape[2] < 30
+        return half_split(x.unflatten(2, (x.shape[2] // 2, 2)).flatten(2, 3), cos, sin)
+
+    model = Attention(even)
+    lpattn.apply_low_precision_attention(model, "bf16_reference")
+    under = compiled(model)
+    for length in (20, 26):
+        angle = twice(angles(length=length))
+        inputs = (*qkv(length=length), angle.cos(), angle.sin())
+        for tensor in inputs:
+            torch._dynamo.maybe_mark_dynamic(tensor, 2)
+        torch.testing.assert_close(under(*inputs), Attention(even)(*inputs), rtol=2e-5, atol=2e-5)
+    assert len(under.graphs) == 1
+    assert len(spy.fused) == 2
+
+
+@pytest.mark.parametrize("number", [lambda x: x.shape[2] * 0.1, lambda x: x.shape[2]], ids=["float", "int"])
+def test_a_length_as_a_factor(number, attend, spy):
+    scaled = lambda x, cos, sin: half_split(x, cos, sin) * number(x)  # noqa: E731
+    want, got, rope = attend(Attention(scaled, half_split), *qkv(), HALVES.cos(), HALVES.sin(), dynamic=True)
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+    assert "multiplies by " in rope
+
+
+def test_a_symbolic_head_dim_is_named(spy, compiled, reasons):
+    model, inputs = Attention(half_split), (*qkv(), HALVES.cos(), HALVES.sin())
+    want = model(*inputs)
+    lpattn.apply_low_precision_attention(model, "bf16_reference")
+    torch.testing.assert_close(compiled(model, dynamic=True)(*inputs), want, rtol=2e-5, atol=2e-5)
+    (rope,) = reasons(model).values()
+    assert rope.startswith("head_dim is s")
+    assert rope.endswith(", which is no constant of the graph")
+    assert not spy.fused
 
 
 def test_ten_lengths_are_one_graph(spy, compiled):

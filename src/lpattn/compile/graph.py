@@ -109,6 +109,8 @@ def _prove(call: fx.Node, sizes: Sequence[Sizes]) -> _Found:
     if (reason := reason_against(call, sizes[0])) is not None:
         raise RefusedError(reason)
     query, key, value = args_of(call)[:3]
+    if not isinstance(head_dim := value_of(query).shape[3], int):
+        raise RefusedError(f"head_dim is {head_dim}, which is no constant of the graph")
     values = Prover(value, sizes)
     groups = values.repeats()
     q = _rotations("q", Prover(query, sizes), 1)

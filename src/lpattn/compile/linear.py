@@ -6,8 +6,10 @@ a tensor that does not depend on the earlier one (a *leaf*, such as the table of
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,12 +19,11 @@ from lpattn.compile.sizes import Sizes, UnknownSizeError, value_of
 from lpattn.compile.terms import (
     NOT_A_TABLE,
     NOT_FROM_IT,
+    Cut,
     Points,
     RefusedError,
     Terms,
     joined,
-    ravel,
-    unravel,
 )
 
 aten = torch.ops.aten
@@ -56,18 +57,21 @@ class PullBack:
 
         Raises:
             RefusedError: they are no linear form over the source.
+            Cut: they are not the same one in all of a block.
         """
         self._visits += 1
         if self._visits > _MAX_VISITS:
             raise RefusedError("too many operations lie between the projections and the attention")
         if node is self.source:
-            none = torch.full_like(points.flat, -1)
-            return Terms(points.sample, points.flat, torch.ones_like(points.flat, dtype=torch.float64), none, none)
+            none, ones = torch.full_like(points.flat, -1), torch.ones_like(points.sample, dtype=torch.float64)
+            return Terms(points.sample, points.flat, ones, none[:, 0], none)
         if points.flat.numel() == 0 or constant_of(node) == 0:
-            none = points.flat[:0]
-            return Terms(none, none, none.double(), none, none)
+            none, at = points.sample[:0], points.flat[:0]
+            return Terms(none, at, none.double(), none, at)
         if node not in self._dependent:
-            raise RefusedError(f"{node.name} is added, which does not depend on what is rotated", NOT_FROM_IT)
+            raise RefusedError(
+                f"{node.name} is added or written, which does not depend on what is rotated", NOT_FROM_IT
+            )
         rule = _RULES.get(node.target)
         if rule is None:
             raise RefusedError(f"{node.name} ({node.target}) is neither linear nor a view")
@@ -75,6 +79,9 @@ class PullBack:
             return rule(self, node, points)
         except UnknownSizeError as error:
             raise RefusedError(f"{node.name}: {error}") from None
+        except Cut as cut:
+            cut.where = cut.where or node.name
+            raise
 
     def depends(self, value: Any) -> bool:
         """Whether an argument depends on the source."""
@@ -102,40 +109,40 @@ class PullBack:
 
     def expand(self, node: fx.Node, points: Points) -> Terms:
         """A tensor along new dimensions, or along ones of size 1."""
-        return self(_first(node), points.at(self.broadcast(points.flat, node, _first(node))))
+        return self(_first(node), self.broadcast(points, node, _first(node)))
 
-    def broadcast(self, flat: torch.Tensor, node: fx.Node, argument: fx.Node) -> torch.Tensor:
+    def broadcast(self, points: Points, node: fx.Node, argument: fx.Node) -> Points:
         """Where in an argument the elements of a node lie that it is broadcast to."""
         outer, inner = self._sizes.shape(node), self._sizes.shape(argument)
         if outer == inner:
-            return flat
-        kept = unravel(flat, outer)[len(outer) - len(inner) :]
-        return (
-            ravel([c if n != 1 else torch.zeros_like(c) for c, n in zip(kept, inner, strict=True)], inner)
-            if inner
-            else torch.zeros_like(flat)
-        )
+            return points
+        kept = points.unravel(outer)[len(outer) - len(inner) :]
+        found = [c if n != 1 else torch.zeros_like(c) for c, n in zip(kept, inner, strict=True)]
+        return points.moved(found, inner)
 
     def repeat(self, node: fx.Node, points: Points) -> Terms:
         """A tensor several times along its dimensions, as a whole each time."""
-        inner = self._sizes.shape(_first(node))
-        kept = unravel(points.flat, self._sizes.shape(node))[-len(inner) :]
-        return self(_first(node), points.at(ravel([c % n for c, n in zip(kept, inner, strict=True)], inner)))
+        outer, inner = self._sizes.shape(node), self._sizes.shape(_first(node))
+        new = len(outer) - len(inner)
+        kept = zip(points.unravel(outer)[new:], outer[new:], inner, strict=True)
+        # As if each dimension were two, the outer one for how often the tensor has gone before.
+        within = [points.at(coordinate).unravel((several // n, n))[1] for coordinate, several, n in kept]
+        return self(_first(node), points.moved(within, inner))
 
     def permute(self, node: fx.Node, points: Points) -> Terms:
         """Dimensions in another order."""
         shape = self._sizes.shape(_first(node))
         order = [int(d) % len(shape) for d in args_of(node)[1]]
-        coordinates = unravel(points.flat, self._sizes.shape(node))
+        coordinates = points.unravel(self._sizes.shape(node))
         moved = [coordinates[order.index(dim)] for dim in range(len(shape))]
-        return self(_first(node), points.at(ravel(moved, shape)))
+        return self(_first(node), points.moved(moved, shape))
 
     def slice(self, node: fx.Node, points: Points) -> Terms:
         """Every so many places along a dimension."""
         dim, start, _, step = self.range_of(node, _first(node), 1)
-        coordinates = unravel(points.flat, self._sizes.shape(node))
+        coordinates = points.unravel(self._sizes.shape(node))
         coordinates[dim] = coordinates[dim] * step + start
-        return self(_first(node), points.at(ravel(coordinates, self._sizes.shape(_first(node)))))
+        return self(_first(node), points.moved(coordinates, self._sizes.shape(_first(node))))
 
     def range_of(self, node: fx.Node, of: fx.Node, first: int) -> tuple[int, int, int, int]:
         """(dim, start, end, step) of a slice of a tensor, whose arguments begin at a position."""
@@ -157,9 +164,9 @@ class PullBack:
         source = of or _first(node)
         shape = self._sizes.shape(source)
         dim %= len(shape)
-        coordinates = unravel(points.flat, self._sizes.shape(node))
+        coordinates = points.unravel(self._sizes.shape(node))
         coordinates.insert(dim, torch.full_like(points.flat, index % shape[dim]))
-        return self(source, points.at(ravel(coordinates, shape)))
+        return self(source, points.moved(coordinates, shape))
 
     def item(self, node: fx.Node, points: Points) -> Terms:
         """One of the tensors that an operator returned."""
@@ -175,25 +182,23 @@ class PullBack:
         else:
             raise RefusedError(f"{several.name} ({several.target}) is neither linear nor a view")
         dim = dim_of(several, 2, 0) % len(shape)
-        coordinates = unravel(points.flat, self._sizes.shape(node))
+        coordinates = points.unravel(self._sizes.shape(node))
         coordinates[dim] = coordinates[dim] + start
-        return self(source, points.at(ravel(coordinates, shape)))
+        return self(source, points.moved(coordinates, shape))
 
     def cat(self, node: fx.Node, points: Points) -> Terms:
         """Tensors one after another."""
         shape = self._sizes.shape(node)
         dim = dim_of(node, 1, 0) % len(shape)
-        coordinates = unravel(points.flat, shape)
-        place, start, parts = coordinates[dim], 0, []
-        for part in args_of(node)[0]:
-            inner = self._sizes.shape(part)
-            if len(inner) != len(shape):
-                continue  # an empty tensor of one dimension, which cat leaves out
-            mask = (place >= start) & (place < start + inner[dim])
-            if bool(mask.any()):
-                moved = [*coordinates[:dim], place - start, *coordinates[dim + 1 :]]
-                parts.append(self(part, points.where(mask, ravel(moved, inner))))
-            start += inner[dim]
+        coordinates = points.unravel(shape)
+        # An empty tensor of one dimension is left out of a cat of others.
+        inputs = [part for part in args_of(node)[0] if len(self._sizes.shape(part)) == len(shape)]
+        ends = list(itertools.accumulate(self._sizes.shape(part)[dim] for part in inputs))
+        place, of = coordinates[dim], points.part_of(coordinates[dim], ends)
+        parts = []
+        for number, (part, start) in enumerate(zip(inputs, [0, *ends[:-1]], strict=True)):
+            moved = points.moved([*coordinates[:dim], place - start, *coordinates[dim + 1 :]], self._sizes.shape(part))
+            parts.append(self(part, moved.only(of == number)))
         return joined(parts)
 
     def slice_scatter(self, node: fx.Node, points: Points) -> Terms:
@@ -201,36 +206,36 @@ class PullBack:
         base, patch = _first(node), args_of(node)[1]
         shape = self._sizes.shape(base)
         dim, start, end, step = self.range_of(node, base, 2)
-        coordinates = unravel(points.flat, shape)
-        place = coordinates[dim]
-        inside = (place >= start) & (place < end) & ((place - start) % step == 0)
-        moved = [*coordinates[:dim], (place - start) // step, *coordinates[dim + 1 :]]
-        return self._patched(base, patch, points, inside, ravel(moved, self._sizes.shape(patch)))
+        coordinates = points.unravel(shape)
+        place = coordinates[dim] - start
+        inside = points.part_of(place, [0, max(end - start, 0)]) == 1
+        of_step = points.only(inside).at(place[inside])
+        nth = of_step.unravel((-(shape[dim] // -step), step))[1]
+        inside[inside.clone()] = of_step.part_of(nth, [1]) == 0
+        moved = [*coordinates[:dim], place // step, *coordinates[dim + 1 :]]
+        return self._patched(base, patch, points, inside, moved)
 
     def select_scatter(self, node: fx.Node, points: Points) -> Terms:
         """A tensor with one place along a dimension replaced."""
         base, patch = _first(node), args_of(node)[1]
         shape = self._sizes.shape(base)
         dim = _int(args_of(node)[2]) % len(shape)
-        coordinates = unravel(points.flat, shape)
-        inside = coordinates[dim] == self._sizes(args_of(node)[3]) % shape[dim]
-        moved = [*coordinates[:dim], *coordinates[dim + 1 :]]
-        return self._patched(base, patch, points, inside, ravel(moved, self._sizes.shape(patch)))
+        coordinates = points.unravel(shape)
+        index = self._sizes(args_of(node)[3]) % shape[dim]
+        inside = points.part_of(coordinates[dim], [index, index + 1]) == 1
+        return self._patched(base, patch, points, inside, [*coordinates[:dim], *coordinates[dim + 1 :]])
 
     def _patched(
-        self, base: fx.Node, patch: fx.Node, points: Points, inside: torch.Tensor, flat: torch.Tensor
+        self, base: fx.Node, patch: fx.Node, points: Points, inside: torch.Tensor, moved: list[torch.Tensor]
     ) -> Terms:
-        parts = []
-        if bool(inside.any()):
-            parts.append(self(patch, points.where(inside, flat)))
-        if not bool(inside.all()):
-            parts.append(self(base, points.where(~inside, points.flat)))
-        return joined(parts)
+        """A tensor with a patch over it. ``moved``: coordinates in the patch, of what lies inside."""
+        under = points.moved(moved, self._sizes.shape(patch)).only(inside)
+        return joined([self(patch, under), self(base, points.only(~inside))])
 
     def copy(self, node: fx.Node, points: Points) -> Terms:
         """What is written over all of a tensor."""
         written = args_of(node)[1]
-        return self(written, points.at(self.broadcast(points.flat, node, written)))
+        return self(written, self.broadcast(points, node, written))
 
     def negate(self, node: fx.Node, points: Points) -> Terms:
         """Elements times -1."""
@@ -242,9 +247,9 @@ class PullBack:
         alpha = float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
         parts = []
         for argument, factor in zip(args_of(node)[:2], (1.0, sign * alpha), strict=True):
-            if not isinstance(argument, fx.Node):
+            if not _is_tensor(argument):
                 raise RefusedError(f"{node.name} adds the number {argument}")
-            parts.append(self(argument, points.at(self.broadcast(points.flat, node, argument))).scaled(factor))
+            parts.append(self(argument, self.broadcast(points, node, argument)).scaled(factor))
         return joined(parts)
 
     def multiply(self, node: fx.Node, points: Points) -> Terms:
@@ -254,10 +259,12 @@ class PullBack:
             left, right = right, left
         if self.depends(right):
             raise RefusedError(f"{node.name} multiplies two tensors that both depend on what is rotated")
-        inner = points.at(self.broadcast(points.flat, node, left))
+        inner = self.broadcast(points, node, left)
         if (number := constant_of(right)) is not None:
             return self(left, inner).scaled(number)
-        return self._times_leaf(node, left, inner, right, self.broadcast(points.flat, node, right))
+        if not _is_tensor(right):
+            raise RefusedError(f"{node.name} multiplies by the number {right}")
+        return self._times_leaf(node, left, inner, right, self.broadcast(points, node, right).flat)
 
     def _times_leaf(self, node: fx.Node, left: fx.Node, inner: Points, leaf: fx.Node, at: torch.Tensor) -> Terms:
         dtype = value_of(leaf).dtype
@@ -265,7 +272,7 @@ class PullBack:
             # (a + bi)(c + di) = (ac - bd) + (bc + ad)i: the part itself with c, the other part with d.
             if inner.part is None:
                 raise RefusedError(f"{node.name} multiplies real by complex numbers")
-            other = Points(inner.sample, inner.flat, 1 - inner.part)
+            other = replace(inner, part=1 - inner.part)
             turned = self(left, other)
             # Samples are unique here: each element of a tensor is asked for once.
             sign = torch.zeros(int(inner.sample.max()) + 1, dtype=torch.float64, device="cpu")
@@ -280,7 +287,7 @@ class PullBack:
     def _with_leaf(self, node: fx.Node, terms: Terms, sample: torch.Tensor, leaf: fx.Node, at: torch.Tensor) -> Terms:
         if bool((terms.leaf >= 0).any()):
             raise RefusedError(f"{node.name} multiplies by a second tensor", NOT_A_TABLE)
-        place = torch.zeros(int(sample.max()) + 1, dtype=torch.int64, device="cpu")
+        place = at.new_zeros(int(sample.max()) + 1, at.shape[1])
         place[sample] = at
         number = torch.full_like(terms.leaf, self.number_of(leaf))
         return Terms(terms.sample, terms.index, terms.factor, number, place[terms.sample])
@@ -293,16 +300,18 @@ class PullBack:
             raise RefusedError(f"{node.name} divides by a tensor")
         if node.kwargs.get("rounding_mode") is not None or number == 0:
             raise RefusedError(f"{node.name} is no linear division")
-        return self(left, points.at(self.broadcast(points.flat, node, left))).scaled(1.0 / number)
+        return self(left, self.broadcast(points, node, left)).scaled(1.0 / number)
 
     def view_as_complex(self, node: fx.Node, points: Points) -> Terms:
         """Pairs of numbers as complex ones."""
         assert points.part is not None
-        return self(_first(node), Points(points.sample, points.flat * 2 + points.part))
+        return self(_first(node), replace(points, flat=points.flat * 2 + points.part[:, None], part=None))
 
     def view_as_real(self, node: fx.Node, points: Points) -> Terms:
         """Complex numbers as pairs."""
-        return self(_first(node), Points(points.sample, points.flat // 2, points.flat % 2))
+        shape = self._sizes.shape(_first(node))
+        *number, part = points.unravel((*shape, 2))
+        return self(_first(node), replace(points.moved(number, shape), part=points.part_of(part, [1])))
 
 
 Rule = Callable[[PullBack, fx.Node, Points], Terms]
@@ -373,6 +382,10 @@ def dim_of(node: fx.Node, position: int, default: int | None = None) -> int:
 
 def _first(node: fx.Node) -> fx.Node:
     return args_of(node)[0]
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, fx.Node) and isinstance(value_of(value), torch.Tensor)
 
 
 def _int(value: Any, default: int | None = None) -> int:

@@ -2,7 +2,7 @@
 
 A norm is a product: of the tensor before it, of one number per row, and of a weight per lane. The number is read off
 the graph as one over the root of a mean of squares plus a constant. That it is of the very row that it scales, and that
-the weight is the same for all tokens and heads, is shown by where sampled elements come from, as for rotations.
+the weight is the same for all tokens and heads, is shown by where elements come from, as for rotations.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from lpattn.compile.blocks import Block, Partition, block_of, elements
 from lpattn.compile.linear import PullBack, args_of, constant_of, is_transparent, is_view
-from lpattn.compile.proof import constants_of, dependents, rows_to_look_at
+from lpattn.compile.proof import dependents
 from lpattn.compile.rotation import Rotation, read_order
 from lpattn.compile.sizes import Sizes, value_of
 from lpattn.compile.tables import Extent, Place
-from lpattn.compile.terms import Points, RefusedError, ravel
+from lpattn.compile.terms import Points, RefusedError, ravel, unravel
 
 aten = torch.ops.aten
 
@@ -239,7 +240,7 @@ def _scale(step: _Step) -> _Scale:
 def _check(
     operand: fx.Node, rotation: Rotation, steps: Sequence[_Step], scale: _Scale, source: fx.Node, sizes: Sizes
 ) -> tuple[int, ...]:
-    """Follow sampled elements of what is rotated: the order of [B, S, H, D] in the source.
+    """Follow the elements of what is rotated: the order of [B, S, H, D] in the source.
 
     Raises:
         RefusedError: some element is scaled by another row's number, or by another lane's weight.
@@ -251,51 +252,55 @@ def _check(
     for node in (rotation.source, source):
         if torch.Size(sizes.shape(node)).numel() != batch * heads * rows * dim:
             raise RefusedError(f"{source.name} is not all of what is normalized")
-    constants = constants_of(dependents(rotation.source, source), sizes)
-    triples = rows_to_look_at(batch, heads, rows, 1, constants)
-    lanes = torch.arange(dim, device="cpu").repeat(len(triples))
-    b, h, s = (c.repeat_interleave(dim) for c in torch.tensor(triples, device="cpu").unbind(1))
-    place = Place(b, s, h, lanes)
-    extents, coordinates = (batch, rows, heads, dim), (b, s, h, lanes)
-    at = ravel([coordinates[o] for o in rotation.order], tuple(extents[o] for o in rotation.order))
 
-    node, of_row = rotation.source, None
-    for step in steps:
-        at = _followed(node, step.node, at, sizes)
-        of_factor = PullBack(step.node, set(), sizes).broadcast(at, step.node, step.factor)
-        if step is steps[-1]:
-            of_row = of_factor
-        elif torch.Size(sizes.shape(step.factor)).numel() != dim or not torch.equal(of_factor, lanes):
-            raise RefusedError(f"{step.factor.name}, by which {step.node.name} multiplies, is no weight of a lane")
-        at, node = PullBack(step.node, set(), sizes).broadcast(at, step.node, step.carrier), step.carrier
-    at = _followed(node, source, at, sizes)
+    def checked(blocks: list[Block]) -> tuple[int, ...]:
+        row, lanes, counts = elements(blocks, dim)
+        b, h, s = unravel(row, (batch, heads, rows))
+        extents, coordinates = (batch, rows, heads, dim), (b, s, h, lanes)
+        at = ravel([coordinates[o] for o in rotation.order], tuple(extents[o] for o in rotation.order))
+        points = Points(torch.arange(len(row), device="cpu"), at, counts)
 
-    assert of_row is not None
-    for number, (begin, end) in enumerate(scale.hops):
-        if number and sizes.shape(scale.hops[number - 1][1]) != sizes.shape(begin):
-            raise RefusedError(f"{begin.name} is broadcast under the root")
-        of_row = _followed(begin, end, of_row, sizes)
-    squared = _followed(scale.averaged, scale.square, of_row * dim + lanes, sizes)
-    squared = _followed(scale.squared, source, squared, sizes)
-    if not torch.equal(squared, at):
-        raise RefusedError(f"{steps[-1].node.name} scales a row by the root mean square of another one")
-    itself = PullBack(source, set(), sizes)(source, Points(torch.arange(at.numel(), device="cpu"), at))
-    order, lane = read_order(itself, place, Extent(batch, rows, heads, dim), place.head)
-    if not torch.equal(lane, lanes):
-        raise RefusedError(f"lanes change places between {source.name} and the rotation")
-    return order
+        node, of_row = rotation.source, None
+        for step in steps:
+            points = _followed(node, step.node, points, sizes)
+            of_factor = PullBack(step.node, set(), sizes).broadcast(points, step.node, step.factor)
+            if step is steps[-1]:
+                of_row = of_factor
+            elif torch.Size(sizes.shape(step.factor)).numel() != dim or not torch.equal(of_factor.flat, lanes):
+                raise RefusedError(f"{step.factor.name}, by which {step.node.name} multiplies, is no weight of a lane")
+            points, node = PullBack(step.node, set(), sizes).broadcast(points, step.node, step.carrier), step.carrier
+        points = _followed(node, source, points, sizes)
+
+        assert of_row is not None
+        for number, (begin, end) in enumerate(scale.hops):
+            if number and sizes.shape(scale.hops[number - 1][1]) != sizes.shape(begin):
+                raise RefusedError(f"{begin.name} is broadcast under the root")
+            of_row = _followed(begin, end, of_row, sizes)
+        squared = _followed(scale.averaged, scale.square, of_row.at(of_row.flat * dim + lanes), sizes)
+        squared = _followed(scale.squared, source, squared, sizes)
+        if not torch.equal(squared.flat, points.flat):
+            raise RefusedError(f"{steps[-1].node.name} scales a row by the root mean square of another one")
+        itself = PullBack(source, set(), sizes)(source, points).at_corners()
+        place = Place(*(c.flatten() for c in (b, s, h, lanes)))
+        order, lane = read_order(itself, place, Extent(batch, rows, heads, dim), place.head)
+        if not torch.equal(lane, place.lane):
+            raise RefusedError(f"lanes change places between {source.name} and the rotation")
+        return order
+
+    whole = block_of(0, [(batch, heads * rows), (heads, rows), (rows, 1)])
+    return Partition(whole, dim).prove(checked)
 
 
-def _followed(begin: fx.Node, end: fx.Node, at: torch.Tensor, sizes: Sizes) -> torch.Tensor:
-    """Where in an earlier node elements of a view of it are; flat indices."""
+def _followed(begin: fx.Node, end: fx.Node, points: Points, sizes: Sizes) -> Points:
+    """Where in an earlier node elements of a view of it are."""
     if begin is end:
-        return at
+        return points
     try:
-        terms = PullBack(end, dependents(begin, end), sizes)(begin, Points(torch.arange(at.numel(), device="cpu"), at))
+        terms = PullBack(end, dependents(begin, end), sizes)(begin, points)
     except RefusedError as refused:
         raise RefusedError(f"{begin.name} is no view of {end.name}") from refused
     order = terms.sample.argsort()
-    same = torch.equal(terms.sample[order], torch.arange(at.numel(), device="cpu"))
+    same = torch.equal(terms.sample[order], points.sample)
     if not same or bool((terms.factor != 1.0).any()) or bool((terms.leaf >= 0).any()):
         raise RefusedError(f"{begin.name} is no view of {end.name}")
-    return terms.index[order]
+    return points.at(terms.index[order])

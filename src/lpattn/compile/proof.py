@@ -1,30 +1,28 @@
 """Proves that an operand of attention is a rotation of an earlier tensor, or says what stands in the way.
 
-Sampled elements of the operand are pulled back to linear forms over each earlier tensor that could be the one before
-rotation. It is one if every element is a sum of at most two elements of its own row and head, the partners pair up as
-half-split or interleaved RoPE has them, and the coefficients are tables. All lanes of the sampled rows are looked at.
-The rows are the corners, those around every constant of the graph in between, and random ones.
+Elements of the operand are pulled back to linear forms over each earlier tensor that could be the one before rotation.
+It is one if every element is a sum of at most two elements of its own row and head, the partners pair up as half-split
+or interleaved RoPE has them, and the coefficients are tables. All lanes are looked at, and as many rows as stand for
+all others (see ``blocks``).
 """
 
 from __future__ import annotations
 
 import itertools
-import random
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
+from lpattn.compile.blocks import Block, Partition, block_of, elements
 from lpattn.compile.linear import PullBack, args_of, dim_of, is_transparent
 from lpattn.compile.rotation import BATCH, HEAD, LANE, ROW, Rotation, read_order, read_rotation
 from lpattn.compile.sizes import Sizes, UnknownSizeError, value_of
 from lpattn.compile.tables import Extent, Place
-from lpattn.compile.terms import NOT_A_ROTATION, Points, RefusedError, ravel
+from lpattn.compile.terms import NOT_A_ROTATION, Points, RefusedError, unravel
 
-_RANDOM_ROWS = 12
-_MAX_ROWS = 96
 _MAX_ANCESTORS = 120
 
 
@@ -57,6 +55,7 @@ class Prover:
         self.heads = self._shapes[0][1]
         whole = tuple(shape[2] for shape in self._shapes)
         self.whole = Stretch(operand, tuple(0 for _ in whole), whole)
+        self._partitions: dict[tuple[Stretch, int, int], Partition] = {}
 
     def rotations(self, groups: int) -> list[Rotation]:
         """The operand as rotations of tensors that are concatenated along rows; one where nothing is concatenated.
@@ -160,17 +159,34 @@ class Prover:
         if 0 in (batch, heads, rows, dim):
             raise RefusedError("the operand is empty")
         extent = Extent(batch, rows, heads // groups, dim)
-        triples = rows_to_look_at(batch, heads, rows, groups, constants_of(dependent, sizes))
-        lanes = torch.arange(dim, device="cpu").repeat(len(triples))
-        b, h, s = (c.repeat_interleave(dim) for c in torch.tensor(triples, device="cpu").unbind(1))
-        flat = ravel([b, h, s + start, lanes], (batch, heads, length, dim))
-        pull = PullBack(source, dependent, sizes)
-        terms = pull(self.operand, Points(torch.arange(flat.numel(), device="cpu"), flat))
-        place = Place(b, s, h // groups, lanes)
-        order, lane = read_order(terms, place, extent, h % extent.heads)
-        return read_rotation(
-            Rotation(source, order, groups), terms, place, lane, extent, flat.numel(), pull.leaves, sizes
-        )
+
+        def fitted(blocks: list[Block]) -> Rotation:
+            row, lanes, counts = elements(blocks, dim)
+            pull = PullBack(source, dependent, sizes)
+            samples = Points(torch.arange(len(row), device="cpu"), row * dim + lanes, counts)
+            terms = pull(self.operand, samples).at_corners()
+            b, h, s = unravel(row.flatten(), (batch, heads, length))
+            place = Place(b, s - start, h // groups, lanes.flatten())
+            order, lane = read_order(terms, place, extent, h % extent.heads)
+            in_row = lane.reshape(-1, row.shape[1])
+            if bool((in_row != in_row[:, :1]).any()):
+                raise RefusedError("lanes change places from one row to another", NOT_A_ROTATION)
+            return read_rotation(
+                Rotation(source, order, groups), terms, place, lane, extent, row.numel(), pull.leaves, sizes
+            )
+
+        return self._partition(stretch, groups, number).prove(fitted)
+
+    def _partition(self, stretch: Stretch, groups: int, number: int) -> Partition:
+        """The blocks that earlier candidates had to be looked at in: most are on the way to the next."""
+        key = (stretch, groups, number)
+        if key not in self._partitions:
+            batch, heads, length, dim = self._shapes[number]
+            # Rows are numbered along [B, H, S] of the operand, which may hold more of them than the stretch.
+            repeated = (heads // groups, groups * length), (groups, length)
+            axes = [(batch, heads * length), *repeated, (stretch.rows[number], 1)]
+            self._partitions[key] = Partition(block_of(stretch.start[number], axes), dim)
+        return self._partitions[key]
 
     def _stretches(self) -> list[Stretch]:
         """The inputs of the nearest concatenation along rows that the operand is a view of; empty if there is none."""
@@ -235,55 +251,3 @@ def dependents(node: fx.Node, source: fx.Node) -> set[fx.Node]:
             found[current] = any(found[argument] for argument in inputs)
             stack.pop()
     return {current for current, depends in found.items() if depends and current is not source}
-
-
-def constants_of(dependent: Iterable[fx.Node], sizes: Sizes) -> list[int]:
-    """Whole numbers at which what the graph computes may change from one row to the next."""
-    found: set[int] = set()
-    for node in dependent:
-        for argument in args_of(node):
-            for value in argument if isinstance(argument, (list, tuple)) else [argument]:
-                if isinstance(value, int) or (
-                    isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.SymInt)
-                ):
-                    try:
-                        found.add(sizes(value))
-                    except UnknownSizeError:
-                        continue
-        if node.target is torch.ops.aten.cat.default:
-            at = 0
-            for part in args_of(node)[0]:
-                shape = sizes.shape(part)
-                at += shape[dim_of(node, 1, 0) % len(shape)] if shape else 0
-                found.add(at)
-    return sorted(found)
-
-
-def rows_to_look_at(
-    batch: int, heads: int, rows: int, groups: int, constants: Sequence[int]
-) -> list[tuple[int, int, int]]:
-    """(b, h, s) to look at: corners, neighbours of constants, and others at random, always the same ones.
-
-    A write to some tokens of some heads begins at a constant of each axis, so that its first row is among them.
-    """
-    if batch * heads * rows <= _MAX_ROWS:
-        return list(itertools.product(range(batch), range(heads), range(rows)))
-
-    def at_constants(size: int, around: Sequence[int] = (0,), more: Sequence[int] = (0,)) -> list[int]:
-        wanted = [c + d for constant in constants for c in (constant, size + constant) for d in around]
-        return sorted({value for value in (*wanted, *more) if 0 <= value < size})
-
-    def near(size: int) -> list[int]:
-        return at_constants(size, (-1, 0, 1), (0, 1, size - 1, size - 2, size // 2))
-
-    shuffled = random.Random(0)
-    last = (batch - 1, heads - 1, rows - 1)
-    found = {(b, h, s) for b in {0, last[0]} for h in {0, last[1]} for s in {0, last[2]}}
-    found |= {(0, min(groups, heads - 1), 0), (0, heads - 1, min(1, rows - 1)), (min(1, batch - 1), 0, 0)}
-    found |= {(b, shuffled.randrange(heads), shuffled.randrange(rows)) for b in near(batch)[:8]}
-    found |= {(shuffled.randrange(batch), h, shuffled.randrange(rows)) for h in near(heads)[:24]}
-    found |= {(shuffled.randrange(batch), shuffled.randrange(heads), s) for s in near(rows)[:40]}
-    found |= set(itertools.product(at_constants(batch), at_constants(heads), at_constants(rows)))
-    for _ in range(_RANDOM_ROWS):
-        found.add((shuffled.randrange(batch), shuffled.randrange(heads), shuffled.randrange(rows)))
-    return sorted(found)

@@ -97,6 +97,10 @@ def read_rotation(
     for picked in (straight, crossed):
         if picked.sample.unique().numel() != picked.sample.numel():
             raise RefusedError("an element is a sum of more than two products", NOT_A_ROTATION)
+    empty = torch.ones(samples, dtype=torch.bool, device="cpu")
+    empty[terms.sample] = False
+    if bool(empty.any()):
+        raise RefusedError(f"{_first(place, empty)} is 0, whatever is rotated", NOT_A_ROTATION)
     plain = torch.zeros(samples, dtype=torch.bool, device="cpu")
     plain[straight.sample] = (straight.factor == 1.0) & (straight.leaf < 0)
     plain[crossed.sample] = False
@@ -106,6 +110,9 @@ def read_rotation(
     rotary_dim = int(place.lane[rotated].max()) + 1
     if not torch.equal(rotated, place.lane < rotary_dim):
         first = int(place.lane[plain].min())
+        if bool((place.lane[rotated] == first).any()):
+            where = _first(place, plain & (place.lane == first))
+            raise RefusedError(f"{where} is not rotated, and in other rows it is", NOT_A_ROTATION)
         raise RefusedError(f"lane {first} is not rotated, lane {rotary_dim - 1} is", NOT_A_ROTATION)
     if rotary_dim % 2:
         raise RefusedError(f"an odd number of lanes is rotated: {rotary_dim}", NOT_A_ROTATION)
@@ -140,6 +147,12 @@ def read_rotation(
         cos=tables[0],
         sin=tables[1],
     )
+
+
+def _first(place: Place, mask: torch.Tensor) -> str:
+    """Where the first of some samples lies, in words."""
+    batch, head, row, lane = (int(c[mask][0]) for c in (place.batch, place.head, place.row, place.lane))
+    return f"lane {lane} of row {row}, head {head}, batch {batch}"
 
 
 def _pick(terms: Terms, mask: torch.Tensor) -> Terms:

@@ -9,8 +9,8 @@ import sympy
 import torch
 from torch import fx
 
-_FACTORS = (2, 3, 5, 7, 11, 13)
-"""What the second assignment multiplies sizes by: another one for each symbol, so that none stay equal by chance."""
+_PRIMES = ((101, 2), (103, 3), (107, 5), (109, 7), (113, 11), (127, 13))
+"""What other assignments are made with: other ones for each symbol, so that no two sizes stay equal by chance."""
 
 
 class UnknownSizeError(Exception):
@@ -57,9 +57,11 @@ def value_of(node: fx.Node) -> Any:
 def assignments(nodes: Iterable[fx.Node]) -> list[Sizes]:
     """The sizes that a graph was traced with, and other ones where sizes are symbolic.
 
-    What holds at both does not hold because two sizes happen to be equal.
+    What holds at all of them does not hold because two sizes happen to be equal, or a length to be short, or long, or a
+    multiple of something. All keep the graph's guards: at other sizes it never runs.
     """
     hints: dict[Any, int] = {}
+    environment: Any = None
     for node in nodes:
         value = node.meta.get("val")
         sizes = value.shape if isinstance(value, torch.Tensor) else [value]
@@ -73,7 +75,21 @@ def assignments(nodes: Iterable[fx.Node]) -> list[Sizes]:
                         hints[symbol] = int(hint(symbol))
     if not hints:
         return [Sizes({})]
-    # Multiples: guards on divisibility hold for them too.
-    ordered = sorted(hints, key=str)
-    larger = {symbol: hints[symbol] * _FACTORS[i % len(_FACTORS)] for i, symbol in enumerate(ordered)}
-    return [Sizes(hints), Sizes(larger)]
+    long, short = dict(hints), dict(hints)
+    for number, symbol in enumerate(sorted(hints, key=str)):
+        large, small = _PRIMES[number % len(_PRIMES)]
+        hint, least = hints[symbol], max(0, environment.var_to_range[symbol].lower)
+        # Multiples and parts where the graph asks for such, and what is near where it has bounds.
+        above = (hint * large + 1, hint * large, hint * small, hint + small)
+        below = (least + number, hint // 8, hint // 4, hint // 2, hint * 3 // 4, hint * 7 // 8, hint - small)
+        for values, tried in ((long, (*above, *below)), (short, (*below, *above))):
+            allowed = (value for value in tried if _is_allowed(environment, {**values, symbol: value}))
+            values[symbol] = next(allowed, hint)
+    return [Sizes(hints), Sizes(long), Sizes(short)]
+
+
+def _is_allowed(environment: Any, values: Mapping[Any, int]) -> bool:
+    """Whether a graph that was traced in an environment of shapes may run at some sizes."""
+    numbers = {symbol: sympy.Integer(value) for symbol, value in values.items()}
+    inside = all(number in environment.var_to_range[symbol] for symbol, number in numbers.items())
+    return inside and not any(guard.expr.xreplace(numbers) == sympy.false for guard in environment.guards)
