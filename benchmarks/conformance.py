@@ -83,11 +83,13 @@ def check_all(backends: list[str], checks: list[str], end: float, jobs: int) -> 
 def check_share(name: str, checks: list[str], end: float) -> list[dict[str, Any]]:
     """A document for each check; a failure where the process says something else, or nothing in time."""
     found: list[dict[str, Any]] = []
+    # Processes whose threads want all cores each take several times as long.
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
     while left := checks[len(found) :]:
         seconds = max(end - time.monotonic(), 0.0)
         command = [sys.executable, __file__, "--one", name, "--only", ",".join(left)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds, env=alone)
             said, detail = done.stdout, (done.stderr or done.stdout)[-2000:]
         except subprocess.TimeoutExpired as ended:
             # What was said until then is bytes even where text was asked for.

@@ -39,7 +39,7 @@ def compile_kernel(dim: int, asked: set[str]) -> Any:
     kind = next(kind for name, kind in EXPONENTIALS.items() if name in asked)
     constants = {
         "BN": tile.keys, "D": lanes, "STAGES": tile.stages, "CONSUMERS": tile.consumers, "CAUSAL": "causal" in asked,
-        "KIND": kind, "PARTS": tile.parts, "LATE": tile.late, "DIM": dim, "LANES": lanes, "SUMS": tile.sums,
+        "KIND": kind, "PARTS": tile.parts, "LATE": tile.late, "DIM": dim, "LANES": lanes,
         "ACROSS": tile.across, "AHEAD": kind in tile.ahead, "EARLY": kind in tile.early,
         "REGISTERS": tile.registers,
     }  # fmt: skip

@@ -6,7 +6,7 @@ S = Q K^T of one tile together with the P V of the tile before, and computes P f
 
 Every tile's P V goes into an accumulator of its own and is added in float32: the tensor cores' own accumulation is
 coarser, and would lose a V with a mean. The row sum counts what P V consumes: it is a product of P, as it was rounded,
-with a tile of ones, or, where that is faster, the cores add up what the codes of P stand for.
+with a tile of ones.
 """
 
 from __future__ import annotations
@@ -155,29 +155,17 @@ def _produce(descriptors, buffers, barriers, counts, sizes, SHAPE: gl.constexpr)
 
 
 @gluon.jit
-def _attend_values(
-    p, values, ones, zero, zero_sum, PART: gl.constexpr, PARTS: gl.constexpr, ONES: gl.constexpr
-):  # fmt: skip
-    """Start P V, of a part of head_dim, and with ONES P times ones."""
+def _attend_values(p, values, ones, zero, zero_sum, PART: gl.constexpr, PARTS: gl.constexpr):
+    """Start P V, of a part of head_dim, and with the first part P times ones."""
     WIDTH: gl.constexpr = zero.shape[1]
     if PARTS > 1:
         values = values.slice(PART * WIDTH, WIDTH, 0)
     sums = zero_sum
-    if ONES:
+    if PART == 0:
         LAYOUT: gl.constexpr = gl.DotOperandLayout(0, zero_sum.type.layout, 4)
         again = gl.convert_layout(p, LAYOUT, assert_trivial=True)
         sums = warpgroup_mma(again, ones.permute((1, 0)), zero_sum, use_acc=False, is_async=True)
     return warpgroup_mma(p, values.permute((1, 0)), zero, use_acc=False, is_async=True), sums
-
-
-@gluon.jit
-def _end(part, part_sum, SUMS: gl.constexpr):
-    """Wait for P V, and without SUMS for P times ones."""
-    if SUMS:
-        part = warpgroup_mma_wait(0, deps=[part])
-    else:
-        part, part_sum = warpgroup_mma_wait(0, deps=[part, part_sum])
-    return part, part_sum
 
 
 @gluon.jit
@@ -208,9 +196,8 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes,
     PARTS: gl.constexpr = SHAPE[6]
     DIM: gl.constexpr = SHAPE[8]
     LANES: gl.constexpr = SHAPE[9]
-    SUMS: gl.constexpr = SHAPE[10]
-    ACROSS: gl.constexpr = SHAPE[11]
-    AHEAD: gl.constexpr = SHAPE[12]
+    ACROSS: gl.constexpr = SHAPE[10]
+    AHEAD: gl.constexpr = SHAPE[11]
     BLOCK_PARTS: gl.constexpr = KEYS // BN
     ALL_ROWS: gl.constexpr = CONSUMERS * ROWS
     WIDTH: gl.constexpr = D // PARTS
@@ -255,10 +242,9 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes,
         pairs = hide(pair_up(s, ROWS, BN), seen - k_tile * BN, ROWS, BN)
         unseen = gl.full([ROWS], UNSEEN, gl.int32, s_rows)
         c, offset, offset_value = refer(row_max(pairs, ROWS, BN // 2, s_rows), c, unseen, KIND, True)
-        first, second, sums = exponentials(pairs, offset, c, ROWS, BN, KIND, SUMS)
+        first, second = exponentials(pairs, offset, c, ROWS, BN, KIND)
         codes = to_codes(first, second)
-        if not SUMS:
-            sums = l_zero
+        sums = l_zero
         acc = o_zero
         high = o_zero
         factor = gl.full([ROWS], 1.0, gl.float32, s_rows)
@@ -292,23 +278,19 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes,
         _release(empty, step - 1, STAGES)
         if not AHEAD:
             mbarrier.wait(full.index(stage), parity)
-        part, part_sum = _attend_values(p, v_buffer.index(stage), ones, o_zero, l_zero, 0, PARTS, not SUMS)
-        part, part_sum = _end(part, part_sum, SUMS)
-        if not SUMS:
-            sums = _add(sums, part_sum, factor)
+        part, part_sum = _attend_values(p, v_buffer.index(stage), ones, o_zero, l_zero, 0, PARTS)
+        part, part_sum = warpgroup_mma_wait(0, deps=[part, part_sum])
+        sums = _add(sums, part_sum, factor)
         acc = _add(acc, part, factor * change)
         if PARTS > 1:
-            part, part_sum = _attend_values(p, v_buffer.index(stage), ones, o_zero, l_zero, 1, PARTS, False)
+            part, part_sum = _attend_values(p, v_buffer.index(stage), ones, o_zero, l_zero, 1, PARTS)
             part = warpgroup_mma_wait(0, deps=[part])
             high = _add(high, part, factor * change)
         _release(empty, step, STAGES)
         step += 1
         turn += 1
 
-        if SUMS:
-            total = gl.convert_layout(gl.sum(sums, 1), s_rows) * 256.0
-        else:
-            total = gl.convert_layout(gl.max(sums, 1), s_rows)
+        total = gl.convert_layout(gl.max(sums, 1), s_rows)
         # A row that sees no key is 0. NaN is not equal to 0.
         empty_row = total == 0.0
         inverse = gl.where(empty_row, 0.0, v_unit / total)
@@ -355,9 +337,8 @@ def _iterate(
     KIND: gl.constexpr = SHAPE[5]
     PARTS: gl.constexpr = SHAPE[6]
     LATE: gl.constexpr = SHAPE[7]
-    EARLY: gl.constexpr = SHAPE[13]
-    SUMS: gl.constexpr = SHAPE[10]
-    AHEAD: gl.constexpr = SHAPE[12]
+    EARLY: gl.constexpr = SHAPE[12]
+    AHEAD: gl.constexpr = SHAPE[11]
     BLOCK_PARTS: gl.constexpr = KEYS // BN
     s_rows: gl.constexpr = gl.SliceLayout(1, s_zero.type.layout)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_zero.type.layout, 4)
@@ -367,25 +348,24 @@ def _iterate(
         _release(empty, step - 1, STAGES)
         mbarrier.wait(full.index(stage), parity)
     s = warpgroup_mma(q, k_buffer.index(stage).permute((1, 0)), s_zero, use_acc=False, is_async=True)
-    part, part_sum = _attend_values(p, v_buffer.index(stage), ones, o_zero, l_zero, 0, PARTS, not SUMS)
+    part, part_sum = _attend_values(p, v_buffer.index(stage), ones, o_zero, l_zero, 0, PARTS)
     c = factor_of(q_scales, k_unit)
     next_k = gl.load(k_scales + gl.maximum(k_tile - 1, 0) // BLOCK_PARTS)
     next_v = gl.load(v_scales + k_tile // BLOCK_PARTS)
-    # Only P V, in one product or two, may still run.
-    s = warpgroup_mma_wait(1 if SUMS else 2, deps=[s])
+    # Only P V, and P times ones, may still run.
+    s = warpgroup_mma_wait(2, deps=[s])
     pairs = pair_up(s, ROWS, BN)
     if MASKED:
         pairs = hide(pairs, seen - k_tile * BN, ROWS, BN)
     c, offset, next_value = refer(row_max(pairs, ROWS, BN // 2, s_rows), c, offset, KIND, MASKED)
     next_factor = gl.exp2(next_value - offset_value)
     if PARTS > 1:
-        part, part_sum = _end(part, part_sum, SUMS)
-        if not SUMS:
-            sums = _add(sums, part_sum, factor)
+        part, part_sum = warpgroup_mma_wait(0, deps=[part, part_sum])
+        sums = _add(sums, part_sum, factor)
         acc = _add(acc, part, factor * change)
-        part, part_sum = _attend_values(p, v_buffer.index(stage), ones, o_zero, l_zero, 1, PARTS, False)
+        part, part_sum = _attend_values(p, v_buffer.index(stage), ones, o_zero, l_zero, 1, PARTS)
     if not LATE:
-        first, second, lanes_sums = exponentials(pairs, offset, c, ROWS, BN, KIND, SUMS)
+        first, second = exponentials(pairs, offset, c, ROWS, BN, KIND)
         if EARLY:
             codes = to_codes(first, second)
     if AHEAD:
@@ -399,18 +379,15 @@ def _iterate(
         part = warpgroup_mma_wait(0, deps=[part])
         high = _add(high, part, factor * change)
     else:
-        part, part_sum = _end(part, part_sum, SUMS)
-        if not SUMS:
-            sums = _add(sums, part_sum, factor)
+        part, part_sum = warpgroup_mma_wait(0, deps=[part, part_sum])
+        sums = _add(sums, part_sum, factor)
         acc = _add(acc, part, factor * change)
     if LATE:
-        first, second, lanes_sums = exponentials(pairs, offset, c, ROWS, BN, KIND, SUMS)
+        first, second = exponentials(pairs, offset, c, ROWS, BN, KIND)
     if EARLY:
         codes = keep(codes)
     else:
         codes = to_codes(first, second)
-    if SUMS:
-        sums = _add(sums, lanes_sums, next_factor)
     return acc, high, sums, codes, offset, next_value, next_factor, _quotient(v_unit, next_v), next_v, next_k
 
 
@@ -420,7 +397,7 @@ def attention(
     heads, kv_heads, q_len, kv_len, q_tiles, tiles,
     BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, CAUSAL: gl.constexpr,
     KIND: gl.constexpr, PARTS: gl.constexpr, LATE: gl.constexpr, DIM: gl.constexpr, LANES: gl.constexpr,
-    SUMS: gl.constexpr, ACROSS: gl.constexpr, AHEAD: gl.constexpr, EARLY: gl.constexpr, REGISTERS: gl.constexpr,
+    ACROSS: gl.constexpr, AHEAD: gl.constexpr, EARLY: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Attention of quantized q, k and v; see :mod:`lpattn.kernels.hopper`.
 
@@ -455,7 +432,7 @@ def attention(
     scales = (q_scale, k_scale, v_scale, v_constant)
     outputs = (out, lse, lse_shift)
     sizes = (heads, kv_heads, q_len, kv_len, q_tiles, tiles)
-    SHAPE: gl.constexpr = (BN, D, STAGES, CONSUMERS, CAUSAL, KIND, PARTS, LATE, DIM, LANES, SUMS, ACROSS, AHEAD, EARLY)
+    SHAPE: gl.constexpr = (BN, D, STAGES, CONSUMERS, CAUSAL, KIND, PARTS, LATE, DIM, LANES, ACROSS, AHEAD, EARLY)
     # The second and third arguments: warps and registers of all but the first.
     if CONSUMERS == 2:
         gl.warp_specialize(

@@ -33,7 +33,6 @@ class Tile(NamedTuple):
         parts: of head_dim, that P V is done in.
         late: P is computed after the P V of the tile before has ended: fewer registers, less overlap.
         early: exponentials whose codes are put together before that P V has ended, and moved then.
-        sums: the cores add up P; otherwise the tensor cores do.
         ahead: exponentials with which the next tiles are waited for in front of the end of P V, so that it overlaps
             with the row maximum. Where that takes more registers than there are, it is slower.
         across: threads that store a row of the output side by side, 16 bytes each.
@@ -47,7 +46,6 @@ class Tile(NamedTuple):
     parts: int
     late: bool
     early: tuple[int, ...]
-    sums: bool
     ahead: tuple[int, ...]
     across: int
 
@@ -64,7 +62,6 @@ TILES = {
         parts=1,
         late=True,
         early=(),
-        sums=False,
         ahead=(softmax.LINEAR.value,),
         across=8,
     ),
@@ -77,7 +74,6 @@ TILES = {
         parts=1,
         late=False,
         early=(softmax.LINEAR.value,),
-        sums=False,
         ahead=tuple(EXPONENTIALS.values()),
         across=4,
     ),
@@ -90,7 +86,6 @@ TILES = {
         parts=2,
         late=True,
         early=(),
-        sums=True,
         ahead=(),
         across=4,
     ),
@@ -263,7 +258,6 @@ def _plan(
             tile.late,
             dim,
             lanes_of(dim),
-            tile.sums,
             tile.across,
             kind in tile.ahead,
             kind in tile.early,

@@ -12,9 +12,6 @@ where float16 has 64 steps per unit. The last instruction makes t * 8 - 128 a *s
 point with the unit 2^-24, so that it rounds to an integer whose bits are at the bottom of the word. Tiny P would be
 negative, and are cut off at 0 by the same instruction. NaN is all ones, which is e4m3's NaN.
 
-A code that is shifted left by 7 bits is P * 2^-8 in float16: where the cores sum up P, that is what they add, in pairs,
-then pairs of these. With as many terms as a tile has, the roundings come to 2^-12 of the sum.
-
 What is exact: c is a power of two and 31 - m is a float16 by construction (:func:`refer`), so that t is rounded
 once; and the factors between tiles follow from the rounded offsets, so that all tiles of a row are weighted alike.
 """
@@ -139,34 +136,14 @@ def row_max(pairs, BM: gl.constexpr, N: gl.constexpr, row_layout: gl.constexpr):
 
 
 @gluon.jit
-def _sum_up(pairs, BM: gl.constexpr, N: gl.constexpr):
-    """Sums of each lane's pairs of float16 of each row, int32 [BM, N]: float32 [BM, 4]."""
-    if N > 4:
-        left, right = gl.split(pairs.reshape([BM, 2, N // 2]).permute([0, 2, 1]))
-        both = gl.inline_asm_elementwise(
-            "add.rn.f16x2 $0, $1, $2;", "=r,r,r", [left, right], dtype=gl.int32, is_pure=True, pack=1
-        )
-        return _sum_up(both, BM, N // 2)
-    else:
-        return gl.inline_asm_elementwise(
-            """{ .reg .b16 low, high; .reg .f32 first, second;
-            mov.b32 {low, high}, $1;
-            cvt.f32.f16 first, low;
-            cvt.f32.f16 second, high;
-            add.rn.f32 $0, first, second; }""",
-            "=f,r", [pairs], dtype=gl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
-
-
-@gluon.jit
 def _over(x, N: gl.constexpr, layout: gl.constexpr):
     """[BM] to [BM, N] in a layout."""
     return gl.convert_layout(x, gl.SliceLayout(1, layout))[:, None].broadcast_to([x.shape[0], N])
 
 
 @gluon.jit
-def exponentials(pairs, offset, c, BM: gl.constexpr, BN: gl.constexpr, KIND: gl.constexpr, SUMS: gl.constexpr):
-    """P of a tile in e4m3, each number in 16 bits, which may be where the scores were, and what it adds up to.
+def exponentials(pairs, offset, c, BM: gl.constexpr, BN: gl.constexpr, KIND: gl.constexpr):
+    """P of a tile in e4m3, each number in 16 bits, which may be where the scores were.
 
     Args:
         pairs: scores, int32 [BM, BN / 2].
@@ -174,8 +151,7 @@ def exponentials(pairs, offset, c, BM: gl.constexpr, BN: gl.constexpr, KIND: gl.
         c: powers of two per row, such that the logits are S * c.
 
     Returns:
-        (int32 [BM, BN / 4], codes of the first two keys of four in the order of a permuted V; the same of the others;
-        with SUMS float32 [BM, 4]: how much each lane that has a part of a row has of the sum of P * 2^-8, as rounded)
+        (int32 [BM, BN / 4], codes of the first two keys of four in the order of a permuted V; the same of the others)
     """
     # Of 16 keys, a thread has 2t, 2t+1, 8+2t and 9+2t: four bytes that V's permutation makes neighbours.
     grouped = pairs.reshape([BM, BN // 16, 2, 4]).permute([0, 1, 3, 2]).reshape([BM, BN // 4, 2])
@@ -184,24 +160,16 @@ def exponentials(pairs, offset, c, BM: gl.constexpr, BN: gl.constexpr, KIND: gl.
     twice = gl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $1, $1;", "=r,f", [c], dtype=gl.int32, is_pure=True, pack=1)
     factor = _over(twice, BN // 4, layout)
     offset = _over(offset, BN // 4, layout)
-    if SUMS:
-        low, high, sums = gl.inline_asm_elementwise(
-            _assembly(KIND, True), "=&r,=&r,=r,r,r,r,r", [low, high, factor, offset],
-            dtype=(gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
-        return low, high, _sum_up(sums, BM, BN // 4)
-    else:
-        low, high = gl.inline_asm_elementwise(
-            _assembly(KIND, False), "=&r,=r,r,r,r,r", [low, high, factor, offset],
-            dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
-        return low, high, low
+    return gl.inline_asm_elementwise(
+        _assembly(KIND), "=&r,=r,r,r,r,r", [low, high, factor, offset],
+        dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @gluon.constexpr_function
-def _assembly(kind, sums):
-    """PTX for two pairs of scores, a factor and an offset: to two pairs of codes, and with ``sums`` to their sums."""
-    low, high, factor, offset = (f"${i}" for i in range(2 + sums, 6 + sums))
+def _assembly(kind):
+    """PTX for two pairs of scores, a factor and an offset: to two pairs of codes."""
+    low, high, factor, offset = ("$2", "$3", "$4", "$5")
     # Numbers of float16, twice: 0x797d is 0.3431 * 2^17, 0xb57d is -0.3431.
     constants = {
         LINEAR.value: {"eight": 0x0008, "start": 0x8080},
@@ -227,8 +195,6 @@ def _assembly(kind, sums):
             lines += [f"and.b32 u, {word}, 0x00200020;", f"fma.rn.f16x2 {word}, u, three, {word};"]
         lines.append(f"fma.rn.relu.f16x2 {word}, {word}, eight, start;")
     lines += ["mov.b32 $0, a;", "mov.b32 $1, b;"]
-    if sums:
-        lines += ["shl.b32 a, a, 7;", "shl.b32 b, b, 7;", "add.rn.f16x2 $2, a, b;"]
     return f"{{ {' '.join(lines)} }}"
 
 
