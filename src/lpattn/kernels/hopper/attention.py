@@ -174,6 +174,25 @@ def _add(acc, part, factor):
 
 
 @gluon.jit
+def _one_of_two(sums):
+    """Of the equal columns [ROWS, 8] of P times ones, one for each thread."""
+    first, _ = gl.split(sums.reshape([ROWS, 4, 2]))
+    return first
+
+
+@gluon.jit
+def _add_rest(done, accs, p, values, ones, zero, zero_sum, factor):
+    """All accumulators, of which the first are done: P V of the parts of the others is added, one after another."""
+    FIRST: gl.constexpr = len(done)
+    PARTS: gl.constexpr = len(accs)
+    for index in gl.static_range(FIRST, PARTS):
+        part, _ = _attend_values(p, values, ones, zero, zero_sum, index, PARTS)
+        part = warpgroup_mma_wait(0, deps=[part])
+        done = done + (_add(accs[index], part, factor),)  # noqa: RUF005 - no kernel can unpack tuples
+    return done
+
+
+@gluon.jit
 def _quotient(a, b):
     """A / b, where that is a power of two: both are one, times the same factor."""
     return (a.to(gl.int32, bitcast=True) - b.to(gl.int32, bitcast=True) + 0x3F800000).to(gl.float32, bitcast=True)
@@ -244,29 +263,27 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes,
         c, offset, offset_value = refer(row_max(pairs, ROWS, BN // 2, s_rows), c, unseen, KIND, True)
         first, second = exponentials(pairs, offset, c, ROWS, BN, KIND)
         codes = to_codes(first, second)
-        sums = l_zero
-        acc = o_zero
-        high = o_zero
+        sums = _one_of_two(l_zero)
+        accs = (o_zero,) * PARTS
         factor = gl.full([ROWS], 1.0, gl.float32, s_rows)
         change = 1.0
-        next_k = gl.load(k_scales + gl.maximum(k_tile - 1, 0) // BLOCK_PARTS)
         if AHEAD:
             stage, parity = _stage(step, STAGES)
             mbarrier.wait(full.index(stage), parity)
         if CAUSAL & (ALL_ROWS > BN):
             for i in range(1, gl.maximum(count - whole, 1)):
                 k_tile -= 1
-                acc, high, sums, codes, offset, offset_value, factor, change, v_unit, next_k = _iterate(
+                accs, sums, codes, offset, offset_value, factor, change, v_unit = _iterate(
                     q, buffers, barriers, k_scales, v_scales, q_scales, seen, step, k_tile,
-                    acc, high, sums, codes, offset, offset_value, factor, change, v_unit, next_k,
+                    accs, sums, codes, offset, offset_value, factor, change, v_unit,
                     s_zero, o_zero, l_zero, SHAPE, True,
                 )  # fmt: skip
                 step += 1
         for i in range(gl.maximum(count - whole, 1), count):
             k_tile -= 1
-            acc, high, sums, codes, offset, offset_value, factor, change, v_unit, next_k = _iterate(
+            accs, sums, codes, offset, offset_value, factor, change, v_unit = _iterate(
                 q, buffers, barriers, k_scales, v_scales, q_scales, seen, step, k_tile,
-                acc, high, sums, codes, offset, offset_value, factor, change, v_unit, next_k,
+                accs, sums, codes, offset, offset_value, factor, change, v_unit,
                 s_zero, o_zero, l_zero, SHAPE, False,
             )  # fmt: skip
             step += 1
@@ -280,12 +297,9 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes,
             mbarrier.wait(full.index(stage), parity)
         part, part_sum = _attend_values(p, v_buffer.index(stage), ones, o_zero, l_zero, 0, PARTS)
         part, part_sum = warpgroup_mma_wait(0, deps=[part, part_sum])
-        sums = _add(sums, part_sum, factor)
-        acc = _add(acc, part, factor * change)
-        if PARTS > 1:
-            part, part_sum = _attend_values(p, v_buffer.index(stage), ones, o_zero, l_zero, 1, PARTS)
-            part = warpgroup_mma_wait(0, deps=[part])
-            high = _add(high, part, factor * change)
+        sums = _add(sums, _one_of_two(part_sum), factor)
+        lowest = (_add(accs[0], part, factor * change),)
+        accs = _add_rest(lowest, accs, p, v_buffer.index(stage), ones, o_zero, l_zero, factor * change)
         _release(empty, step, STAGES)
         step += 1
         turn += 1
@@ -304,8 +318,7 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes,
         rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, out_layout))[:, None]
         base = out + ((b * q_len + start).to(gl.int64) * heads + head % heads) * DIM
         for part_index in gl.static_range(PARTS):
-            value = acc if part_index == 0 else high
-            value = value * inverse[:, None]
+            value = accs[part_index] * inverse[:, None]
             if v_constant is not None:
                 lanes = part_index * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, o_layout))
                 constant = gl.load(v_constant + kv_head * LANES + lanes, mask=lanes < LANES, other=0.0)
@@ -322,7 +335,7 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes,
 @gluon.jit
 def _iterate(
     q, buffers, barriers, k_scales, v_scales, q_scales, seen, step, k_tile,
-    acc, high, sums, codes, offset, offset_value, factor, change, v_unit, k_unit,
+    accs, sums, codes, offset, offset_value, factor, change, v_unit,
     s_zero, o_zero, l_zero, SHAPE: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """S of a key tile and P V of the one before; P of this one.
@@ -349,21 +362,21 @@ def _iterate(
         mbarrier.wait(full.index(stage), parity)
     s = warpgroup_mma(q, k_buffer.index(stage).permute((1, 0)), s_zero, use_acc=False, is_async=True)
     part, part_sum = _attend_values(p, v_buffer.index(stage), ones, o_zero, l_zero, 0, PARTS)
-    c = factor_of(q_scales, k_unit)
-    next_k = gl.load(k_scales + gl.maximum(k_tile - 1, 0) // BLOCK_PARTS)
+    k_unit = gl.load(k_scales + k_tile // BLOCK_PARTS)
     next_v = gl.load(v_scales + k_tile // BLOCK_PARTS)
     # Only P V, and P times ones, may still run.
     s = warpgroup_mma_wait(2, deps=[s])
     pairs = pair_up(s, ROWS, BN)
     if MASKED:
         pairs = hide(pairs, seen - k_tile * BN, ROWS, BN)
+    c = factor_of(q_scales, k_unit)
     c, offset, next_value = refer(row_max(pairs, ROWS, BN // 2, s_rows), c, offset, KIND, MASKED)
     next_factor = gl.exp2(next_value - offset_value)
     if PARTS > 1:
         part, part_sum = warpgroup_mma_wait(0, deps=[part, part_sum])
-        sums = _add(sums, part_sum, factor)
-        acc = _add(acc, part, factor * change)
-        part, part_sum = _attend_values(p, v_buffer.index(stage), ones, o_zero, l_zero, 1, PARTS)
+        sums = _add(sums, _one_of_two(part_sum), factor)
+        lowest = _add(accs[0], part, factor * change)
+        part, _ = _attend_values(p, v_buffer.index(stage), ones, o_zero, l_zero, 1, PARTS)
     if not LATE:
         first, second = exponentials(pairs, offset, c, ROWS, BN, KIND)
         if EARLY:
@@ -377,18 +390,19 @@ def _iterate(
         mbarrier.wait(full.index(after), parity)
     if PARTS > 1:
         part = warpgroup_mma_wait(0, deps=[part])
-        high = _add(high, part, factor * change)
+        done = (lowest, _add(accs[1], part, factor * change))
+        accs = _add_rest(done, accs, p, v_buffer.index(stage), ones, o_zero, l_zero, factor * change)
     else:
         part, part_sum = warpgroup_mma_wait(0, deps=[part, part_sum])
-        sums = _add(sums, part_sum, factor)
-        acc = _add(acc, part, factor * change)
+        sums = _add(sums, _one_of_two(part_sum), factor)
+        accs = (_add(accs[0], part, factor * change),)
     if LATE:
         first, second = exponentials(pairs, offset, c, ROWS, BN, KIND)
     if EARLY:
         codes = keep(codes)
     else:
         codes = to_codes(first, second)
-    return acc, high, sums, codes, offset, next_value, next_factor, _quotient(v_unit, next_v), next_v, next_k
+    return accs, sums, codes, offset, next_value, next_factor, _quotient(v_unit, next_v), next_v
 
 
 @gluon.jit(do_not_specialize=["heads", "kv_heads", "q_len", "kv_len", "q_tiles", "tiles"])

@@ -6,6 +6,7 @@ import functools
 from typing import NamedTuple
 
 import torch
+import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -52,6 +53,22 @@ class Tile(NamedTuple):
 
 EXPONENTIALS = {"linear": softmax.LINEAR.value, "step": softmax.STEP.value, "quadratic": softmax.QUADRATIC.value}
 
+_WIDEST = Tile(
+    keys=128,
+    stages=2,
+    consumers=2,
+    registers=232,
+    mean_registers=168,
+    parts=4,
+    late=True,
+    early=(),
+    ahead=(),
+    across=4,
+)
+if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
+    # Its compiler has no registers for 128 keys, and would spill them.
+    _WIDEST = _WIDEST._replace(keys=64, stages=4, registers=240)
+
 TILES = {
     64: Tile(
         keys=128,
@@ -77,18 +94,7 @@ TILES = {
         ahead=tuple(EXPONENTIALS.values()),
         across=4,
     ),
-    256: Tile(
-        keys=64,
-        stages=4,
-        consumers=2,
-        registers=240,
-        mean_registers=168,
-        parts=2,
-        late=True,
-        early=(),
-        ahead=(),
-        across=4,
-    ),
+    256: _WIDEST,
 }
 """By head_dim, rounded up."""
 
