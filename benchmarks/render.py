@@ -93,13 +93,13 @@ cores', and how many of the slots for instructions are used.
 * At head_dim 128 neither is the limit by itself: products wait for the exponentials of their warps, and these for
   products. Long calls run at the card's limit of power, below its highest clock.
 * At head_dim 64 a score takes as many instructions for half the products.
-* At head_dim 256 the sums of a tile leave no registers in which the exponentials of the next one could be made beside
-  its products, so that they take turns.
+* At head_dim 256 the accumulators leave no registers in which the exponentials of a tile could be made beside the
+  products of the one before, so that they take turns; the products of values are made in four parts, one by one.
 * Short calls end with a wave that does not fill the card, and a whole call moves the bytes of its quantization.
 
 Tried for little or no gain: fewer or more tiles in flight, exponentials behind the products at head_dim 128 and in
-front of them at 64, two consumers at 64, twice the keys per tile at 256, launches that overlap with the quantization,
-scales and constants that are loaded a tile early, consumers that start apart, and other widths of the stores.
+front of them at 64, two consumers at 64, launches that overlap with the quantization, scales and constants that are
+loaded a tile early, consumers that start apart, and other widths of the stores.
 """
 
 COMPILED = """## Compiled blocks
@@ -443,7 +443,7 @@ def eager(name: str) -> str:
 
 
 def page() -> str:
-    whole = "h100-attention.json"
+    whole = "h200-attention.json"
     parts = [
         HEAD,
         targets("h100-targets.json"),
@@ -454,9 +454,9 @@ def page() -> str:
         part(whole, "padding", PADDING),
         part(whole, "windows", WINDOWS),
         accuracy(whole),
-        hopper("h100-hopper.json"),
+        hopper("h200-hopper.json"),
         profile("h100-profile"),
-        lengths("h100-sweep.json"),
+        lengths("h200-sweep.json"),
         compiled("h100-compiled.json", "h100-compiled-lengths.json"),
         row_local("h100-row-local.json"),
         quantization("h100-quantization.json"),

@@ -33,7 +33,7 @@ def test_the_shipped_speeds_are_those_of_the_sweep(render):
         for length, ratio in row["speedup_by_length"]
     }
     measured = {}
-    for result in render.load("h100-sweep.json")["results"]:
+    for result in render.load("h200-sweep.json")["results"]:
         shape = result["shape"]
         grouped = shape["num_heads"] != shape["num_kv_heads"]
         for name, ratio in result["speedup"].items():
@@ -148,8 +148,8 @@ def test_the_picture_is_shown_where_there_is_one(page, tmp_path):
     text = page(sweep=sweep)
     assert "| fp8_fa3, Hadamard qkv, 64, causal, GQA | x1.20 |" in text
     assert "![" not in text
-    (tmp_path / "h100-sweep.png").touch()
-    assert "![Speed by length](../benchmarks/results/h100-sweep.png)" in page(sweep=sweep)
+    (tmp_path / "h200-sweep.png").touch()
+    assert "![Speed by length](../benchmarks/results/h200-sweep.png)" in page(sweep=sweep)
 
 
 def test_dense_masks_have_rows_of_their_own(page):
