@@ -71,7 +71,8 @@ def page(render, tmp_path, monkeypatch):
 
     def make(**files: dict) -> str:
         for name, content in files.items():
-            path = tmp_path / f"h100-{name}.json"
+            machine = "h200" if name in ("attention", "hopper", "sweep") else "h100"
+            path = tmp_path / f"{machine}-{name}.json"
             path.write_text(json.dumps({"provenance": PROVENANCE, **content}))
         monkeypatch.setattr(render, "RESULTS", tmp_path)
         return render.page()
