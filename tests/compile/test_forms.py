@@ -430,6 +430,16 @@ def test_a_write_to_rows_of_one_head_is_seen(tokens, attend, spy):
     assert not spy.fused
 
 
+def require_same_at(lengths, under, plain_model, mark):
+    """Hold a compiled model to an untouched one at several lengths, which are marked as dynamic."""
+    for length in lengths:
+        angle = twice(angles(length=length))
+        inputs = (*qkv(length=length), angle.cos(), angle.sin())
+        for tensor in inputs:
+            mark(tensor, 2)
+        torch.testing.assert_close(under(*inputs), plain_model(*inputs), rtol=2e-5, atol=2e-5)
+
+
 def test_what_holds_at_one_length_only(spy, compiled):
     """Six rows are rotated, which are all of them at first, and not later."""
 
@@ -439,12 +449,7 @@ def test_what_holds_at_one_length_only(spy, compiled):
     plain_model, model = Attention(first_rows), Attention(first_rows)
     lpattn.apply_low_precision_attention(model, "bf16_reference")
     under = compiled(model)
-    for length in (6, 9):
-        angle = twice(angles(length=length))
-        inputs = (*qkv(length=length), angle.cos(), angle.sin())
-        for tensor in inputs:
-            torch._dynamo.maybe_mark_dynamic(tensor, 2)
-        torch.testing.assert_close(under(*inputs), plain_model(*inputs), rtol=2e-5, atol=2e-5)
+    require_same_at((6, 9), under, plain_model, torch._dynamo.maybe_mark_dynamic)
 
 
 def rows_from(y, start):
@@ -477,12 +482,7 @@ def test_a_write_that_changes_nothing_at_the_first_length(write, spy, compiled, 
     plain_model, model = Attention(written, half_split), Attention(written, half_split)
     lpattn.apply_low_precision_attention(model, "bf16_reference")
     under = compiled(model)
-    for length in (40, 33, 51):
-        angle = twice(angles(length=length))
-        inputs = (*qkv(length=length), angle.cos(), angle.sin())
-        for tensor in inputs:
-            torch._dynamo.mark_dynamic(tensor, 2)
-        torch.testing.assert_close(under(*inputs), plain_model(*inputs), rtol=2e-5, atol=2e-5)
+    require_same_at((40, 33, 51), under, plain_model, torch._dynamo.mark_dynamic)
     assert len(under.graphs) == 1
     assert "mixed in" in reasons(model)[""]
 
@@ -497,12 +497,7 @@ def test_a_length_in_front_of_bounds_is_fused(spy, compiled, reasons):
     model = Attention(even)
     lpattn.apply_low_precision_attention(model, "bf16_reference")
     under = compiled(model)
-    for length in (20, 26):
-        angle = twice(angles(length=length))
-        inputs = (*qkv(length=length), angle.cos(), angle.sin())
-        for tensor in inputs:
-            torch._dynamo.maybe_mark_dynamic(tensor, 2)
-        torch.testing.assert_close(under(*inputs), Attention(even)(*inputs), rtol=2e-5, atol=2e-5)
+    require_same_at((20, 26), under, Attention(even), torch._dynamo.maybe_mark_dynamic)
     assert len(under.graphs) == 1
     assert len(spy.fused) == 2
 

@@ -92,6 +92,11 @@ class Problem:
             return seen
         return seen & (self.attn_mask if self.attn_mask.dtype == torch.bool else self.attn_mask != -torch.inf)
 
+    def laid_out(self, layout: str) -> Problem:
+        """The same values of q, k and v in another layout of memory, one of :data:`LAYOUTS`."""
+        q, k, v = (LAYOUTS[layout](x) for x in (self.query, self.key, self.value))
+        return self.changed(query=q, key=k, value=v, label=layout)
+
     def cast(self, dtype: torch.dtype) -> Problem:
         """The same in another dtype; masks of bool stay as they are."""
         mask = self.attn_mask

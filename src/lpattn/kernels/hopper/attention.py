@@ -369,7 +369,7 @@ def _iterate(
     pairs = pair_up(s, ROWS, BN)
     if MASKED:
         pairs = hide(pairs, seen - k_tile * BN, ROWS, BN)
-    # In this order: with the factor in front of the maximum, the compiler's schedule is 7 % slower at head_dim 128.
+    # In this order: with the factor in front of the maximum, the compiler's schedule is slower at head_dim 128.
     largest = row_max(pairs, ROWS, BN // 2, s_rows)
     c, offset, next_value = refer(largest, factor_of(q_scales, k_unit), offset, KIND, MASKED)
     next_factor = gl.exp2(next_value - offset_value)

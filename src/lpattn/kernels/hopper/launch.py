@@ -53,22 +53,6 @@ class Tile(NamedTuple):
 
 EXPONENTIALS = {"linear": softmax.LINEAR.value, "step": softmax.STEP.value, "quadratic": softmax.QUADRATIC.value}
 
-_WIDEST = Tile(
-    keys=128,
-    stages=2,
-    consumers=2,
-    registers=232,
-    mean_registers=168,
-    parts=4,
-    late=True,
-    early=(),
-    ahead=(),
-    across=4,
-)
-if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
-    # Its compiler has no registers for 128 keys, and would spill them.
-    _WIDEST = _WIDEST._replace(keys=64, stages=4, registers=240)
-
 TILES = {
     64: Tile(
         keys=128,
@@ -94,9 +78,24 @@ TILES = {
         ahead=tuple(EXPONENTIALS.values()),
         across=4,
     ),
-    256: _WIDEST,
+    256: Tile(
+        keys=128,
+        stages=2,
+        consumers=2,
+        registers=232,
+        mean_registers=168,
+        parts=4,
+        late=True,
+        early=(),
+        ahead=(),
+        across=4,
+    ),
 }
 """By head_dim, rounded up."""
+
+if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
+    # Its compiler has no registers for 128 keys, and would spill them.
+    TILES[256] = TILES[256]._replace(keys=64, stages=4, registers=240)
 
 
 def tile_of(head_dim: int) -> tuple[int, Tile]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lpattn.testing.budget import LSE_OF_COUNTS, lse_limit, require_close, require_lse
-from lpattn.testing.inputs import AIMS, LAYOUTS, Problem, level, spread
+from lpattn.testing.inputs import AIMS, Problem, level, spread
 from lpattn.testing.outcome import NotApplicable, check
 from lpattn.testing.subject import Subject
 from lpattn.types import MaskKind
@@ -36,7 +36,6 @@ _COMPILED = ("dtype", "head_dim", "wider_v", "hadamard", "lse")
 
 Row = dict[str, int]
 """One combination, or the part of it that some axes are: the index of a value, by axis."""
-
 
 Pair = frozenset[tuple[str, int]]
 """Two values: (axis, index) of each."""
@@ -113,9 +112,8 @@ def _problem(subject: Subject, options: Mapping[str, Any]) -> Problem:
     else:
         problem = subject.problem(dtype=dtype, **sizes)
     problem = options["aim"](problem.changed(hadamard=options["hadamard"]))
-    q, k, v = (LAYOUTS[options["layout"]](x) for x in (problem.query, problem.key, problem.value))
     label = f"{problem.label}, {text}, {options['layout']}{', with lse' if options['lse'] else ''}"
-    return problem.changed(query=q, key=k, value=v, label=label)
+    return problem.laid_out(options["layout"]).changed(label=label)
 
 
 def _lse_limit(subject: Subject, problem: Problem, aim: Any) -> float:

@@ -87,10 +87,7 @@ def inputs_are_not_written_to(subject: Subject) -> None:
         problems += [problem for problem in beside if not subject.refusal(problem)]
     for plain in _kinds(subject):
         # What is copied to be contiguous may be written to; what is not copied may not.
-        for label, change in LAYOUTS.items():
-            q, k, v = (change(x) for x in (plain.query, plain.key, plain.value))
-            problem = plain.changed(query=q, key=k, value=v, label=label)
-            problems += [problem] if not subject.refusal(problem) else []
+        problems += [problem for problem in map(plain.laid_out, LAYOUTS) if not subject.refusal(problem)]
     for problem in problems:
         named = {"query": problem.query, "key": problem.key, "value": problem.value, "attn_mask": problem.attn_mask}
         tensors = {name: x for name, x in named.items() if x is not None}
@@ -108,12 +105,10 @@ def layouts(subject: Subject) -> str:
     seen = 0
     for plain in _kinds(subject):
         expected = subject.run(plain)
-        for label, change in LAYOUTS.items():
-            q, k, v = (change(x) for x in (plain.query, plain.key, plain.value))
-            problem = plain.changed(query=q, key=k, value=v, label=label)
+        for problem in map(plain.laid_out, LAYOUTS):
             if subject.refusal(problem):
                 require(
-                    not subject.capabilities.strided_last_dim or q.stride(3) == 1,
+                    not subject.capabilities.strided_last_dim or problem.query.stride(3) == 1,
                     f"{problem}: refused, though strided_last_dim is declared: {subject.refusal(problem)[0]}",
                 )
                 continue

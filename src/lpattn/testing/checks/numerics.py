@@ -18,7 +18,7 @@ from lpattn.testing.budget import (
     require_unbiased,
 )
 from lpattn.testing.exact import worst_row_sqnr
-from lpattn.testing.inputs import KINDS, Problem
+from lpattn.testing.inputs import KINDS, Problem, level
 from lpattn.testing.outcome import NotApplicable, check, require
 from lpattn.testing.subject import ONE_OF_EACH_KIND, Subject
 
@@ -201,7 +201,7 @@ def _require_counts(subject: Subject, problem: Problem) -> None:
 
 @check
 def scale_is_applied(subject: Subject) -> str:
-    """``scale`` is the factor on q.k: given, tiny, 0 (uniform weights), negative, and large; with hidden keys too.
+    """``scale`` is the factor on q.k: given, small, 0 (uniform weights), negative, and large; with hidden keys too.
 
     Some of PyTorch's own kernels hide keys in front of the scale, and show them where it is 0 or negative.
     """
@@ -270,8 +270,7 @@ def lse_of_exact_logits(subject: Subject) -> str:
         raise NotApplicable("declares no lse")
     worst = 0.0
     for causal in subject.causal_kinds:
-        problems = [subject.problem("biased", length=length, causal=causal) for length in (1, 64, 65, 127)]
-        zeros = [p.changed(query=torch.zeros_like(p.query), label="q of zeros") for p in problems]
-        for problem in subject.accepted(zeros, return_lse=True):
+        problems = [level(subject.problem("biased", length=length, causal=causal)) for length in (1, 64, 65, 127)]
+        for problem in subject.accepted(problems, return_lse=True):
             worst = max(worst, require_lse(subject, problem, *subject.run_with_lse(problem), LSE_OF_COUNTS))
     return f"at most {worst:.1e} off"
