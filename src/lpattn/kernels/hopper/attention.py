@@ -82,11 +82,31 @@ def _release(empty, step, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _query_tile(index, sizes, CAUSAL: gl.constexpr):
-    """Which head (b * heads + h), which tile of its queries, and which KV head a program's ``index``-th tile is."""
+def _back_and_forth(turn):
+    """The tile of a program in a turn: the first program comes first in one turn, and last in the next."""
+    program, programs = gl.program_id(0), gl.num_programs(0)
+    return turn * programs + gl.where(turn % 2 == 1, programs - 1 - program, program)
+
+
+@gluon.jit
+def _turns(tiles, CAUSAL: gl.constexpr):
+    """Where a program's turns end: it goes from its own number on, in steps of the number of programs."""
+    end = tiles
+    if CAUSAL:
+        all_have = tiles // gl.num_programs(0)
+        one_more = gl.where(_back_and_forth(all_have) < tiles, 1, 0)
+        end = gl.program_id(0) + (all_have + one_more) * gl.num_programs(0)
+    return end
+
+
+@gluon.jit
+def _query_tile(index, turn, sizes, CAUSAL: gl.constexpr):
+    """Which head (b * heads + h), which tile of its queries, and which KV head a program attends to in a turn."""
     heads, kv_heads, q_len, kv_len, q_tiles, tiles = sizes
     if CAUSAL:
-        # The longest tiles of all heads first: what is left over at the end is short.
+        # The longest tiles of all heads first: what is left over at the end is short. And what a program has more of in
+        # one turn it has less of in the next.
+        index = _back_and_forth(turn)
         of_head = tiles // q_tiles
         head, tile = index % of_head, q_tiles - 1 - index // of_head
     else:
@@ -127,8 +147,8 @@ def _produce(descriptors, buffers, barriers, counts, sizes, SHAPE: gl.constexpr)
     blocks = (kv_len + KEYS - 1) // KEYS
     step = 0
     turn = 0
-    for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        b, head, tile, kv_head = _query_tile(index, sizes, CAUSAL)
+    for index in range(gl.program_id(0), _turns(tiles, CAUSAL), gl.num_programs(0)):
+        b, head, tile, kv_head = _query_tile(index, turn, sizes, CAUSAL)
         keys, count, whole = _key_tiles(b, tile, counts, sizes, ALL_ROWS, BN, CAUSAL)
         place, parity = _stage(turn, QUERIES)
         arrived = q_full.index(place)
@@ -233,8 +253,8 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes,
     l_zero = gl.zeros([ROWS, 8], gl.float32, l_layout)
     step = 0
     turn = 0
-    for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        b, head, tile, kv_head = _query_tile(index, sizes, CAUSAL)
+    for index in range(gl.program_id(0), _turns(tiles, CAUSAL), gl.num_programs(0)):
+        b, head, tile, kv_head = _query_tile(index, turn, sizes, CAUSAL)
         keys, count, whole = _key_tiles(b, tile, counts, sizes, ALL_ROWS, BN, CAUSAL)
         k_scales = k_scale + kv_head * blocks
         v_scales = v_scale + kv_head * blocks
@@ -372,13 +392,13 @@ def _iterate(
     # In this order: with the factor in front of the maximum, the compiler's schedule is slower at head_dim 128.
     largest = row_max(pairs, ROWS, BN // 2, s_rows)
     c, offset, next_value = refer(largest, factor_of(q_scales, k_unit), offset, KIND, MASKED)
-    next_factor = gl.exp2(next_value - offset_value)
     if PARTS > 1:
         part, part_sum = warpgroup_mma_wait(0, deps=[part, part_sum])
         sums = _add(sums, _one_of_two(part_sum), factor)
         lowest = _add(accs[0], part, factor * change)
         part, _ = _attend_values(p, v_buffer.index(stage), ones, o_zero, l_zero, 1, PARTS)
     if not LATE:
+        next_factor = gl.exp2(next_value - offset_value)
         first, second = exponentials(pairs, offset, c, ROWS, BN, KIND)
         if EARLY:
             codes = to_codes(first, second)
@@ -398,6 +418,7 @@ def _iterate(
         sums = _add(sums, _one_of_two(part_sum), factor)
         accs = (_add(accs[0], part, factor * change),)
     if LATE:
+        next_factor = gl.exp2(next_value - offset_value)
         first, second = exponentials(pairs, offset, c, ROWS, BN, KIND)
     if EARLY:
         codes = keep(codes)
