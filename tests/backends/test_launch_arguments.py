@@ -114,6 +114,18 @@ def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
     return x.contiguous()
 
 
+def masks(q_len: int, kv_len: int) -> dict[str, torch.Tensor | None]:
+    """Masks that are passed on in different ways."""
+    dense = torch.ones(1, 1, q_len, kv_len, dtype=torch.bool)
+    return {
+        "none": None,
+        "padding": torch.ones(1, 1, 1, kv_len, dtype=torch.bool),
+        "dense": dense,
+        "dense, per head": dense.repeat(1, 2, 1, 1),
+        "dense, shifted": laid_out(dense, "shifted"),
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     dtype: torch.dtype
@@ -127,7 +139,7 @@ class Case:
     hadamard: HadamardMode
     causal: bool
     lse: bool
-    padding: bool
+    mask: str
     rope: str | None
     norm: tuple[float | None, float | None, torch.dtype | None] | None
     scale: float | None
@@ -143,7 +155,7 @@ class Case:
                 (2, self.kv_heads, self.kv_heads), (self.q_len, self.kv_len, self.kv_len), self.layouts, strict=True
             )
         )
-        mask = torch.ones(1, 1, 1, self.kv_len, dtype=torch.bool) if self.padding else None
+        mask = masks(self.q_len, self.kv_len)[self.mask]
         rope = None if self.rope is None else Rope(interleaved=False, rotary_dim=self.dim)
         causal = self.causal and mask is None
         call = build_call(q, k, v, mask, 0.0, causal, self.scale, self.hadamard, self.lse, rope)
@@ -177,7 +189,7 @@ cases = st.builds(
     hadamard=st.sampled_from([HadamardMode.NONE, HadamardMode.NONE, HadamardMode.QKV, HadamardMode.V_ONLY]),
     causal=st.booleans(),
     lse=st.booleans(),
-    padding=st.booleans(),
+    mask=st.sampled_from(["none", "padding", "dense", "dense, per head", "dense, shifted"]),
     rope=st.sampled_from([None, None, *LAYOUTS]),
     norm=st.sampled_from(
         [
@@ -222,7 +234,8 @@ def test_quantization_per_head(recorded: Recorded, drawn: list[Case]) -> None:
             laid_out(torch.zeros(1, case.kv_heads, case.kv_len, case.dim, dtype=case.dtype), layout)
             for layout in case.layouts[1:]
         )
-        keys = used_keys(torch.ones(1, 1, 1, case.kv_len, dtype=torch.bool), 1, case.kv_len) if case.padding else None
+        keys = used_keys(torch.ones(1, 1, 1, case.kv_len, dtype=torch.bool), 1, case.kv_len)
+        keys = None if case.mask == "none" else keys
         found = quantize_per_head(q, k, v, hadamard=case.hadamard, keys=keys, with_lse_shift=case.lse)
         out = torch.zeros(1, case.q_len, 2, case.dim, dtype=torch.bfloat16)
         restore_output(out, found, case.dtype)

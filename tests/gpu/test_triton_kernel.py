@@ -170,6 +170,83 @@ def test_calls_of_every_dtype(backend, tools, dtype, causal) -> None:
     assert float((lse - expected_lse).abs().max()) < 0.3
 
 
+def visible(kind: str, q_len: int, kv_len: int) -> torch.Tensor:
+    """A bool mask of two batch entries and four heads, or one that broadcasts to them."""
+    i, j = torch.arange(q_len, device="cuda")[:, None], torch.arange(kv_len, device="cuda")
+    holes = torch.rand(2, 4, q_len, kv_len, device="cuda") < 0.5
+    return {
+        "window": ((j <= i) & (j > i - 200))[None, None],
+        "blocks": (i // 150 == j // 100)[None, None],
+        "holes": holes,
+        "one head's": holes[:, :1],
+        "few rows": (holes & (i > 170) & (j > 140) & (i < 300))[:1],
+        "per head": holes[:1, :, :1],
+        "all": torch.ones_like(holes[:1, :1]),
+        "nothing": torch.zeros_like(holes[:1, :1]),
+    }[kind]
+
+
+MASKS = ["window", "blocks", "holes", "one head's", "few rows", "per head", "all", "nothing"]
+
+
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("kind", MASKS)
+def test_with_a_mask_the_kernel_is_its_emulation(tools, kind, dim) -> None:
+    from lpattn.kernels.hopper import emulation
+    from lpattn.kernels.hopper.launch import EXPONENTIALS, attend, tiles_of
+
+    q, k, v = tools.make(2, 4, 2, 333, 555, dim)
+    mask = visible(kind, 333, 555)
+    tools.poison_all()
+    tiles = tiles_of(mask, 555, dim)
+    found = quantized(q, k + 1, v + 1, used=tiles.used_by(2, 4).expand(2, -1, -1), with_lse_shift=True)
+    expected, expected_lse = emulation.emulate(found, kind=EXPONENTIALS["step"], mask=mask)
+    results = []
+    for _ in range(2):
+        tools.poison_all()
+        results.append(attend(found, torch.float32, mask=tiles, return_lse=True, exponential="step"))
+    (out, lse), (again, lse_again) = results
+    assert torch.equal(out, again)
+    assert torch.equal(lse, lse_again)
+    sees = mask.any(-1).expand(2, 4, 333)
+    assert (out.transpose(1, 2)[~sees] == 0.0).all()
+    assert (lse[~sees] == -math.inf).all()
+    if sees.any():
+        # Key tiles come in another order than in the emulation, so that P is rounded from other references.
+        assert tools.sqnr(expected, out.transpose(1, 2)) > 25.0
+        assert float((lse - expected_lse)[sees].abs().max()) < 0.06
+
+
+@pytest.mark.parametrize("kind", ["window", "holes", "few rows"])
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.bfloat16, {}),
+        (torch.float16, {"return_lse": True}),
+        (torch.bfloat16, {"hadamard": "qkv"}),
+    ],
+)
+def test_masks(backend, tools, kind, dtype, options) -> None:
+    q, k, v = (x.to(dtype) for x in tools.make(2, 4, 2, 333, 555, 128))
+    mask = visible(kind, 333, 555)
+    unused = ~mask.any(2)[:, :1, :, None]
+    if mask.shape[1] == 1:
+        # What nobody sees counts in nothing.
+        k, v = (x.masked_fill(unused, torch.nan) for x in (k, v))
+    out = attend(backend, q, k, v, attn_mask=mask, **options)
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        *(x.nan_to_num().double() for x in (q, k, v)), mask, enable_gqa=True
+    ).nan_to_num()
+    if "return_lse" in options:
+        out, lse = out
+        logits = (q.double() @ k.nan_to_num().double().repeat_interleave(2, 1).mT) * 128**-0.5
+        expected = logits.masked_fill(~mask, -torch.inf).logsumexp(-1)
+        sees = expected > -torch.inf
+        assert torch.equal(sees, lse > -torch.inf)
+        assert float((lse - expected)[sees].abs().max()) < 0.3
+    assert tools.sqnr(exact, out) > 22.0
+
+
 def test_views_are_read_in_place(backend, tools) -> None:
     q, k, v = tools.make(2, 4, 4, 300, 300, 64)
     want = attend(backend, q, k, v)

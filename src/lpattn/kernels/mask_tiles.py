@@ -1,4 +1,4 @@
-"""Which key tiles of a mask a kernel must look at: a pass over the mask whose result stays on the device.
+"""Which key tiles of a mask a kernel must look at: two passes over the mask whose results stay on the device.
 
 Any structure that a mask may have (padding, a window, blocks, a prefix) is thus found, and none is guessed.
 """
@@ -14,6 +14,12 @@ import triton.language as tl
 from lpattn.quantize.fused.launcher import kinds_of, launch
 
 _WARPS = 8
+_AT_ONCE = 128
+"""Tiles that are put into lists at a time."""
+_PART, _WHOLE = tl.constexpr(1), tl.constexpr(2)
+"""What a tile may be; one of which nothing is seen is 0."""
+WORD_KEYS = 16
+"""Keys of a word."""
 _ALIGNED = 16
 """Strides in units of so many elements let the compiler see that loads are aligned."""
 
@@ -31,6 +37,8 @@ class MaskTiles:
         counts: int32 [Bm, Hm, Q, 2]: how many.
         used: bool [Bm, Hm, kv_len]: keys that some query sees.
         queries, keys: sizes of a tile.
+        words: int16 [Bm, Hm, Qm, words], of a bool mask, or None: bit 2i + e of word 4w + t says whether key
+            64w + 8i + 2t + e is seen: what a thread of the Hopper kernel has of the scores of 64 keys is one word.
     """
 
     mask: torch.Tensor
@@ -39,6 +47,7 @@ class MaskTiles:
     used: torch.Tensor
     queries: int
     keys: int
+    words: torch.Tensor | None
 
     def used_by(self, kv_heads: int, heads: int) -> torch.Tensor:
         """Bool [Bm, Hkv or 1, kv_len]: keys that some query of a KV head's group sees."""
@@ -47,30 +56,36 @@ class MaskTiles:
         return self.used.unflatten(1, (kv_heads, -1)).any(2)
 
 
-def list_mask_tiles(mask: torch.Tensor, kv_len: int, queries: int, keys: int) -> MaskTiles:
-    """Look at a mask once, in one launch.
+def list_mask_tiles(mask: torch.Tensor, kv_len: int, queries: int, keys: int, *, with_words: bool = False) -> MaskTiles:
+    """Look at a mask once, in two launches.
 
     Args:
         mask: bool or floating point, four dimensions that broadcast to [B, H, q_len, kv_len], any strides.
         kv_len: number of keys.
-        queries, keys: sizes of a tile, powers of two.
+        queries, keys: sizes of a tile. ``keys`` is a power of two.
+        with_words: also write the mask as :attr:`MaskTiles.words`. The mask is bool, and ``keys`` at least 64.
     """
     batch, heads, rows, _ = mask.shape
     q_tiles, room, device = -(-rows // queries), -(-kv_len // keys), mask.device
     lists = torch.empty((batch, heads, q_tiles, 2, room), dtype=torch.int32, device=device)
     counts = torch.empty((batch, heads, q_tiles, 2), dtype=torch.int32, device=device)
     used = torch.zeros((batch, heads, kv_len), dtype=torch.bool, device=device)
+    words = None
+    if with_words:
+        words = torch.empty((batch, heads, rows, room * keys // WORD_KEYS), dtype=torch.int16, device=device)
+    found = torch.empty((batch, heads, q_tiles, room), dtype=torch.int8, device=device)
     strides, unit, dense = mask_strides(mask)
     launch(
-        list_tiles,
-        batch * heads * q_tiles,
-        (mask, lists, counts, used),
+        look_at_tiles,
+        batch * heads * q_tiles * room,
+        (mask, found, used, words),
         (heads, rows, kv_len, q_tiles, room, *strides),
-        (1 if rows == 1 else queries, keys, unit, dense, mask.dtype == torch.bool),
-        kinds_of((mask,)),
+        (queries, 1 if rows == 1 else triton.next_power_of_2(queries), keys, unit, dense, mask.dtype == torch.bool),
+        (*kinds_of((mask,)), with_words),
         _WARPS,
     )
-    return MaskTiles(mask, lists, counts, used, queries, keys)
+    launch(list_tiles, batch * heads * q_tiles, (found, lists, counts), (room,), (_AT_ONCE,), (), 1)
+    return MaskTiles(mask, lists, counts, used, queries, keys, words)
 
 
 def mask_strides(mask: torch.Tensor) -> tuple[tuple[int, ...], int, bool]:
@@ -82,37 +97,56 @@ def mask_strides(mask: torch.Tensor) -> tuple[tuple[int, ...], int, bool]:
 
 
 @triton.jit(do_not_specialize=["heads", "rows", "kv_len", "q_tiles", "room", "mask_b", "mask_h", "mask_q", "mask_k"])
-def list_tiles(
-    mask, lists, counts, used, heads, rows, kv_len, q_tiles, room, mask_b, mask_h, mask_q, mask_k,
-    BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr, DENSE: tl.constexpr, BOOL: tl.constexpr,
+def look_at_tiles(
+    mask, found, used, words, heads, rows, kv_len, q_tiles, room, mask_b, mask_h, mask_q, mask_k,
+    QUERIES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr, DENSE: tl.constexpr,
+    BOOL: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile of BM queries of a head; ``used`` must be False everywhere."""
+    """One program per tile of QUERIES queries, at most BM, and BN keys; ``used`` must be False everywhere."""
     program = tl.program_id(0).to(tl.int64)
-    tile, head = program % q_tiles, program // q_tiles
+    i, head_tile = program % room, program // room
+    tile, head = head_tile % q_tiles, head_tile // q_tiles
     b, h = head // heads, head % heads
-    row = tile * BM + tl.arange(0, BM)
-    of_row = mask + (b * mask_b + h * mask_h + row[:, None] * mask_q) * UNIT
+    of_tile = tl.arange(0, BM)
+    row = tile * QUERIES + of_tile
+    there = (of_tile < QUERIES) & (row < rows)
+    column = i * BN + tl.arange(0, BN)
+    exists = there[:, None] & (column < kv_len)[None, :]
+    at = mask + (b * mask_b + h * mask_h + row[:, None] * mask_q) * UNIT
+    at += column[None, :] * (1 if DENSE else mask_k)
+    if BOOL:
+        seen = tl.load(at, mask=exists, other=0) != 0
+        plain = seen
+    else:
+        bias = tl.load(at, mask=exists, other=float("-inf")).to(tl.float32)
+        seen = bias != float("-inf")
+        plain = bias == 0.0
+    some_query = tl.max(seen.to(tl.int32), 0)
+    tl.store(used + head * kv_len + column, some_query != 0, mask=(column < kv_len) & (some_query != 0))
+    whole = tl.min((plain | (there == 0)[:, None]).to(tl.int32))
+    tl.store(found + program, tl.where(whole != 0, _WHOLE, tl.max(some_query)).to(tl.int8))
+    if words is not None:
+        slot = tl.arange(0, BN)
+        bits = seen.to(tl.int32) << (slot // 8 % 8 * 2 + slot % 2)[None, :]
+        parts = tl.sum(tl.sum(tl.reshape(bits, (BM, BN // 64, 8, 4, 2)), 4), 2)
+        WORDS: tl.constexpr = BN // 16
+        at_words = words + (head * rows + row)[:, None] * (room * WORDS) + (i * WORDS + tl.arange(0, WORDS))[None, :]
+        tl.store(at_words, tl.reshape(parts, (BM, WORDS)).to(tl.int16), mask=there[:, None])
+
+
+@triton.jit(do_not_specialize=["room"])
+def list_tiles(found, lists, counts, room, AT_ONCE: tl.constexpr):
+    """One program per tile of queries: its key tiles in two lists."""
+    program = tl.program_id(0).to(tl.int64)
     whole_list = lists + program * 2 * room
-    part_list = whole_list + room
     whole_count, part_count = 0, 0
-    for i in tl.range(0, tl.cdiv(kv_len, BN)):
-        column = i * BN + tl.arange(0, BN)
-        exists = (row < rows)[:, None] & (column < kv_len)[None, :]
-        at = of_row + column[None, :].to(tl.int64) * (1 if DENSE else mask_k)
-        if BOOL:
-            seen = tl.load(at, mask=exists, other=0) != 0
-            plain = seen
-        else:
-            bias = tl.load(at, mask=exists, other=float("-inf")).to(tl.float32)
-            seen = bias != float("-inf")
-            plain = bias == 0.0
-        some_query = tl.max(seen.to(tl.int32), 0)
-        tl.store(used + head * kv_len + column, some_query != 0, mask=(column < kv_len) & (some_query != 0))
-        seen_at_all = tl.max(some_query)
-        whole = tl.min((plain | (row >= rows)[:, None]).to(tl.int32))
-        tl.store(whole_list + whole_count, i, mask=whole != 0)
-        tl.store(part_list + part_count, i, mask=(whole == 0) & (seen_at_all != 0))
-        whole_count += whole
-        part_count += tl.where(whole == 0, seen_at_all, 0)
+    for first in tl.range(0, room, AT_ONCE):
+        tile = first + tl.arange(0, AT_ONCE)
+        kind = tl.load(found + program * room + tile, mask=tile < room, other=0)
+        whole, part = (kind == _WHOLE).to(tl.int32), (kind == _PART).to(tl.int32)
+        tl.store(whole_list + whole_count + tl.cumsum(whole, 0) - 1, tile, mask=whole != 0)
+        tl.store(whole_list + room + part_count + tl.cumsum(part, 0) - 1, tile, mask=part != 0)
+        whole_count += tl.sum(whole)
+        part_count += tl.sum(part)
     tl.store(counts + program * 2, whole_count)
     tl.store(counts + program * 2 + 1, part_count)

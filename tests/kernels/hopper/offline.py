@@ -32,7 +32,7 @@ def compile_kernel(dim: int, asked: set[str]) -> Any:
         return f"tensordesc<fp8e4nv[{rows}, {columns}],{layout_of(columns)!r}>"
 
     types = dict.fromkeys(("q_scale", "k_scale", "v_scale", "v_constant"), "*fp32")
-    types |= dict.fromkeys(("heads", "kv_heads", "q_len", "kv_len", "q_tiles", "tiles"), "i32")
+    types |= {"lists": "*i32", "list_counts": "*i32", "words": "*i16"}
     types |= {"out": "*fp16" if "half" in asked else "*bf16", "lse": "*fp32", "lse_shift": "*fp32", "counts": "*i32"}
     types |= {"q_desc": descriptor(ROWS.value, lanes), "k_desc": descriptor(tile.keys, lanes)}
     types |= {"v_desc": descriptor(lanes, tile.keys)}
@@ -47,8 +47,11 @@ def compile_kernel(dim: int, asked: set[str]) -> Any:
         constants |= {"lse": None, "lse_shift": None}
     if "keys" not in asked:
         constants |= {"counts": None}
+    if "mask" not in asked:
+        constants |= {"lists": None, "list_counts": None, "words": None}
     names = attention.arg_names
-    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    # The rest are numbers.
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     places = {(names.index(name),): value for name, value in constants.items()}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     source = GluonASTSource(fn=attention, signature=signature, constexprs=places, attrs=aligned)

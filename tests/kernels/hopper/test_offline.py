@@ -22,6 +22,7 @@ CONFIGURATIONS = [
     "128:step",
     "128:step-causal",
     "80:quadratic-lse-keys-half",
+    "64:step-mask",
 ]
 
 

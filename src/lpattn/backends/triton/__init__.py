@@ -80,10 +80,9 @@ class TritonBackend(Backend):
     def rank(self, call: AttentionCall) -> float:
         if call.varlen is not None:
             return 0.0
-        # What was measured on sm_90 without a dense mask is the Hopper kernel.
-        dense = call.mask is not MaskKind.NONE and not call.key_padding
+        # What was measured on sm_90 is the Hopper kernel.
         other = call.capability == (9, 0) and not isinstance(kernel_for(call, self.int8), HopperKernel)
-        return 0.0 if other and not dense and not self.int8 else measured_speedup(self.name, call)
+        return 0.0 if other and not self.int8 else measured_speedup(self.name, call)
 
     def attention(
         self,

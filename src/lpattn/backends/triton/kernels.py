@@ -77,7 +77,7 @@ _STEPS_SIZE = 64
 
 
 class HopperKernel(Kernel):
-    """The Gluon kernel: the fastest on sm_90, without masks but key padding.
+    """The Gluon kernel: the fastest on sm_90, with bool masks.
 
     Args:
         exponential: how P is made (see :func:`lpattn.kernels.hopper.launch.attend`); None: the kernel's own choice.
@@ -97,6 +97,8 @@ class HopperKernel(Kernel):
         rotation: Rotation | None,
         norm: Norm | None = None,
     ) -> Result:
+        if attn_mask is not None and not call.key_padding:
+            return self._attend_listed(query, key, value, call, attn_mask, rotation, norm)
         keys = None if attn_mask is None else self._fused.used_keys(attn_mask, call.batch, key.shape[2])
         more = self._fused.more_of(rotation, keys, norm)
         at = (query.data_ptr(), key.data_ptr(), value.data_ptr())
@@ -138,18 +140,60 @@ class HopperKernel(Kernel):
             packed=packed,
             with_lse_shift=call.return_lse,
         )
-        # The transform's inverse runs on bfloat16, whatever the inputs are.
-        transformed = call.hadamard is not HadamardMode.NONE
         attention = plan_attention(
             quantization.layout,
-            torch.bfloat16 if transformed else call.dtype,
+            _dtype_of_sums(call),
             causal=call.causal is CausalKind.TOP_LEFT,
             return_lse=call.return_lse,
-            # The log-sum-exp wants sums without a bias, whatever the exponential.
-            exponential=None if call.return_lse else self._exponential,
+            exponential=self._exponential_for(call),
             packed=packed,
         )
-        return Steps(quantization, attention, transformed)
+        return Steps(quantization, attention, call.hadamard is not HadamardMode.NONE)
+
+    def _attend_listed(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        call: AttentionCall,
+        attn_mask: torch.Tensor,
+        rotation: Rotation | None,
+        norm: Norm | None,
+    ) -> Result:
+        """With a mask that is not known to be key padding: over the tiles of which something is seen."""
+        from lpattn.kernels.hopper.launch import QK_MAX, attend, tiles_of
+
+        tiles = tiles_of(attn_mask, key.shape[2], call.head_dim_v)
+        quantized = self._fused.quantize_per_block(
+            query,
+            key,
+            value,
+            factor=call.softmax_scale * math.log2(math.e),
+            qk_max=QK_MAX,
+            hadamard=call.hadamard,
+            rope=rotation,
+            norm=norm,
+            used=tiles.used_by(call.num_kv_heads, call.num_heads).expand(call.batch, -1, -1),
+            with_lse_shift=call.return_lse,
+        )
+        out, lse = attend(
+            quantized,
+            _dtype_of_sums(call),
+            mask=tiles,
+            return_lse=call.return_lse,
+            exponential=self._exponential_for(call),
+        )
+        transformed = call.hadamard is not HadamardMode.NONE
+        return (self._fused.restore_output(out, quantized, call.dtype) if transformed else out), lse
+
+    def _exponential_for(self, call: AttentionCall) -> str | None:
+        """The log-sum-exp wants sums without a bias, whatever the exponential."""
+        return None if call.return_lse else self._exponential
+
+
+def _dtype_of_sums(call: AttentionCall) -> torch.dtype:
+    """Of what the Hopper kernel writes: the transform's inverse runs on bfloat16, whatever the inputs are."""
+    return call.dtype if call.hadamard is HadamardMode.NONE else torch.bfloat16
 
 
 class PortableKernel(Kernel):

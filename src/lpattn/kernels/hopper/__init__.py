@@ -46,8 +46,11 @@ def reasons_against(call: AttentionCall) -> list[Reason]:
     if call.head_dim_v != call.head_dim:
         text = f"head_dim_v {call.head_dim_v}: the Hopper kernel needs head_dim, which is {call.head_dim}"
         reasons.append(Reason("head_dim_v", text))
-    if call.mask is not MaskKind.NONE and not call.key_padding:
-        reasons.append(Reason("mask", f"{call.mask} attn_mask: the Hopper kernel takes key-padding masks only"))
+    if call.mask is MaskKind.ADDITIVE:
+        reasons.append(Reason("mask", f"{call.mask} attn_mask: the Hopper kernel takes bool masks"))
+    elif call.mask is MaskKind.BOOL and call.q_len * call.kv_len // 16 >= _INT32_END:
+        text = f"attn_mask over {call.q_len} queries and {call.kv_len} keys: the Hopper kernel counts to 2^35 of both"
+        reasons.append(Reason("size", text))
     if call.causal not in (CausalKind.NONE, CausalKind.TOP_LEFT):
         reasons.append(Reason("causal", f"causal {call.causal}: the Hopper kernel's causal masks are top-left"))
     # The copy engine's coordinates are 32 bits wide.

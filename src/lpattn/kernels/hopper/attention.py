@@ -27,6 +27,7 @@ from lpattn.kernels.hopper.softmax import (
     exponentials,
     factor_of,
     hide,
+    hide_unseen,
     keep,
     pair_up,
     refer,
@@ -116,6 +117,24 @@ def _query_tile(index, turn, sizes, CAUSAL: gl.constexpr):
 
 
 @gluon.jit
+def _listed(b, head, tile, mask, sizes):
+    """Where the key tiles of a query tile are listed, how many it sees in part or whole, and how many whole."""
+    lists, list_counts, words, list_b, list_h, list_q, room, word_b, word_h, word_q = mask
+    heads, kv_heads, q_len, kv_len, q_tiles, tiles = sizes
+    at = b.to(gl.int64) * list_b + head % heads * list_h + tile * list_q
+    whole = gl.load(list_counts + at * 2)
+    return lists + at * 2 * room, whole + gl.load(list_counts + at * 2 + 1), whole
+
+
+@gluon.jit
+def _of_list(i, its_list, listed, whole, mask):
+    """The i-th key tile of a list: those first of which something is hidden. Where none is listed, the first of all."""
+    room = mask[6]
+    part = listed - whole
+    return gl.load(its_list + gl.where(i < part, room + i, i - part), mask=i < listed, other=0)
+
+
+@gluon.jit
 def _key_tiles(b, tile, counts, sizes, ALL_ROWS: gl.constexpr, BN: gl.constexpr, CAUSAL: gl.constexpr):
     """Number of keys, of key tiles that a query tile sees, and of those that all of its rows see whole."""
     heads, kv_heads, q_len, kv_len, q_tiles, tiles = sizes
@@ -130,7 +149,7 @@ def _key_tiles(b, tile, counts, sizes, ALL_ROWS: gl.constexpr, BN: gl.constexpr,
 
 
 @gluon.jit
-def _produce(descriptors, buffers, barriers, counts, sizes, SHAPE: gl.constexpr):
+def _produce(descriptors, buffers, barriers, counts, mask, sizes, SHAPE: gl.constexpr):
     """Load Q, and per iteration a tile of K and the tile of V that belongs to the K before."""
     q_desc, k_desc, v_desc = descriptors
     q_buffer, k_buffer, v_buffer, ones = buffers
@@ -142,6 +161,7 @@ def _produce(descriptors, buffers, barriers, counts, sizes, SHAPE: gl.constexpr)
     CONSUMERS: gl.constexpr = SHAPE[3]
     CAUSAL: gl.constexpr = SHAPE[4]
     DIM: gl.constexpr = SHAPE[8]
+    LISTED: gl.constexpr = SHAPE[13]
     PARTS: gl.constexpr = KEYS // BN
     ALL_ROWS: gl.constexpr = CONSUMERS * ROWS
     blocks = (kv_len + KEYS - 1) // KEYS
@@ -150,6 +170,9 @@ def _produce(descriptors, buffers, barriers, counts, sizes, SHAPE: gl.constexpr)
     for index in range(gl.program_id(0), _turns(tiles, CAUSAL), gl.num_programs(0)):
         b, head, tile, kv_head = _query_tile(index, turn, sizes, CAUSAL)
         keys, count, whole = _key_tiles(b, tile, counts, sizes, ALL_ROWS, BN, CAUSAL)
+        if LISTED:
+            its_list, listed, whole = _listed(b, head, tile, mask, sizes)
+            count = gl.maximum(listed, 1)
         place, parity = _stage(turn, QUERIES)
         arrived = q_full.index(place)
         mbarrier.wait(q_empty.index(place), parity ^ 1)
@@ -157,10 +180,14 @@ def _produce(descriptors, buffers, barriers, counts, sizes, SHAPE: gl.constexpr)
         for w in gl.static_range(CONSUMERS):
             q_row = head * q_len + tile * ALL_ROWS + w * ROWS
             load_tile(q_desc, [q_row, 0], arrived, q_buffer.index(place * CONSUMERS + w))
+        k_tile = count
         for i in range(count + 1):
             stage, parity = _stage(step, STAGES)
-            k_tile = count - 1 - i
-            v_tile = k_tile + 1
+            v_tile = k_tile
+            if LISTED:
+                k_tile = _of_list(i, its_list, listed, whole, mask)
+            else:
+                k_tile = count - 1 - i
             has_k = i < count
             has_v = i > 0
             mbarrier.wait(empty.index(stage), parity ^ 1)
@@ -219,7 +246,7 @@ def _quotient(a, b):
 
 
 @gluon.jit
-def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes, SHAPE: gl.constexpr):
+def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, mask, sizes, SHAPE: gl.constexpr):
     """Attend with 64 rows of every query tile."""
     q_buffer, k_buffer, v_buffer, ones = buffers
     q_full, q_empty, full, empty = barriers
@@ -237,6 +264,7 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes,
     LANES: gl.constexpr = SHAPE[9]
     ACROSS: gl.constexpr = SHAPE[10]
     AHEAD: gl.constexpr = SHAPE[11]
+    LISTED: gl.constexpr = SHAPE[13]
     BLOCK_PARTS: gl.constexpr = KEYS // BN
     ALL_ROWS: gl.constexpr = CONSUMERS * ROWS
     WIDTH: gl.constexpr = D // PARTS
@@ -265,9 +293,14 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes,
         seen = gl.full([ROWS], 0, gl.int32, s_rows) + keys
         if CAUSAL:
             seen = gl.minimum(seen, row + 1)
+        k_tile = count - 1
+        if LISTED:
+            its_list, listed, whole = _listed(b, head, tile, mask, sizes)
+            count = gl.maximum(listed, 1)
+            seen = _rows_of_words(b, head, start, mask, sizes, s_zero)
+            k_tile = _of_list(0, its_list, listed, whole, mask)
         place, parity = _stage(turn, QUERIES)
         q = q_buffer.index(place * CONSUMERS + w)
-        k_tile = count - 1
         mbarrier.wait(q_full.index(place), parity)
 
         # The first tile has no P V beside it.
@@ -278,7 +311,7 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes,
         v_unit = gl.load(v_scales + k_tile // BLOCK_PARTS)
         s = warpgroup_mma_wait(0, deps=[s])
         step += 1
-        pairs = hide(pair_up(s, ROWS, BN), seen - k_tile * BN, ROWS, BN)
+        pairs = _hidden(pair_up(s, ROWS, BN), seen, k_tile, s_zero, LISTED)
         unseen = gl.full([ROWS], UNSEEN, gl.int32, s_rows)
         c, offset, offset_value = refer(row_max(pairs, ROWS, BN // 2, s_rows), c, unseen, KIND, True)
         first, second = exponentials(pairs, offset, c, ROWS, BN, KIND)
@@ -290,9 +323,12 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes,
         if AHEAD:
             stage, parity = _stage(step, STAGES)
             mbarrier.wait(full.index(stage), parity)
-        if CAUSAL & (ALL_ROWS > BN):
+        if LISTED | CAUSAL & (ALL_ROWS > BN):
             for i in range(1, gl.maximum(count - whole, 1)):
-                k_tile -= 1
+                if LISTED:
+                    k_tile = _of_list(i, its_list, listed, whole, mask)
+                else:
+                    k_tile -= 1
                 accs, sums, codes, offset, offset_value, factor, change, v_unit = _iterate(
                     q, buffers, barriers, k_scales, v_scales, q_scales, seen, step, k_tile,
                     accs, sums, codes, offset, offset_value, factor, change, v_unit,
@@ -300,7 +336,10 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes,
                 )  # fmt: skip
                 step += 1
         for i in range(gl.maximum(count - whole, 1), count):
-            k_tile -= 1
+            if LISTED:
+                k_tile = _of_list(i, its_list, listed, whole, mask)
+            else:
+                k_tile -= 1
             accs, sums, codes, offset, offset_value, factor, change, v_unit = _iterate(
                 q, buffers, barriers, k_scales, v_scales, q_scales, seen, step, k_tile,
                 accs, sums, codes, offset, offset_value, factor, change, v_unit,
@@ -343,6 +382,9 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes,
                 lanes = part_index * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, o_layout))
                 constant = gl.load(v_constant + kv_head * LANES + lanes, mask=lanes < LANES, other=0.0)
                 value += constant[None, :]
+            if LISTED:
+                # Without a mask, who sees no key is in a batch entry without any, and the constant is 0.
+                value = gl.where(gl.convert_layout(empty_row, o_rows)[:, None], 0.0, value)
             if out.dtype.element_ty == gl.float16:
                 # Rounding of V must not make inf of what exact attention keeps finite; nor a number of NaN.
                 value = gl.where(gl.abs(value) > 65504.0, gl.where(value > 0.0, 65504.0, -65504.0), value)
@@ -350,6 +392,44 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, sizes,
             columns = part_index * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, out_layout))[None, :]
             at = base + rows * (heads * DIM) + columns
             gl.store(at, value, mask=(start + rows < q_len) & (columns < DIM))
+
+
+@gluon.jit
+def _words_at(row, k_tile, s_zero):
+    """Number of the words of a tile of keys, of rows whose first one is given, as :func:`hide_unseen` takes them."""
+    BN: gl.constexpr = s_zero.shape[1]
+    layout: gl.constexpr = gl.SliceLayout(2, pair_up(s_zero, ROWS, BN).reshape([ROWS, BN // 64, 8, 4]).type.layout)
+    half = gl.arange(0, BN // 64, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
+    thread = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
+    return row[:, None, None] + (half * 4 + thread + k_tile * (BN // 16))
+
+
+@gluon.jit
+def _rows_of_words(b, head, start, mask, sizes, s_zero):
+    """A mask's words, and which is the first one of each row from ``start`` on."""
+    lists, list_counts, words, list_b, list_h, list_q, room, word_b, word_h, word_q = mask
+    heads, kv_heads, q_len, kv_len, q_tiles, tiles = sizes
+    BN: gl.constexpr = s_zero.shape[1]
+    layout: gl.constexpr = gl.SliceLayout(2, pair_up(s_zero, ROWS, BN).reshape([ROWS, BN // 64, 8, 4]).type.layout)
+    # Rows behind the last one are not written: they may see what that one sees.
+    row = gl.minimum(start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout))), q_len - 1)
+    return words + b.to(gl.int64) * word_b + head % heads * word_h, row * word_q
+
+
+@gluon.jit
+def _hidden(pairs, seen, k_tile, s_zero, LISTED: gl.constexpr):
+    """Scores of a tile of keys, -inf where a row does not see its key.
+
+    ``seen``: how many keys each row sees; with LISTED, a mask's words, and the first one of each row.
+    """
+    BN: gl.constexpr = s_zero.shape[1]
+    if LISTED:
+        words, rows = seen
+        found = gl.load(words + _words_at(rows, k_tile, s_zero)).to(gl.int32)
+        hidden = hide_unseen(pairs, found, ROWS, BN)
+    else:
+        hidden = hide(pairs, seen - k_tile * BN, ROWS, BN)
+    return hidden
 
 
 @gluon.jit
@@ -370,8 +450,9 @@ def _iterate(
     KIND: gl.constexpr = SHAPE[5]
     PARTS: gl.constexpr = SHAPE[6]
     LATE: gl.constexpr = SHAPE[7]
-    EARLY: gl.constexpr = SHAPE[12]
     AHEAD: gl.constexpr = SHAPE[11]
+    EARLY: gl.constexpr = SHAPE[12]
+    LISTED: gl.constexpr = SHAPE[13]
     BLOCK_PARTS: gl.constexpr = KEYS // BN
     s_rows: gl.constexpr = gl.SliceLayout(1, s_zero.type.layout)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_zero.type.layout, 4)
@@ -388,7 +469,7 @@ def _iterate(
     s = warpgroup_mma_wait(2, deps=[s])
     pairs = pair_up(s, ROWS, BN)
     if MASKED:
-        pairs = hide(pairs, seen - k_tile * BN, ROWS, BN)
+        pairs = _hidden(pairs, seen, k_tile, s_zero, LISTED)
     # In this order: with the factor in front of the maximum, the compiler's schedule is slower at head_dim 128.
     largest = row_max(pairs, ROWS, BN // 2, s_rows)
     c, offset, next_value = refer(largest, factor_of(q_scales, k_unit), offset, KIND, MASKED)
@@ -427,10 +508,17 @@ def _iterate(
     return accs, sums, codes, offset, next_value, next_factor, _quotient(v_unit, next_v), next_v
 
 
-@gluon.jit(do_not_specialize=["heads", "kv_heads", "q_len", "kv_len", "q_tiles", "tiles"])
+_VARYING = [
+    "heads", "kv_heads", "q_len", "kv_len", "q_tiles", "tiles",
+    "list_b", "list_h", "list_q", "room", "word_b", "word_h", "word_q",
+]  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=_VARYING)
 def attention(
-    q_scale, k_scale, v_scale, v_constant, out, lse, lse_shift, counts, q_desc, k_desc, v_desc,
-    heads, kv_heads, q_len, kv_len, q_tiles, tiles,
+    q_scale, k_scale, v_scale, v_constant, out, lse, lse_shift, counts, lists, list_counts, words,
+    q_desc, k_desc, v_desc, heads, kv_heads, q_len, kv_len, q_tiles, tiles,
+    list_b, list_h, list_q, room, word_b, word_h, word_q,
     BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, CAUSAL: gl.constexpr,
     KIND: gl.constexpr, PARTS: gl.constexpr, LATE: gl.constexpr, DIM: gl.constexpr, LANES: gl.constexpr,
     ACROSS: gl.constexpr, AHEAD: gl.constexpr, EARLY: gl.constexpr, REGISTERS: gl.constexpr,
@@ -440,6 +528,9 @@ def attention(
     Args:
         q_scale: [B, H, q_len]. k_scale, v_scale: [B, Hkv, blocks]. v_constant: [B, Hkv, LANES] or None. All float32.
         out: [B, q_len, H, DIM]. lse, lse_shift: float32 [B, H, q_len], or None. counts: int32 [B], or None.
+        lists, list_counts, words: of :class:`lpattn.kernels.mask_tiles.MaskTiles`, or None. Key tiles of a head's tile
+            of queries are the (b * list_b + h * list_h + tile * list_q)-th pair of lists, with room for ``room`` each;
+            words of a query begin at b * word_b + h * word_h + query * word_q.
         q_desc: e4m3 [B * H * q_len, PITCH], tiles of [ROWS, D]. k_desc: [B * Hkv * blocks * KEYS, PITCH], of [BN, D].
         v_desc: [B * Hkv * blocks * DIM, KEYS], of [D, BN].
     """
@@ -467,15 +558,18 @@ def attention(
     barriers = (q_full, q_empty, full, empty)
     scales = (q_scale, k_scale, v_scale, v_constant)
     outputs = (out, lse, lse_shift)
+    mask = (lists, list_counts, words, list_b, list_h, list_q, room, word_b, word_h, word_q)
     sizes = (heads, kv_heads, q_len, kv_len, q_tiles, tiles)
-    SHAPE: gl.constexpr = (BN, D, STAGES, CONSUMERS, CAUSAL, KIND, PARTS, LATE, DIM, LANES, ACROSS, AHEAD, EARLY)
+    SHAPE: gl.constexpr = (
+        BN, D, STAGES, CONSUMERS, CAUSAL, KIND, PARTS, LATE, DIM, LANES, ACROSS, AHEAD, EARLY, lists is not None,
+    )  # fmt: skip
     # The second and third arguments: warps and registers of all but the first.
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (0, buffers, barriers, scales, outputs, counts, sizes, SHAPE)),
-                (_consume, (1, buffers, barriers, scales, outputs, counts, sizes, SHAPE)),
-                (_produce, (descriptors, buffers, barriers, counts, sizes, SHAPE)),
+                (_consume, (0, buffers, barriers, scales, outputs, counts, mask, sizes, SHAPE)),
+                (_consume, (1, buffers, barriers, scales, outputs, counts, mask, sizes, SHAPE)),
+                (_produce, (descriptors, buffers, barriers, counts, mask, sizes, SHAPE)),
             ],
             [4, 1],
             [REGISTERS, 24],
@@ -483,10 +577,10 @@ def attention(
     else:
         gl.warp_specialize(
             [
-                (_consume, (0, buffers, barriers, scales, outputs, counts, sizes, SHAPE)),
-                (_consume, (1, buffers, barriers, scales, outputs, counts, sizes, SHAPE)),
-                (_consume, (2, buffers, barriers, scales, outputs, counts, sizes, SHAPE)),
-                (_produce, (descriptors, buffers, barriers, counts, sizes, SHAPE)),
+                (_consume, (0, buffers, barriers, scales, outputs, counts, mask, sizes, SHAPE)),
+                (_consume, (1, buffers, barriers, scales, outputs, counts, mask, sizes, SHAPE)),
+                (_consume, (2, buffers, barriers, scales, outputs, counts, mask, sizes, SHAPE)),
+                (_produce, (descriptors, buffers, barriers, counts, mask, sizes, SHAPE)),
             ],
             [4, 4, 1],
             [REGISTERS, REGISTERS, 24],

@@ -17,13 +17,17 @@ LINEAR, STEP, QUADRATIC = range(3)
 _KEYS = 128
 
 
-def emulate(quantized: PerBlock, *, kind: int, causal: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def emulate(
+    quantized: PerBlock, *, kind: int, causal: bool = False, mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of quantized tensors.
 
     Args:
         quantized: q, k and v; see :class:`lpattn.quantize.fused.PerBlock`.
         kind: how P is made: LINEAR, STEP or QUADRATIC.
         causal: query i sees keys 0..i.
+        mask: bool, broadcastable to [B, H, q_len, kv_len]: True attends. The kernel goes through key tiles in another
+            order then, which moves a reference, and with it the rounding of P, now and then.
 
     Returns:
         The output in float64 [B, H, q_len, D], and the natural log-sum-exp, [B, H, q_len], -inf where no key is seen.
@@ -54,6 +58,10 @@ def emulate(quantized: PerBlock, *, kind: int, causal: bool = False) -> tuple[to
             s = (s + (q[..., step] @ k[:, :, keys, step].mT).double()).half().double()
         columns = torch.arange(block * _KEYS, (block + 1) * _KEYS, device=q.device)
         s = s.masked_fill(columns >= seen[..., None], -torch.inf)
+        if mask is not None:
+            shown = mask.expand(batch, heads, q_len, quantized.kv_len)[..., keys]
+            there = shown.shape[-1]
+            s[..., :there] = s[..., :there].masked_fill(~shown, -torch.inf)
         largest = torch.where(s.isnan(), -torch.inf, s).amax(-1)
         c = quantized.q_scale.double() * k_scale[:, :, block, None]
         c = torch.where((largest * c).abs() > 8000.0, 1.0, c.clamp(2.0**-24, 32768.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lpattn.kernels.hopper import softmax
 from lpattn.kernels.hopper.attention import KEYS, ROWS, attention
+from lpattn.kernels.mask_tiles import WORD_KEYS, MaskTiles, list_mask_tiles
 from lpattn.quantize.fused import PerBlock
+from lpattn.quantize.fused.inputs import addresses_of
 from lpattn.quantize.fused.launcher import Launch, short_way
 from lpattn.quantize.fused.memory import Layout
 from lpattn.quantize.fused.operands import lanes_of, multiprocessors
@@ -104,11 +107,18 @@ def tile_of(head_dim: int) -> tuple[int, Tile]:
     return lanes, TILES[lanes]
 
 
+def tiles_of(mask: torch.Tensor, kv_len: int, head_dim: int) -> MaskTiles:
+    """What :func:`attend` wants to know of a bool mask, four dimensions that broadcast to [B, H, q_len, kv_len]."""
+    _, tile = tile_of(head_dim)
+    return list_mask_tiles(mask, kv_len, tile.consumers * ROWS.value, tile.keys, with_words=True)
+
+
 def attend(
     quantized: PerBlock,
     dtype: torch.dtype,
     *,
     causal: bool = False,
+    mask: MaskTiles | None = None,
     return_lse: bool = False,
     exponential: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -118,6 +128,7 @@ def attend(
         quantized: with q times the softmax scale times log2(e), and ``qk_max`` :data:`QK_MAX`.
         dtype: of the output: float16, bfloat16 or float32.
         causal: query i sees keys 0..i.
+        mask: of :func:`tiles_of`, for ``quantized.dim_v``; neither together with ``causal`` nor with packed keys.
         return_lse: also return the log-sum-exp.
         exponential: how P is made: "step" (default), "quadratic" (default with return_lse, whose sums have no bias),
             or "linear", the fastest and least exact; see :mod:`.softmax`.
@@ -134,8 +145,9 @@ def attend(
         return_lse=return_lse,
         exponential=exponential,
         packed=quantized.key_counts is not None,
+        mask_shape=None if mask is None else mask.mask.shape[:3],
     )
-    return plan.run(quantized, short_way(layout.device))
+    return plan.run(quantized, short_way(layout.device), mask)
 
 
 def plan_attention(
@@ -146,6 +158,7 @@ def plan_attention(
     return_lse: bool,
     exponential: str | None,
     packed: bool,
+    mask_shape: tuple[int, ...] | None = None,
 ) -> Attention:
     """How :func:`attend` attends to what is laid out like that.
 
@@ -153,9 +166,10 @@ def plan_attention(
         layout: of the operands.
         dtype, causal, return_lse, exponential: of :func:`attend`.
         packed: whether the operands have ``key_counts``.
+        mask_shape: the first three dimensions of a mask.
     """
     kind = EXPONENTIALS[exponential or ("quadratic" if return_lse else "step")]
-    return _plan(layout, dtype, causal, kind, not packed, return_lse)
+    return _plan(layout, dtype, causal, kind, not packed, return_lse, mask_shape)
 
 
 class _Address:
@@ -189,12 +203,15 @@ class Attention(NamedTuple):
     descriptors: tuple[tuple[list[int], list[int], list[int], gl.NVMMASharedLayout], ...]
     launch: Launch
 
-    def run(self, quantized: PerBlock, stream: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def run(
+        self, quantized: PerBlock, stream: int | None, mask: MaskTiles | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend. ``stream`` is what :func:`lpattn.quantize.fused.launcher.short_way` says; returns as attend()."""
         layout, dtype, out_shape, lse_shape, adds_constant, (q, k, v), launch = self
         device, key_counts = layout.device, quantized.key_counts
         out = torch.empty(out_shape, dtype=dtype, device=device)
         lse = None if lse_shape is None else torch.empty(lse_shape, dtype=torch.float32, device=device)
+        of_mask = (None, None, None) if mask is None else (mask.lists, mask.counts, mask.words)
         start = quantized.address
         # By the addresses of what it takes, and by the tensors themselves, in the same order.
         launch.on(
@@ -208,6 +225,7 @@ class Attention(NamedTuple):
                 None if lse is None else lse.data_ptr(),
                 None if lse is None or layout.lse_shift is None else start + layout.lse_shift.start,
                 None if key_counts is None else key_counts.data_ptr(),
+                *addresses_of(of_mask),
                 _descriptor(*q, _Address(start + layout.query.start)),
                 _descriptor(*k, _Address(start + layout.key.start)),
                 _descriptor(*v, _Address(start + layout.value.start)),
@@ -221,6 +239,7 @@ class Attention(NamedTuple):
                 lse,
                 None if lse is None else quantized.lse_shift,
                 key_counts,
+                *of_mask,
                 _descriptor(*q, quantized.query),
                 _descriptor(*k, quantized.key),
                 _descriptor(*v, quantized.value),
@@ -237,6 +256,7 @@ def _plan(
     kind: int,
     all_keys: bool,
     return_lse: bool,
+    mask_shape: tuple[int, ...] | None,
 ) -> Attention:
     batch, heads, q_len, pitch = layout.query.shape
     kv_heads, kv_len, dim, device = layout.key.shape[1], layout.kv_len, layout.dim_v, layout.device
@@ -246,12 +266,20 @@ def _plan(
     lanes, tile = tile_of(dim)
     blocks = -(-kv_len // KEYS.value)
     kv_rows = batch * kv_heads * blocks
-    q_tiles = -(-q_len // (tile.consumers * ROWS.value))
+    rows = tile.consumers * ROWS.value
+    q_tiles = -(-q_len // rows)
     tiles = q_tiles * batch * heads
+    steps: tuple[int, ...] = (0,) * 7
+    if mask_shape is not None:
+        of_batch, of_heads, of_rows = mask_shape
+        room = -(-kv_len // tile.keys)
+        width = room * tile.keys // WORD_KEYS
+        lists = _steps((of_batch, of_heads, -(-of_rows // rows)), 1)
+        steps = (*lists, room, *_steps((of_batch, of_heads, of_rows), width))
     launch = Launch(
         attention,
         min(tiles, multiprocessors(device)),
-        (heads, kv_heads, q_len, kv_len, q_tiles, tiles),
+        (heads, kv_heads, q_len, kv_len, q_tiles, tiles, *steps),
         (
             tile.keys,
             lanes,
@@ -268,7 +296,7 @@ def _plan(
             kind in tile.early,
             tile.registers,
         ),
-        (dtype, adds_constant, aligned, all_keys, return_lse),
+        (dtype, adds_constant, aligned, all_keys, return_lse, mask_shape is None),
         num_warps=4,
         launch_pdl=False,
         device=device,
@@ -287,6 +315,12 @@ def _plan(
         ),
         launch=launch,
     )
+
+
+def _steps(shape: tuple[int, ...], last: int) -> tuple[int, ...]:
+    """Strides of a contiguous tensor whose last dimension comes after this shape, 0 where it broadcasts."""
+    strides = [last * math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    return tuple(0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True))
 
 
 def _descriptor(

@@ -118,6 +118,24 @@ def hide(pairs, visible, BM: gl.constexpr, BN: gl.constexpr):
 
 
 @gluon.jit
+def hide_unseen(pairs, words, BM: gl.constexpr, BN: gl.constexpr):
+    """-inf for every score whose bit is 0.
+
+    Args:
+        pairs: scores, int32 [BM, BN / 2].
+        words: int32 [BM, BN / 64, 4], bits as :class:`lpattn.kernels.mask_tiles.MaskTiles` has them.
+    """
+    apart = pairs.reshape([BM, BN // 64, 8, 4])
+    layout: gl.constexpr = apart.type.layout
+    place = 2 * gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, layout))))
+    bits = words[:, :, None, :] >> place[None, None, :, None]
+    # 0xFC00 is -inf.
+    seen = gl.where((bits & 1) != 0, 0xFFFF, 0) | gl.where((bits & 2) != 0, -65536, 0)
+    hidden = (apart & seen) | (~seen & -67044352)
+    return gl.convert_layout(hidden.reshape([BM, BN // 2]), pairs.type.layout, assert_trivial=True)
+
+
+@gluon.jit
 def row_max(pairs, BM: gl.constexpr, N: gl.constexpr, row_layout: gl.constexpr):
     """Largest score of each row, float32 [BM], of pairs [BM, N]. NaN is left out."""
     if N > 4:

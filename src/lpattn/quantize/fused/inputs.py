@@ -145,7 +145,7 @@ def alike(
     )
 
 
-def addresses_of(tensors: tuple[torch.Tensor | None, ...]) -> tuple[int | None, ...]:
+def addresses_of(tensors: Sequence[torch.Tensor | None]) -> tuple[int | None, ...]:
     """As a launch takes them; None for none."""
     return tuple([None if t is None else t.data_ptr() for t in tensors])
 
