@@ -9,8 +9,6 @@ pytest.importorskip("triton", reason="triton, in which the pass is written, is n
 
 from lpattn.kernels.mask_tiles import list_mask_tiles
 
-BLOCK = 64
-
 
 @pytest.fixture
 def device() -> str:
@@ -19,11 +17,7 @@ def device() -> str:
 
 def unpacked(words: torch.Tensor, kv_len: int) -> torch.Tensor:
     """Bool [..., kv_len] of words, as MaskTiles.words describes them."""
-    found = torch.zeros((*words.shape[:-1], words.shape[-1] * 16), dtype=torch.bool)
-    for key in range(found.shape[-1]):
-        w, within = divmod(key, BLOCK)
-        i, t, e = within // 8, within // 2 % 4, within % 2
-        found[..., key] = words[..., 4 * w + t].int() >> (2 * i + e) & 1
+    found = (words[..., None] >> torch.arange(32) & 1).bool().flatten(-2)
     assert not found[..., kv_len:].any()
     return found[..., :kv_len]
 

@@ -18,7 +18,7 @@ _AT_ONCE = 128
 """Tiles that are put into lists at a time."""
 _PART, _WHOLE = tl.constexpr(1), tl.constexpr(2)
 """What a tile may be; one of which nothing is seen is 0."""
-WORD_KEYS = 16
+WORD_KEYS = 32
 """Keys of a word."""
 _ALIGNED = 16
 """Strides in units of so many elements let the compiler see that loads are aligned."""
@@ -37,8 +37,7 @@ class MaskTiles:
         counts: int32 [Bm, Hm, Q, 2]: how many.
         used: bool [Bm, Hm, kv_len]: keys that some query sees.
         queries, keys: sizes of a tile.
-        words: int16 [Bm, Hm, Qm, words], of a bool mask, or None: bit 2i + e of word 4w + t says whether key
-            64w + 8i + 2t + e is seen: what a thread of the Hopper kernel has of the scores of 64 keys is one word.
+        words: int32 [Bm, Hm, Qm, words], of a bool mask, or None: bit j of word w says whether key 32w + j is seen.
     """
 
     mask: torch.Tensor
@@ -63,7 +62,7 @@ def list_mask_tiles(mask: torch.Tensor, kv_len: int, queries: int, keys: int, *,
         mask: bool or floating point, four dimensions that broadcast to [B, H, q_len, kv_len], any strides.
         kv_len: number of keys.
         queries, keys: sizes of a tile. ``keys`` is a power of two.
-        with_words: also write the mask as :attr:`MaskTiles.words`. The mask is bool, and ``keys`` at least 64.
+        with_words: also write the mask as :attr:`MaskTiles.words`. The mask is bool, and ``keys`` at least 32.
     """
     batch, heads, rows, _ = mask.shape
     q_tiles, room, device = -(-rows // queries), -(-kv_len // keys), mask.device
@@ -72,7 +71,7 @@ def list_mask_tiles(mask: torch.Tensor, kv_len: int, queries: int, keys: int, *,
     used = torch.zeros((batch, heads, kv_len), dtype=torch.bool, device=device)
     words = None
     if with_words:
-        words = torch.empty((batch, heads, rows, room * keys // WORD_KEYS), dtype=torch.int16, device=device)
+        words = torch.empty((batch, heads, rows, room * keys // WORD_KEYS), dtype=torch.int32, device=device)
     found = torch.empty((batch, heads, q_tiles, room), dtype=torch.int8, device=device)
     strides, unit, dense = mask_strides(mask)
     launch(
@@ -126,12 +125,10 @@ def look_at_tiles(
     whole = tl.min((plain | (there == 0)[:, None]).to(tl.int32))
     tl.store(found + program, tl.where(whole != 0, _WHOLE, tl.max(some_query)).to(tl.int8))
     if words is not None:
-        slot = tl.arange(0, BN)
-        bits = seen.to(tl.int32) << (slot // 8 % 8 * 2 + slot % 2)[None, :]
-        parts = tl.sum(tl.sum(tl.reshape(bits, (BM, BN // 64, 8, 4, 2)), 4), 2)
-        WORDS: tl.constexpr = BN // 16
+        bits = seen.to(tl.int32) << (tl.arange(0, BN) % 32)[None, :]
+        WORDS: tl.constexpr = BN // 32
         at_words = words + (head * rows + row)[:, None] * (room * WORDS) + (i * WORDS + tl.arange(0, WORDS))[None, :]
-        tl.store(at_words, tl.reshape(parts, (BM, WORDS)).to(tl.int16), mask=there[:, None])
+        tl.store(at_words, tl.sum(tl.reshape(bits, (BM, WORDS, 32)), 2), mask=there[:, None])
 
 
 @triton.jit(do_not_specialize=["room"])

@@ -32,14 +32,14 @@ def compile_kernel(dim: int, asked: set[str]) -> Any:
         return f"tensordesc<fp8e4nv[{rows}, {columns}],{layout_of(columns)!r}>"
 
     types = dict.fromkeys(("q_scale", "k_scale", "v_scale", "v_constant"), "*fp32")
-    types |= {"lists": "*i32", "list_counts": "*i32", "words": "*i16"}
+    types |= {"lists": "*i32", "list_counts": "*i32", "words": "*i32"}
     types |= {"out": "*fp16" if "half" in asked else "*bf16", "lse": "*fp32", "lse_shift": "*fp32", "counts": "*i32"}
     types |= {"q_desc": descriptor(ROWS.value, lanes), "k_desc": descriptor(tile.keys, lanes)}
     types |= {"v_desc": descriptor(lanes, tile.keys)}
     kind = next(kind for name, kind in EXPONENTIALS.items() if name in asked)
     constants = {
         "BN": tile.keys, "D": lanes, "STAGES": tile.stages, "CONSUMERS": tile.consumers, "CAUSAL": "causal" in asked,
-        "KIND": kind, "PARTS": tile.parts, "LATE": tile.late, "DIM": dim, "LANES": lanes,
+        "KIND": kind, "PARTS": tile.listed_parts if "mask" in asked else tile.parts, "LATE": tile.late, "DIM": dim, "LANES": lanes,
         "ACROSS": tile.across, "AHEAD": kind in tile.ahead, "EARLY": kind in tile.early,
         "REGISTERS": tile.registers,
     }  # fmt: skip

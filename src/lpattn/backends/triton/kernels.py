@@ -17,7 +17,7 @@ import torch
 from lpattn.backends.triton import packed
 from lpattn.kernels import hopper
 from lpattn.quantize import E4M3_MAX
-from lpattn.types import AttentionCall, CausalKind, HadamardMode, Norm
+from lpattn.types import AttentionCall, CausalKind, HadamardMode, MaskKind, Norm
 
 if TYPE_CHECKING:
     from lpattn.kernels.hopper.launch import Attention
@@ -140,15 +140,17 @@ class HopperKernel(Kernel):
             packed=packed,
             with_lse_shift=call.return_lse,
         )
+        # The transform's inverse runs on bfloat16, whatever the inputs are.
+        transformed = call.hadamard is not HadamardMode.NONE
         attention = plan_attention(
             quantization.layout,
-            _dtype_of_sums(call),
+            torch.bfloat16 if transformed else call.dtype,
             causal=call.causal is CausalKind.TOP_LEFT,
             return_lse=call.return_lse,
             exponential=self._exponential_for(call),
             packed=packed,
         )
-        return Steps(quantization, attention, call.hadamard is not HadamardMode.NONE)
+        return Steps(quantization, attention, transformed)
 
     def _attend_listed(
         self,
@@ -170,30 +172,18 @@ class HopperKernel(Kernel):
             value,
             factor=call.softmax_scale * math.log2(math.e),
             qk_max=QK_MAX,
-            hadamard=call.hadamard,
             rope=rotation,
             norm=norm,
             used=tiles.used_by(call.num_kv_heads, call.num_heads).expand(call.batch, -1, -1),
             with_lse_shift=call.return_lse,
         )
-        out, lse = attend(
-            quantized,
-            _dtype_of_sums(call),
-            mask=tiles,
-            return_lse=call.return_lse,
-            exponential=self._exponential_for(call),
+        return attend(
+            quantized, call.dtype, mask=tiles, return_lse=call.return_lse, exponential=self._exponential_for(call)
         )
-        transformed = call.hadamard is not HadamardMode.NONE
-        return (self._fused.restore_output(out, quantized, call.dtype) if transformed else out), lse
 
     def _exponential_for(self, call: AttentionCall) -> str | None:
         """The log-sum-exp wants sums without a bias, whatever the exponential."""
         return None if call.return_lse else self._exponential
-
-
-def _dtype_of_sums(call: AttentionCall) -> torch.dtype:
-    """Of what the Hopper kernel writes: the transform's inverse runs on bfloat16, whatever the inputs are."""
-    return call.dtype if call.hadamard is HadamardMode.NONE else torch.bfloat16
 
 
 class PortableKernel(Kernel):
@@ -314,8 +304,10 @@ def kernel_for(call: AttentionCall, int8: bool, exponential: str | None = None) 
         exponential: of the Hopper kernel, where that runs.
     """
     if call.capability == hopper.ARCHITECTURE and not int8:
-        # The pass that undoes the transform behind the Hopper kernel has no more lanes than the output.
-        transforms = call.hadamard is HadamardMode.NONE or call.head_dim in (32, 64, 128, 256)
+        # The pass that undoes the transform behind the Hopper kernel has no more lanes than the output, and adds V's
+        # constant to every row, of which a mask may hide all keys.
+        listed = call.mask is not MaskKind.NONE and not call.key_padding
+        transforms = call.hadamard is HadamardMode.NONE or (call.head_dim in (32, 64, 128, 256) and not listed)
         if transforms and not hopper.reasons_against(call) and not hopper.reasons_against_triton():
             return HopperKernel(exponential)
     return portable_for(call, int8)

@@ -48,8 +48,8 @@ def reasons_against(call: AttentionCall) -> list[Reason]:
         reasons.append(Reason("head_dim_v", text))
     if call.mask is MaskKind.ADDITIVE:
         reasons.append(Reason("mask", f"{call.mask} attn_mask: the Hopper kernel takes bool masks"))
-    elif call.mask is MaskKind.BOOL and call.q_len * call.kv_len // 16 >= _INT32_END:
-        text = f"attn_mask over {call.q_len} queries and {call.kv_len} keys: the Hopper kernel counts to 2^35 of both"
+    elif call.mask is MaskKind.BOOL and call.q_len * call.kv_len // 32 >= _INT32_END:
+        text = f"attn_mask over {call.q_len} queries and {call.kv_len} keys: the Hopper kernel counts to 2^36 of both"
         reasons.append(Reason("size", text))
     if call.causal not in (CausalKind.NONE, CausalKind.TOP_LEFT):
         reasons.append(Reason("causal", f"causal {call.causal}: the Hopper kernel's causal masks are top-left"))

@@ -297,7 +297,7 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, mask, 
         if LISTED:
             its_list, listed, whole = _listed(b, head, tile, mask, sizes)
             count = gl.maximum(listed, 1)
-            seen = _rows_of_words(b, head, start, mask, sizes, s_zero)
+            seen = _words_of_rows(b, head, start, mask, sizes, s_zero)
             k_tile = _of_list(0, its_list, listed, whole, mask)
         place, parity = _stage(turn, QUERIES)
         q = q_buffer.index(place * CONSUMERS + w)
@@ -395,24 +395,14 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, mask, 
 
 
 @gluon.jit
-def _words_at(row, k_tile, s_zero):
-    """Number of the words of a tile of keys, of rows whose first one is given, as :func:`hide_unseen` takes them."""
-    BN: gl.constexpr = s_zero.shape[1]
-    layout: gl.constexpr = gl.SliceLayout(2, pair_up(s_zero, ROWS, BN).reshape([ROWS, BN // 64, 8, 4]).type.layout)
-    half = gl.arange(0, BN // 64, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
-    thread = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
-    return row[:, None, None] + (half * 4 + thread + k_tile * (BN // 16))
-
-
-@gluon.jit
-def _rows_of_words(b, head, start, mask, sizes, s_zero):
-    """A mask's words, and which is the first one of each row from ``start`` on."""
+def _words_of_rows(b, head, start, mask, sizes, s_zero):
+    """Where a mask's words of a head begin, and the number of the first one of each row from ``start`` on."""
     lists, list_counts, words, list_b, list_h, list_q, room, word_b, word_h, word_q = mask
     heads, kv_heads, q_len, kv_len, q_tiles, tiles = sizes
     BN: gl.constexpr = s_zero.shape[1]
-    layout: gl.constexpr = gl.SliceLayout(2, pair_up(s_zero, ROWS, BN).reshape([ROWS, BN // 64, 8, 4]).type.layout)
+    layout: gl.constexpr = gl.SliceLayout(2, pair_up(s_zero, ROWS, BN).reshape([ROWS, BN // 32, 16]).type.layout)
     # Rows behind the last one are not written: they may see what that one sees.
-    row = gl.minimum(start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout))), q_len - 1)
+    row = gl.minimum(start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)), q_len - 1)
     return words + b.to(gl.int64) * word_b + head % heads * word_h, row * word_q
 
 
@@ -425,8 +415,8 @@ def _hidden(pairs, seen, k_tile, s_zero, LISTED: gl.constexpr):
     BN: gl.constexpr = s_zero.shape[1]
     if LISTED:
         words, rows = seen
-        found = gl.load(words + _words_at(rows, k_tile, s_zero)).to(gl.int32)
-        hidden = hide_unseen(pairs, found, ROWS, BN)
+        word = gl.arange(0, BN // 32, layout=gl.SliceLayout(0, rows.type.layout.parent))[None, :]
+        hidden = hide_unseen(pairs, gl.load(words + (rows[:, None] + (word + k_tile * (BN // 32)))), ROWS, BN)
     else:
         hidden = hide(pairs, seen - k_tile * BN, ROWS, BN)
     return hidden

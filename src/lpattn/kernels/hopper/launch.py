@@ -35,6 +35,7 @@ class Tile(NamedTuple):
         registers: per thread of a consumer.
         mean_registers: per thread, over all warps.
         parts: of head_dim, that P V is done in.
+        listed_parts: the same with a mask, which takes registers.
         late: P is computed after the P V of the tile before has ended: fewer registers, less overlap.
         early: exponentials whose codes are put together before that P V has ended, and moved then.
         ahead: exponentials with which the next tiles are waited for in front of the end of P V, so that it overlaps
@@ -48,6 +49,7 @@ class Tile(NamedTuple):
     registers: int
     mean_registers: int
     parts: int
+    listed_parts: int
     late: bool
     early: tuple[int, ...]
     ahead: tuple[int, ...]
@@ -64,6 +66,7 @@ TILES = {
         registers=160,
         mean_registers=128,
         parts=1,
+        listed_parts=1,
         late=True,
         early=(),
         ahead=(softmax.LINEAR.value,),
@@ -76,6 +79,7 @@ TILES = {
         registers=240,
         mean_registers=168,
         parts=1,
+        listed_parts=1,
         late=False,
         early=(softmax.LINEAR.value,),
         ahead=tuple(EXPONENTIALS.values()),
@@ -88,6 +92,7 @@ TILES = {
         registers=232,
         mean_registers=168,
         parts=4,
+        listed_parts=8,
         late=True,
         early=(),
         ahead=(),
@@ -287,7 +292,7 @@ def _plan(
             tile.consumers,
             causal,
             kind,
-            tile.parts,
+            tile.parts if mask_shape is None else tile.listed_parts,
             tile.late,
             dim,
             lanes_of(dim),

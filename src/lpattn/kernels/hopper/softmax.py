@@ -123,12 +123,12 @@ def hide_unseen(pairs, words, BM: gl.constexpr, BN: gl.constexpr):
 
     Args:
         pairs: scores, int32 [BM, BN / 2].
-        words: int32 [BM, BN / 64, 4], bits as :class:`lpattn.kernels.mask_tiles.MaskTiles` has them.
+        words: int32 [BM, BN / 32], bits as :class:`lpattn.kernels.mask_tiles.MaskTiles` has them.
     """
-    apart = pairs.reshape([BM, BN // 64, 8, 4])
+    apart = pairs.reshape([BM, BN // 32, 16])
     layout: gl.constexpr = apart.type.layout
-    place = 2 * gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, layout))))
-    bits = words[:, :, None, :] >> place[None, None, :, None]
+    place = 2 * gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
+    bits = words[:, :, None] >> place[None, None, :]
     # 0xFC00 is -inf.
     seen = gl.where((bits & 1) != 0, 0xFFFF, 0) | gl.where((bits & 2) != 0, -65536, 0)
     hidden = (apart & seen) | (~seen & -67044352)
