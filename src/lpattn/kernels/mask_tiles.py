@@ -113,11 +113,12 @@ def look_at_tiles(
     exists = there[:, None] & (column < kv_len)[None, :]
     at = mask + (b * mask_b + h * mask_h + row[:, None] * mask_q) * UNIT
     at += column[None, :] * (1 if DENSE else mask_k)
+    inside = i * BN + BN <= kv_len
     if BOOL:
-        seen = tl.load(at, mask=exists, other=0) != 0
+        seen = _of_tile(at, inside, there[:, None], exists, 0) != 0
         plain = seen
     else:
-        bias = tl.load(at, mask=exists, other=float("-inf")).to(tl.float32)
+        bias = _of_tile(at, inside, there[:, None], exists, float("-inf")).to(tl.float32)
         seen = bias != float("-inf")
         plain = bias == 0.0
     some_query = tl.max(seen.to(tl.int32), 0)
@@ -129,6 +130,16 @@ def look_at_tiles(
         WORDS: tl.constexpr = BN // 32
         at_words = words + (head * rows + row)[:, None] * (room * WORDS) + (i * WORDS + tl.arange(0, WORDS))[None, :]
         tl.store(at_words, tl.sum(tl.reshape(bits, (BM, WORDS, 32)), 2), mask=there[:, None])
+
+
+@triton.jit
+def _of_tile(at, inside, there, exists, other):
+    """Load a tile. Only where it may have keys behind the last one each is asked: loads that ask go byte by byte."""
+    if inside:  # noqa: SIM108
+        found = tl.load(at, mask=there, other=other)
+    else:
+        found = tl.load(at, mask=exists, other=other)
+    return found
 
 
 @triton.jit(do_not_specialize=["room"])

@@ -39,9 +39,9 @@ def compile_kernel(dim: int, asked: set[str]) -> Any:
     kind = next(kind for name, kind in EXPONENTIALS.items() if name in asked)
     constants = {
         "BN": tile.keys, "D": lanes, "STAGES": tile.stages, "CONSUMERS": tile.consumers, "CAUSAL": "causal" in asked,
-        "KIND": kind, "PARTS": tile.listed_parts if "mask" in asked else tile.parts, "LATE": tile.late, "DIM": dim, "LANES": lanes,
-        "ACROSS": tile.across, "AHEAD": kind in tile.ahead, "EARLY": kind in tile.early,
-        "REGISTERS": tile.registers,
+        "KIND": kind, "LATE": tile.late, "DIM": dim, "LANES": lanes, "ACROSS": tile.across,
+        "PARTS": tile.listed_parts if "mask" in asked else tile.parts,
+        "AHEAD": kind in tile.ahead, "EARLY": kind in tile.early, "REGISTERS": tile.registers,
     }  # fmt: skip
     if "lse" not in asked:
         constants |= {"lse": None, "lse_shift": None}

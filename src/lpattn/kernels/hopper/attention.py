@@ -400,7 +400,8 @@ def _words_of_rows(b, head, start, mask, sizes, s_zero):
     lists, list_counts, words, list_b, list_h, list_q, room, word_b, word_h, word_q = mask
     heads, kv_heads, q_len, kv_len, q_tiles, tiles = sizes
     BN: gl.constexpr = s_zero.shape[1]
-    layout: gl.constexpr = gl.SliceLayout(2, pair_up(s_zero, ROWS, BN).reshape([ROWS, BN // 32, 16]).type.layout)
+    apart: gl.constexpr = pair_up(s_zero, ROWS, BN).reshape([ROWS, BN // 32, 4, 4]).type.layout
+    layout: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(2, apart))
     # Rows behind the last one are not written: they may see what that one sees.
     row = gl.minimum(start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)), q_len - 1)
     return words + b.to(gl.int64) * word_b + head % heads * word_h, row * word_q

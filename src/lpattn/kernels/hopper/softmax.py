@@ -123,15 +123,24 @@ def hide_unseen(pairs, words, BM: gl.constexpr, BN: gl.constexpr):
 
     Args:
         pairs: scores, int32 [BM, BN / 2].
-        words: int32 [BM, BN / 32], bits as :class:`lpattn.kernels.mask_tiles.MaskTiles` has them.
+        words: int32 [BM, BN / 32], bits as :class:`lpattn.kernels.mask_tiles.MaskTiles` has them, in
+            the layout in which ``pairs`` has its rows and blocks of 32 keys.
     """
-    apart = pairs.reshape([BM, BN // 32, 16])
+    # Thread t of four has pairs 4i + t: of a word's byte i, the bits 2t and 2t + 1.
+    apart = pairs.reshape([BM, BN // 32, 4, 4])
     layout: gl.constexpr = apart.type.layout
-    place = 2 * gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
-    bits = words[:, :, None] >> place[None, None, :]
-    # 0xFC00 is -inf.
-    seen = gl.where((bits & 1) != 0, 0xFFFF, 0) | gl.where((bits & 2) != 0, -65536, 0)
-    hidden = (apart & seen) | (~seen & -67044352)
+    i = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, layout))))
+    t = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, layout))))
+    moved = words[:, :, None] >> (2 * t)[None, None, :]
+    # The highest bits of bytes, of which prmt makes whole bytes: twice that of the first score, then of the second.
+    first = (moved << 7)[:, :, None, :].broadcast_to([BM, BN // 32, 4, 4])
+    second = (moved << 6)[:, :, None, :].broadcast_to([BM, BN // 32, 4, 4])
+    select = (0xCC88 + 0x1111 * i)[None, None, :, None].broadcast_to([BM, BN // 32, 4, 4])
+    # 0xE2: (a & b) | (c & ~b). 0xFC00 is -inf.
+    hidden = gl.inline_asm_elementwise(
+        "{ .reg .b32 seen; prmt.b32 seen, $2, $3, $4; lop3.b32 $0, $1, seen, 0xFC00FC00, 0xE2; }",
+        "=r,r,r,r,r", [apart, first, second, select], dtype=gl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
     return gl.convert_layout(hidden.reshape([BM, BN // 2]), pairs.type.layout, assert_trivial=True)
 
 
