@@ -77,7 +77,7 @@ def list_mask_tiles(mask: torch.Tensor, kv_len: int, queries: int, keys: int, *,
     launch(
         look_at_tiles,
         batch * heads * q_tiles * room,
-        (mask, found, used, words),
+        (mask.view(torch.uint8) if mask.dtype == torch.bool else mask, found, used, words),
         (heads, rows, kv_len, q_tiles, room, *strides),
         (queries, 1 if rows == 1 else triton.next_power_of_2(queries), keys, unit, dense, mask.dtype == torch.bool),
         (*kinds_of((mask,)), with_words),
@@ -111,15 +111,16 @@ def look_at_tiles(
     there = (of_tile < QUERIES) & (row < rows)
     column = i * BN + tl.arange(0, BN)
     exists = there[:, None] & (column < kv_len)[None, :]
-    at = mask + (b * mask_b + h * mask_h + row[:, None] * mask_q) * UNIT
+    # Rows behind the last one are asked for as that one.
+    at = mask + (b * mask_b + h * mask_h + tl.minimum(row, rows - 1)[:, None] * mask_q) * UNIT
     at += column[None, :] * (1 if DENSE else mask_k)
     inside = i * BN + BN <= kv_len
     if BOOL:
-        seen = _of_tile(at, inside, there[:, None], exists, 0) != 0
+        seen = (_of_tile(at, inside, exists, 0) != 0) & there[:, None]
         plain = seen
     else:
-        bias = _of_tile(at, inside, there[:, None], exists, float("-inf")).to(tl.float32)
-        seen = bias != float("-inf")
+        bias = _of_tile(at, inside, exists, float("-inf")).to(tl.float32)
+        seen = (bias != float("-inf")) & there[:, None]
         plain = bias == 0.0
     some_query = tl.max(seen.to(tl.int32), 0)
     tl.store(used + head * kv_len + column, some_query != 0, mask=(column < kv_len) & (some_query != 0))
@@ -133,10 +134,10 @@ def look_at_tiles(
 
 
 @triton.jit
-def _of_tile(at, inside, there, exists, other):
-    """Load a tile. Only where it may have keys behind the last one each is asked: loads that ask go byte by byte."""
+def _of_tile(at, inside, exists, other):
+    """Load a tile, asking each element whether it exists only where keys may be missing: this goes byte by byte."""
     if inside:  # noqa: SIM108
-        found = tl.load(at, mask=there, other=other)
+        found = tl.load(at)
     else:
         found = tl.load(at, mask=exists, other=other)
     return found
