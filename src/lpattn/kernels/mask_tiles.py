@@ -14,8 +14,6 @@ import triton.language as tl
 from lpattn.quantize.fused.launcher import kinds_of, launch
 
 _WARPS = 8
-_REGISTERS = 64
-"""Per thread: what the few tiles at the end of the keys take more is spilled, so that the others do not wait."""
 _AT_ONCE = 128
 """Tiles that are put into lists at a time."""
 _PART, _WHOLE = tl.constexpr(1), tl.constexpr(2)
@@ -84,7 +82,6 @@ def list_mask_tiles(mask: torch.Tensor, kv_len: int, queries: int, keys: int, *,
         (queries, 1 if rows == 1 else triton.next_power_of_2(queries), keys, unit, dense, mask.dtype == torch.bool),
         (*kinds_of((mask,)), with_words),
         _WARPS,
-        maxnreg=_REGISTERS,
     )
     launch(list_tiles, batch * heads * q_tiles, (found, lists, counts), (room,), (_AT_ONCE,), (), 1)
     return MaskTiles(mask, lists, counts, used, queries, keys, words)
