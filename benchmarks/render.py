@@ -444,7 +444,7 @@ def eager(name: str) -> str:
 
 
 def page() -> str:
-    whole = "h200-attention.json"
+    whole = "h100-attention.json"
     parts = [
         HEAD,
         targets("h100-targets.json"),
@@ -455,9 +455,9 @@ def page() -> str:
         part(whole, "padding", PADDING),
         part(whole, "windows", WINDOWS),
         accuracy(whole),
-        hopper("h200-hopper.json"),
+        hopper("h100-hopper.json"),
         profile("h100-profile"),
-        lengths("h200-sweep.json"),
+        lengths("h100-sweep.json"),
         compiled("h100-compiled.json", "h100-compiled-lengths.json"),
         row_local("h100-row-local.json"),
         quantization("h100-quantization.json"),

@@ -33,7 +33,7 @@ def test_the_shipped_speeds_are_those_of_the_sweep(render):
         for length, ratio in row["speedup_by_length"]
     }
     measured = {}
-    for result in render.load("h200-sweep.json")["results"]:
+    for result in render.load("h100-sweep.json")["results"]:
         shape = result["shape"]
         grouped = shape["num_heads"] != shape["num_kv_heads"]
         for name, ratio in result["speedup"].items():
@@ -71,8 +71,7 @@ def page(render, tmp_path, monkeypatch):
 
     def make(**files: dict) -> str:
         for name, content in files.items():
-            machine = "h200" if name in ("attention", "hopper", "sweep") else "h100"
-            path = tmp_path / f"{machine}-{name}.json"
+            path = tmp_path / f"h100-{name}.json"
             path.write_text(json.dumps({"provenance": PROVENANCE, **content}))
         monkeypatch.setattr(render, "RESULTS", tmp_path)
         return render.page()
@@ -149,8 +148,8 @@ def test_the_picture_is_shown_where_there_is_one(page, tmp_path):
     text = page(sweep=sweep)
     assert "| fp8_fa3, Hadamard qkv, 64, causal, GQA | x1.20 |" in text
     assert "![" not in text
-    (tmp_path / "h200-sweep.png").touch()
-    assert "![Speed by length](../benchmarks/results/h200-sweep.png)" in page(sweep=sweep)
+    (tmp_path / "h100-sweep.png").touch()
+    assert "![Speed by length](../benchmarks/results/h100-sweep.png)" in page(sweep=sweep)
 
 
 def test_dense_masks_have_rows_of_their_own(page):
