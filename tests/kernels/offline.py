@@ -35,6 +35,7 @@ TYPES = {
     torch.int8: "*i8",
     torch.int32: "*i32",
     torch.bool: "*i1",
+    torch.uint8: "*u8",
 }
 MASKS = {"bool": torch.bool, "additive": torch.bfloat16, "single": torch.float32}
 LAUNCH = inspect.signature(attention.launch)
