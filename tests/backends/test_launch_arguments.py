@@ -211,7 +211,7 @@ def alike(draw: st.DrawFn) -> list[Case]:
     """Cases that differ in little, which is what could be taken for each other."""
     found = [draw(cases)]
     # Whatever is not in the call is what a plan may forget.
-    names = [*(field.name for field in dataclasses.fields(Case)), *["of_q", "of_k", "of_v", "rope", "norm"] * 4]
+    names = [*(field.name for field in dataclasses.fields(Case)), *["of_q", "of_k", "of_v", "rope", "norm", "mask"] * 4]
     for _ in range(draw(st.integers(4, 8))):
         name = draw(st.sampled_from(names))
         found.append(dataclasses.replace(found[-1], **{name: getattr(draw(cases), name)}))

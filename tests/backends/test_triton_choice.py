@@ -44,6 +44,7 @@ def gluon(monkeypatch):
         (PADDING, True),
         (DENSE, True),
         ({**DENSE, "q_len": 2**18, "kv_len": 2**18}, False),
+        ({**PADDING, "q_len": 2**18, "kv_len": 2**18, "num_heads": 1, "num_kv_heads": 1}, True),
         ({"mask": MaskKind.ADDITIVE, "mask_shape": (1, 1, 1, 16384)}, False),
         ({"head_dim": 60, "head_dim_v": 60}, False),
         ({"head_dim_v": 64}, False),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -33,9 +35,7 @@ def test_words_and_lists(shape, queries, keys, device, poison) -> None:
     found = list_mask_tiles(mask.to(device), kv_len, queries, keys, with_words=True)
     assert torch.equal(unpacked(found.words.cpu(), kv_len), mask)
     assert torch.equal(found.used.cpu(), mask.any(2))
-    for (b, h, tile), _ in [
-        (i, None) for i in torch.cartesian_prod(*map(torch.arange, found.counts.shape[:3])).tolist()
-    ]:
+    for b, h, tile in itertools.product(*map(range, found.counts.shape[:3])):
         rows = mask[b, h, tile * queries : (tile + 1) * queries]
         whole, part = [], []
         for number, columns in enumerate(rows.split(keys, -1)):
@@ -47,6 +47,27 @@ def test_words_and_lists(shape, queries, keys, device, poison) -> None:
         of_whole, of_part = found.counts[b, h, tile].tolist()
         assert found.lists[b, h, tile, 0, :of_whole].tolist() == whole
         assert found.lists[b, h, tile, 1, :of_part].tolist() == part
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16])
+def test_rows_of_the_next_tile_count_in_that_one_only(device, dtype) -> None:
+    seen = torch.zeros(1, 1, 250, 256, dtype=torch.bool)
+    seen[..., :192, :128] = True
+    seen[..., 192:, 128:] = True
+    mask = seen if dtype is torch.bool else torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -torch.inf)
+    found = list_mask_tiles(mask.to(device), 256, 192, 128)
+    assert found.counts[0, 0].tolist() == [[1, 0], [1, 0]]
+    assert found.lists[0, 0, :, 0, 0].tolist() == [0, 1]
+
+
+def test_more_tiles_than_are_listed_at_a_time(device) -> None:
+    mask = torch.zeros(1, 1, 4, 64 * 300, dtype=torch.bool)
+    tiles = mask.view(1, 1, 4, 300, 64)
+    tiles[:, :, :, 1::3] = True
+    tiles[:, :, 2, 2::3] = True
+    found = list_mask_tiles(mask.to(device), mask.shape[3], 128, 64)
+    assert found.counts[0, 0, 0].tolist() == [100, 100]
+    assert found.lists[0, 0, 0, :, :100].tolist() == [list(range(1, 300, 3)), list(range(2, 300, 3))]
 
 
 def test_words_of_a_mask_that_broadcasts_or_is_strided(device) -> None:

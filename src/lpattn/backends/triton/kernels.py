@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -50,6 +50,36 @@ class Kernel(ABC):
 
         Keys that no query sees for their position are cut off already.
         """
+
+    @abstractmethod
+    def _rounding(self) -> dict[str, Any]:
+        """``qk_max`` and ``precision`` of the quantization."""
+
+    def _quantize(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        call: AttentionCall,
+        rotation: Rotation | None,
+        norm: Norm | None,
+        keys: Keys | None,
+        used: torch.Tensor | None = None,
+    ) -> PerBlock:
+        """What the kernel reads; the arguments are those of ``quantize_per_block``, or follow from the call."""
+        return self._fused.quantize_per_block(
+            query,
+            key,
+            value,
+            factor=call.softmax_scale * math.log2(math.e),
+            **self._rounding(),
+            hadamard=call.hadamard,
+            rope=rotation,
+            norm=norm,
+            keys=keys,
+            used=used,
+            with_lse_shift=call.return_lse,
+        )
 
     @functools.cached_property
     def _fused(self) -> ModuleType:
@@ -124,8 +154,8 @@ class HopperKernel(Kernel):
         more: More | None,
         packed: bool,
     ) -> Steps:
-        from lpattn.kernels.hopper.launch import QK_MAX, plan_attention
-        from lpattn.quantize.fused.blocks import Precision, plan_per_block
+        from lpattn.kernels.hopper.launch import plan_attention
+        from lpattn.quantize.fused.blocks import plan_per_block
 
         quantization = plan_per_block(
             query,
@@ -133,8 +163,7 @@ class HopperKernel(Kernel):
             value,
             at,
             factor=call.softmax_scale * math.log2(math.e),
-            qk_max=QK_MAX,
-            precision=Precision.E4M3,
+            **self._rounding(),
             hadamard=call.hadamard,
             more=more,
             packed=packed,
@@ -163,23 +192,19 @@ class HopperKernel(Kernel):
         norm: Norm | None,
     ) -> Result:
         """With a mask that is not known to be key padding: over the tiles of which something is seen."""
-        from lpattn.kernels.hopper.launch import QK_MAX, attend, tiles_of
+        from lpattn.kernels.hopper.launch import attend, tiles_of
 
         tiles = tiles_of(attn_mask, key.shape[2], call.head_dim_v)
-        quantized = self._fused.quantize_per_block(
-            query,
-            key,
-            value,
-            factor=call.softmax_scale * math.log2(math.e),
-            qk_max=QK_MAX,
-            rope=rotation,
-            norm=norm,
-            used=tiles.used_by(call.num_kv_heads, call.num_heads).expand(call.batch, -1, -1),
-            with_lse_shift=call.return_lse,
-        )
+        used = tiles.used_by(call.num_kv_heads, call.num_heads).expand(call.batch, -1, -1)
+        quantized = self._quantize(query, key, value, call, rotation, norm, None, used)
         return attend(
             quantized, call.dtype, mask=tiles, return_lse=call.return_lse, exponential=self._exponential_for(call)
         )
+
+    def _rounding(self) -> dict[str, Any]:
+        from lpattn.kernels.hopper.launch import QK_MAX
+
+        return {"qk_max": QK_MAX, "precision": self._fused.Precision.E4M3}
 
     def _exponential_for(self, call: AttentionCall) -> str | None:
         """The log-sum-exp wants sums without a bias, whatever the exponential."""
@@ -259,34 +284,9 @@ class PortableKernel(Kernel):
         of_tokens = None if lse is None else packed.pack(lse.transpose(1, 2), cu_seqlens_q, total, -torch.inf, wrong)
         return packed.pack(out, cu_seqlens_q, total, 0.0, wrong), of_tokens
 
-    def _quantize(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        call: AttentionCall,
-        rotation: Rotation | None,
-        norm: Norm | None,
-        keys: Keys | None,
-        used: torch.Tensor | None = None,
-    ) -> PerBlock:
-        """What the kernel reads; the arguments are those of ``quantize_per_block``, or follow from the call."""
-        from lpattn.quantize.fused import Precision
-
-        return self._fused.quantize_per_block(
-            query,
-            key,
-            value,
-            factor=call.softmax_scale * math.log2(math.e),
-            qk_max=E4M3_MAX,
-            precision=Precision.INT8_F16 if self._int8 else Precision.E4M3,
-            hadamard=call.hadamard,
-            rope=rotation,
-            norm=norm,
-            keys=keys,
-            used=used,
-            with_lse_shift=call.return_lse,
-        )
+    def _rounding(self) -> dict[str, Any]:
+        precision = self._fused.Precision
+        return {"qk_max": E4M3_MAX, "precision": precision.INT8_F16 if self._int8 else precision.E4M3}
 
 
 def portable_for(call: AttentionCall, int8: bool) -> PortableKernel:

@@ -48,7 +48,7 @@ def reasons_against(call: AttentionCall) -> list[Reason]:
         reasons.append(Reason("head_dim_v", text))
     if call.mask is MaskKind.ADDITIVE:
         reasons.append(Reason("mask", f"{call.mask} attn_mask: the Hopper kernel takes bool masks"))
-    elif call.mask is MaskKind.BOOL and call.q_len * call.kv_len // 32 >= _INT32_END:
+    elif call.mask is MaskKind.BOOL and not call.key_padding and call.q_len * call.kv_len // 32 >= _INT32_END:
         text = f"attn_mask over {call.q_len} queries and {call.kv_len} keys: the Hopper kernel counts to 2^36 of both"
         reasons.append(Reason("size", text))
     if call.causal not in (CausalKind.NONE, CausalKind.TOP_LEFT):

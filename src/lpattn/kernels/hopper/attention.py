@@ -129,7 +129,7 @@ def _listed(b, head, tile, mask, sizes):
 @gluon.jit
 def _of_list(i, its_list, listed, whole, mask):
     """The i-th key tile of a list: those first of which something is hidden. Where none is listed, the first of all."""
-    room = mask[6]
+    lists, list_counts, words, list_b, list_h, list_q, room, word_b, word_h, word_q = mask
     part = listed - whole
     return gl.load(its_list + gl.where(i < part, room + i, i - part), mask=i < listed, other=0)
 
@@ -404,7 +404,7 @@ def _words_of_rows(b, head, start, mask, sizes, s_zero):
     layout: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(2, apart))
     # Rows behind the last one are not written: they may see what that one sees.
     row = gl.minimum(start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)), q_len - 1)
-    return words + b.to(gl.int64) * word_b + head % heads * word_h, row * word_q
+    return words + b.to(gl.int64) * word_b + (head % heads).to(gl.int64) * word_h, row * word_q
 
 
 @gluon.jit
@@ -469,6 +469,7 @@ def _iterate(
         sums = _add(sums, _one_of_two(part_sum), factor)
         lowest = _add(accs[0], part, factor * change)
         part, _ = _attend_values(p, v_buffer.index(stage), ones, o_zero, l_zero, 1, PARTS)
+    # Made beside P: where that is late, the compiler's schedule is better so.
     if not LATE:
         next_factor = gl.exp2(next_value - offset_value)
         first, second = exponentials(pairs, offset, c, ROWS, BN, KIND)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from lpattn.kernels.mask_tiles import WORD_KEYS, MaskTiles, list_mask_tiles
 from lpattn.quantize.fused import PerBlock
 from lpattn.quantize.fused.inputs import addresses_of
 from lpattn.quantize.fused.launcher import Launch, short_way
-from lpattn.quantize.fused.memory import Layout
+from lpattn.quantize.fused.memory import Layout, part_of
 from lpattn.quantize.fused.operands import lanes_of, multiprocessors
 from lpattn.types import HadamardMode
 
@@ -324,7 +323,7 @@ def _plan(
 
 def _steps(shape: tuple[int, ...], last: int) -> tuple[int, ...]:
     """Strides of a contiguous tensor whose last dimension comes after this shape, 0 where it broadcasts."""
-    strides = [last * math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    *strides, _ = part_of(torch.int32, (*shape, last), 0).strides
     return tuple(0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True))
 
 
