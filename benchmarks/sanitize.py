@@ -30,7 +30,10 @@ CALLS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "hopper": ("attention", "fp8_triton", {}, {}),
     "hopper causal": ("attention", "fp8_triton", {"causal": True}, {}),
     "hopper lse": ("attention", "fp8_triton", {}, {"return_lse": True}),
-    "portable e4m3, masked": ("attend_tiles", "fp8_triton", {"holes": True}, {}),
+    "hopper masked": ("attention", "fp8_triton", {"holes": True}, {}),
+    "a mask's tiles": ("look_at_tiles", "fp8_triton", {"holes": True}, {}),
+    "lists of tiles": ("list_tiles", "fp8_triton", {"window": 100}, {}),
+    "portable e4m3, masked": ("attend_tiles", "fp8_triton", {"holes": True}, {"hadamard": "qkv"}),
     "portable int8, causal": ("attend_tiles", "int8_triton", {"causal": True}, {"return_lse": True}),
     "quantization per block": ("_blocks", "fp8_triton", {}, {"hadamard": "qkv", "return_lse": True}),
     "quantization per head": ("_heads", "fp8_fa3", {}, {"hadamard": "qkv"}),
@@ -43,7 +46,11 @@ FLOOR = 18.0
 
 def run_calls(name: str) -> None:
     """The calls, in this process."""
-    _, backend, of_shape, asked = CALLS[name]
+    import triton
+
+    launched: set[str] = set()
+    kernel, backend, of_shape, asked = CALLS[name]
+    triton.knobs.runtime.launch_enter_hook.add(lambda metadata: launched.add(metadata.get()["name"]))
     for shape in (replace(shape, **of_shape) for shape in SHAPES):
         qkv = inputs(shape, "randn", "cuda")
         found = lpattn.low_precision_sdpa(
@@ -53,6 +60,8 @@ def run_calls(name: str) -> None:
         if not reached > FLOOR:
             raise RuntimeError(f"{name}, {shape}: {reached:.1f} dB")
     torch.cuda.synchronize()
+    if not any(kernel in seen for seen in launched):
+        raise RuntimeError(f"{name}: launched {', '.join(sorted(launched))}, none of which is called {kernel}")
 
 
 def examine(name: str, tool: str, seconds: float) -> dict[str, Any]:

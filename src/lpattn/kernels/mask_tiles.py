@@ -13,7 +13,9 @@ import triton.language as tl
 
 from lpattn.quantize.fused.launcher import kinds_of, launch
 
-_WARPS = 8
+_WARPS = 4
+_ROWS = 32
+"""Rows that a program looks at together; sizes of tiles are multiples of it."""
 _AT_ONCE = 128
 """Tiles that are put into lists at a time."""
 _PART, _WHOLE = tl.constexpr(1), tl.constexpr(2)
@@ -61,8 +63,8 @@ def list_mask_tiles(mask: torch.Tensor, kv_len: int, queries: int, keys: int, *,
     Args:
         mask: bool or floating point, four dimensions that broadcast to [B, H, q_len, kv_len], any strides.
         kv_len: number of keys.
-        queries, keys: sizes of a tile. ``keys`` is a power of two.
-        with_words: also write the mask as :attr:`MaskTiles.words`. The mask is bool, and ``keys`` at least 32.
+        queries, keys: sizes of a tile: a multiple of 32, and a power of two that is one.
+        with_words: also write the mask as :attr:`MaskTiles.words`. The mask is bool.
     """
     batch, heads, rows, _ = mask.shape
     q_tiles, room, device = -(-rows // queries), -(-kv_len // keys), mask.device
@@ -79,7 +81,7 @@ def list_mask_tiles(mask: torch.Tensor, kv_len: int, queries: int, keys: int, *,
         batch * heads * q_tiles * room,
         (mask.view(torch.uint8) if mask.dtype == torch.bool else mask, found, used, words),
         (heads, rows, kv_len, q_tiles, room, *strides),
-        (queries, 1 if rows == 1 else triton.next_power_of_2(queries), keys, unit, dense, mask.dtype == torch.bool),
+        (queries, 1 if rows == 1 else _ROWS, keys, unit, dense, mask.dtype == torch.bool),
         (*kinds_of((mask,)), with_words),
         _WARPS,
     )
@@ -98,49 +100,72 @@ def mask_strides(mask: torch.Tensor) -> tuple[tuple[int, ...], int, bool]:
 @triton.jit(do_not_specialize=["heads", "rows", "kv_len", "q_tiles", "room", "mask_b", "mask_h", "mask_q", "mask_k"])
 def look_at_tiles(
     mask, found, used, words, heads, rows, kv_len, q_tiles, room, mask_b, mask_h, mask_q, mask_k,
-    QUERIES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr, DENSE: tl.constexpr,
+    QUERIES: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr, DENSE: tl.constexpr,
     BOOL: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile of QUERIES queries, at most BM, and BN keys; ``used`` must be False everywhere."""
+    """One program per tile of QUERIES queries and BN keys; ``used`` must be False everywhere.
+
+    A tile is gone through by ROWS rows, which leaves registers for many programs at a time: the memory is the limit.
+    """
+    WORDS: tl.constexpr = BN // 32
     program = tl.program_id(0).to(tl.int64)
     i, head_tile = program % room, program // room
     tile, head = head_tile % q_tiles, head_tile // q_tiles
     b, h = head // heads, head % heads
-    of_tile = tl.arange(0, BM)
-    row = tile * QUERIES + of_tile
-    there = (of_tile < QUERIES) & (row < rows)
     column = i * BN + tl.arange(0, BN)
-    exists = there[:, None] & (column < kv_len)[None, :]
-    # Rows behind the last one are asked for as that one.
-    at = mask + (b * mask_b + h * mask_h + tl.minimum(row, rows - 1)[:, None] * mask_q) * UNIT
-    at += column[None, :] * (1 if DENSE else mask_k)
+    word = i * WORDS + tl.arange(0, WORDS)
     inside = i * BN + BN <= kv_len
-    if BOOL:
-        seen = (_of_tile(at, inside, exists, 0) != 0) & there[:, None]
-        plain = seen
-    else:
-        bias = _of_tile(at, inside, exists, float("-inf")).to(tl.float32)
-        seen = (bias != float("-inf")) & there[:, None]
-        plain = bias == 0.0
-    some_query = tl.max(seen.to(tl.int32), 0)
-    tl.store(used + head * kv_len + column, some_query != 0, mask=(column < kv_len) & (some_query != 0))
-    whole = tl.min((plain | (there == 0)[:, None]).to(tl.int32))
-    tl.store(found + program, tl.where(whole != 0, _WHOLE, tl.max(some_query)).to(tl.int8))
-    if words is not None:
-        bits = seen.to(tl.int32) << (tl.arange(0, BN) % 32)[None, :]
-        WORDS: tl.constexpr = BN // 32
-        at_words = words + (head * rows + row)[:, None] * (room * WORDS) + (i * WORDS + tl.arange(0, WORDS))[None, :]
-        tl.store(at_words, tl.sum(tl.reshape(bits, (BM, WORDS, 32)), 2), mask=there[:, None])
+    some = tl.zeros((ROWS, WORDS), tl.int32)
+    whole = tl.full((ROWS, WORDS), -1, tl.int32)
+    end = tl.minimum(tile * QUERIES + QUERIES, rows)
+    for first in tl.range(tile * QUERIES, end, ROWS):
+        row = first + tl.arange(0, ROWS)
+        there = (row < rows)[:, None]
+        # Rows behind the last one are asked for as that one.
+        at = mask + (b * mask_b + h * mask_h + tl.minimum(row, rows - 1)[:, None] * mask_q) * UNIT
+        at += column[None, :] * (1 if DENSE else mask_k)
+        exists = (column < kv_len)[None, :]
+        if BOOL:
+            seen = _words_of(_of_tile(at, inside, exists, 0) != 0)
+            plain = seen
+        else:
+            bias = _of_tile(at, inside, exists, float("-inf")).to(tl.float32)
+            seen = _words_of(bias != float("-inf"))
+            plain = _words_of(bias == 0.0)
+        some |= tl.where(there, seen, 0)
+        whole &= tl.where(there, plain, -1)
+        if words is not None:
+            tl.store(words + (head * rows + row)[:, None] * (room * WORDS) + word[None, :], seen, mask=there)
+    # By key: [WORDS, 32].
+    some_query = (tl.reduce(some, 0, _either)[:, None] >> tl.arange(0, 32)[None, :]) & 1
+    key = word[:, None] * 32 + tl.arange(0, 32)[None, :]
+    tl.store(used + head * kv_len + key, some_query != 0, mask=(key < kv_len) & (some_query != 0))
+    all_plain = tl.min((whole == -1).to(tl.int32))
+    tl.store(found + program, tl.where(all_plain != 0, _WHOLE, tl.max(some_query)).to(tl.int8))
 
 
 @triton.jit
 def _of_tile(at, inside, exists, other):
-    """Load a tile, asking each element whether it exists only where keys may be missing: this goes byte by byte."""
+    """Load rows of a tile, asking each element whether it exists only where keys may be missing: byte by byte."""
     if inside:  # noqa: SIM108
         found = tl.load(at)
     else:
         found = tl.load(at, mask=exists, other=other)
     return found
+
+
+@triton.jit
+def _words_of(bits):
+    """Bool [ROWS, BN] to int32 [ROWS, BN / 32], 32 neighbours in a word, the first one lowest."""
+    ROWS: tl.constexpr = bits.shape[0]
+    BN: tl.constexpr = bits.shape[1]
+    moved = bits.to(tl.int32) << (tl.arange(0, BN) % 32)[None, :]
+    return tl.sum(tl.reshape(moved, (ROWS, BN // 32, 32)), 2)
+
+
+@triton.jit
+def _either(a, b):
+    return a | b
 
 
 @triton.jit(do_not_specialize=["room"])
