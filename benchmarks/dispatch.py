@@ -11,6 +11,7 @@ backend, which contains the others.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import warnings
 from collections.abc import Callable
@@ -60,8 +61,14 @@ def whole_calls(qkv: Tensors, bshd: Tensors, names: list[str]) -> Runs:
         "plain SDPA, [B, S, H, D]": lambda: F.scaled_dot_product_attention(*bshd),
         "low_precision_sdpa, [B, S, H, D]": lambda: lpattn.low_precision_sdpa(*bshd),
     }
+    tokens = qkv[0].shape[2]
+    mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=qkv[0].device).tril()
     for name in names:
-        runs[name] = lambda name=name: lpattn.low_precision_sdpa(*qkv, backend=name)  # type: ignore[misc]
+        run = functools.partial(lpattn.low_precision_sdpa, *qkv, backend=name)
+        runs[name] = run
+        runs[f"{name}, Hadamard qkv"] = functools.partial(run, hadamard="qkv")
+        if name.endswith("fp8_triton"):
+            runs[f"{name}, bool mask"] = functools.partial(run, attn_mask=mask)
     plain = Attention()
     runs["module"] = lambda: plain(*qkv)
     for label, name in {"applied": None, "bf16_reference": "bf16_reference", **{name: name for name in names}}.items():

@@ -9,6 +9,7 @@ import torch
 
 import lpattn
 from lpattn.rope import rotate
+from lpattn.types import HadamardMode
 
 pytestmark = pytest.mark.gpu
 
@@ -85,6 +86,26 @@ def test_the_kernel_is_its_emulation(tools, exponential, shape) -> None:
     error = (out.transpose(1, 2).double() - expected).abs().max()
     assert float(error) < 0.12 * float(v.double().abs().max() + 1)
     assert float((lse - expected_lse).abs().max()) < 0.05
+
+
+@pytest.mark.parametrize("mode", ["qkv", "v_only"])
+@pytest.mark.parametrize("dim", [16, 40, 64, 80, 128, 192, 256])
+def test_with_a_transform_the_kernel_is_its_emulation(tools, dim, mode) -> None:
+    from lpattn.kernels.hopper import emulation
+    from lpattn.kernels.hopper.launch import EXPONENTIALS, attend, tiles_of
+
+    q, k, v = tools.make(2, 4, 2, 333, 555, dim)
+    mask = visible("few rows", 333, 555)
+    for listed in (False, True):
+        tiles = tiles_of(mask, 555, dim) if listed else None
+        used = tiles.used_by(2, 4).expand(2, -1, -1) if listed else None
+        found = quantized(q, k + 1, v + 1, used=used, hadamard=HadamardMode(mode))
+        expected, _ = emulation.emulate(found, kind=EXPONENTIALS["step"], mask=mask if listed else None)
+        tools.poison_all()
+        out, _ = attend(found, torch.float32, mask=tiles)
+        assert tools.sqnr(expected, out.transpose(1, 2)) > (25.0 if listed else 40.0)
+        if listed:
+            assert (out.transpose(1, 2)[~mask.any(-1).expand(2, 4, 333)] == 0.0).all()
 
 
 def test_a_thousand_runs_are_bitwise_equal(tools) -> None:
@@ -224,10 +245,12 @@ def test_with_a_mask_the_kernel_is_its_emulation(tools, kind, dim) -> None:
         (torch.bfloat16, {}),
         (torch.float16, {"return_lse": True}),
         (torch.bfloat16, {"hadamard": "qkv"}),
+        (torch.float16, {"hadamard": "v_only", "return_lse": True}),
     ],
 )
-def test_masks(backend, tools, kind, dtype, options) -> None:
-    q, k, v = (x.to(dtype) for x in tools.make(2, 4, 2, 333, 555, 128))
+@pytest.mark.parametrize("dim", [80, 128])
+def test_masks(backend, tools, kind, dtype, options, dim) -> None:
+    q, k, v = (x.to(dtype) for x in tools.make(2, 4, 2, 333, 555, dim))
     mask = visible(kind, 333, 555)
     unused = ~mask.any(2)[:, :1, :, None]
     if mask.shape[1] == 1:
@@ -239,7 +262,7 @@ def test_masks(backend, tools, kind, dtype, options) -> None:
     ).nan_to_num()
     if "return_lse" in options:
         out, lse = out
-        logits = (q.double() @ k.nan_to_num().double().repeat_interleave(2, 1).mT) * 128**-0.5
+        logits = (q.double() @ k.nan_to_num().double().repeat_interleave(2, 1).mT) * dim**-0.5
         expected = logits.masked_fill(~mask, -torch.inf).logsumexp(-1)
         sees = expected > -torch.inf
         assert torch.equal(sees, lse > -torch.inf)

@@ -8,14 +8,12 @@ float32), padding, int8, qkv, f16, lse.
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,7 +22,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lpattn.kernels import attention, mask_tiles, shapes
-from lpattn.quantize.fused import Precision
+from lpattn.quantize import fused
+from lpattn.quantize.fused import blocks, inputs
+from lpattn.quantize.fused.launcher import Launch
 from lpattn.types import HadamardMode
 
 TYPES = {
@@ -38,42 +38,32 @@ TYPES = {
     torch.uint8: "*u8",
 }
 MASKS = {"bool": torch.bool, "additive": torch.bfloat16, "single": torch.float32}
-LAUNCH = inspect.signature(attention.launch)
+
+Recorded = list[tuple[Launch, tuple[Any, ...]]]
 
 
-def operands(dim: int, asked: set[str]) -> SimpleNamespace:
-    """Operands as the quantization would write them."""
-    batch, heads, kv_heads, length = 1, 8, 2, 1024
-    precision = Precision.INT8_F16 if "int8" in asked else Precision.E4M3
-    hadamard = HadamardMode.QKV if "qkv" in asked else HadamardMode.NONE
-    lanes = max(1 << (dim - 1).bit_length(), 32)
-    stored = lanes if "qkv" in asked else -(-dim // 16) * 16
-    eight = torch.float8_e4m3fn if precision is Precision.E4M3 else torch.int8
-    value = torch.empty(batch, kv_heads, length // 128, stored if "qkv" in asked else dim, 128).to(eight)
-    if precision is Precision.INT8_F16:
-        value = torch.empty(batch, kv_heads, length, stored, dtype=torch.float16)
-    return SimpleNamespace(
-        query=torch.empty(batch, heads, length, stored).to(eight),
-        q_scale=torch.empty(batch, heads, length),
-        key=torch.empty(batch, kv_heads, length, stored).to(eight),
-        k_scale=torch.empty(batch, kv_heads, length // 128),
-        value=value,
-        v_scale=torch.empty(batch, kv_heads, length // 128),
-        k_constant=torch.empty(batch, kv_heads, lanes),
-        v_constant=torch.empty(batch, kv_heads, lanes),
-        key_counts=torch.empty(batch, dtype=torch.int32) if "padding" in asked else None,
-        lse_shift=torch.empty(batch, heads, length) if "lse" in asked else None,
-        hadamard=hadamard,
-        kv_len=length,
-        dim_v=dim,
+def operands(dim: int, asked: set[str]) -> fused.PerBlock:
+    """Operands as the quantization lays them out."""
+    q = torch.zeros(1, 8, 1024, dim, dtype=torch.bfloat16)
+    k = torch.zeros(1, 2, 1024, dim, dtype=torch.bfloat16)
+    keys = fused.used_keys(torch.ones(1, 1, 1, 1024, dtype=torch.bool), 1, 1024) if "padding" in asked else None
+    return fused.quantize_per_block(
+        q,
+        k,
+        k,
+        precision=fused.Precision.INT8_F16 if "int8" in asked else fused.Precision.E4M3,
+        hadamard=HadamardMode.QKV if "qkv" in asked else HadamardMode.NONE,
+        keys=keys,
+        with_lse_shift="lse" in asked,
     )
 
 
-def launches(capability: int, dim: int, asked: set[str], shape: shapes.TileShape | None) -> list[dict[str, Any]]:
-    """The arguments of every launch, by name; nothing runs."""
-    recorded: list[dict[str, Any]] = []
-    for module in (attention, mask_tiles):
-        module.launch = lambda *args, **kwargs: recorded.append(LAUNCH.bind(*args, **kwargs).arguments)
+def launches(capability: int, dim: int, asked: set[str], shape: shapes.TileShape | None) -> Recorded:
+    """Every launch with its tensors; nothing runs."""
+    recorded: Recorded = []
+    Launch.on = lambda launch, stream, pointers, tensors: recorded.append((launch, tensors()))  # type: ignore[method-assign]
+    for module in (attention, mask_tiles, inputs, blocks):
+        module.short_way = lambda device: None
     lanes = max(1 << (dim - 1).bit_length(), 32)
     kind = {"int8": "int8" in asked, "bias_bits": 32 if "single" in asked else 16 if "additive" in asked else 0}
     shape = shape or shapes.tile_shape(divmod(capability, 10), lanes, **kind)
@@ -87,13 +77,15 @@ def launches(capability: int, dim: int, asked: set[str], shape: shapes.TileShape
         mask = mask_tiles.list_mask_tiles(dense, 1024, shape.queries, shape.keys)
     dtype = torch.float16 if "f16" in asked else torch.bfloat16
     attention.attend(operands(dim, asked), shape, dtype, band=band, mask=mask, return_lse="lse" in asked)
-    return recorded
+    # What quantizes is compiled for its own tests.
+    kernels = (attention.attend_tiles, mask_tiles.look_at_tiles, mask_tiles.list_tiles)
+    return [(launch, tensors) for launch, tensors in recorded if launch._kernel in kernels]
 
 
-def compile_for(capability: int, launch: dict[str, Any]) -> Any:
+def compile_for(capability: int, launch: Launch, tensors: tuple[Any, ...]) -> Any:
     """What the compiler makes of a launch."""
-    kernel = launch["kernel"]
-    values = dict(zip(kernel.arg_names, (*launch["tensors"], *launch["numbers"], *launch["constants"]), strict=True))
+    kernel = launch._kernel
+    values = dict(zip(kernel.arg_names, (*tensors, *launch._rest), strict=True))
     types, constants, aligned = {}, {}, {}
     for index, (name, value) in enumerate(values.items()):
         if isinstance(value, torch.Tensor):
@@ -107,7 +99,7 @@ def compile_for(capability: int, launch: dict[str, Any]) -> Any:
     return triton.compile(
         ASTSource(kernel, types, {k: v for k, v in constants.items() if k in types}, aligned),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": launch["num_warps"]},
+        options={name: value for name, value in launch._options.items() if value is not None},
     )
 
 
@@ -173,7 +165,7 @@ if __name__ == "__main__":
         dim, *options = asked.split("-")
         sizes = [int(o) for o in options if o.isdigit()]
         shape = shapes.TileShape(*sizes, sum_by_product="sum" not in options) if sizes else None
-        for launch in launches(int(capability), int(dim), set(options), shape):
-            found = described(compile_for(int(capability), launch))
-            name = launch["kernel"].fn.__name__
+        for launch, tensors in launches(int(capability), int(dim), set(options), shape):
+            found = described(compile_for(int(capability), launch, tensors))
+            name = launch._kernel.fn.__name__
             print(json.dumps({"configuration": configuration, "kernel": name, **found}), flush=True)

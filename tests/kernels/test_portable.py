@@ -193,25 +193,29 @@ def test_a_mask_goes_with_nothing_that_also_hides_keys(kernel) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 def test_no_length_is_compiled_for(kernel, masked, monkeypatch) -> None:
     """What is compiled in, and what Triton specializes a kernel for, is the same for all lengths."""
-    recorded = []
+    from lpattn.quantize.fused.launcher import Launch
 
-    def record(jitted, programs, tensors, numbers, constants, kinds, *options):
+    recorded, on = [], Launch.on
+
+    def record(launch, stream, pointers, tensors):
+        jitted, made = launch._kernel, tensors()
         if not kernel.interpreted:
-            names = jitted.arg_names[len(tensors) : len(tensors) + len(numbers)]
+            constants = sum(p.is_constexpr for p in jitted.params)
+            names = jitted.arg_names[len(made) : len(jitted.arg_names) - constants]
             assert set(names) <= {p.name for p in jitted.params if p.do_not_specialize}
-        recorded.append((jitted, constants, kinds, *options))
+        recorded.append(launch._key)
 
-    monkeypatch.setattr(kernel.attention, "launch", record)
-    monkeypatch.setattr(kernel.mask_tiles, "launch", record)
     shape = kernel.shape(32)
     for q_len, kv_len in ((17, 20), (130, 77), (33, 2048)):
         q, k, v = kernel.make(q_len=q_len, kv_len=kv_len)
         quantized = kernel.fused.quantize_per_block(q, k, v)
         mask = None
+        monkeypatch.setattr(Launch, "on", record)
         if masked:
             whole = torch.ones(1, 1, q_len, -(-kv_len // 16) * 16, dtype=torch.bool, device=kernel.device)
             mask = kernel.mask_tiles.list_mask_tiles(whole[..., :kv_len], kv_len, shape.queries, shape.keys)
         kernel.attention.attend(quantized, shape, torch.float32, mask=mask)
+        monkeypatch.setattr(Launch, "on", on)
     each = len(recorded) // 3
     assert each == (3 if masked else 1)
     assert recorded[:each] == recorded[each : 2 * each] == recorded[2 * each :]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 
-from lpattn.kernels.mask_tiles import MaskTiles, mask_strides
+from lpattn.kernels.mask_tiles import MaskTiles, list_strides, mask_strides
 from lpattn.kernels.portable import ADDITIVE_MASK, BOOL_MASK, BOTH, NO_BAND, NO_MASK, UPPER, attend_tiles
 from lpattn.kernels.shapes import TileShape
 from lpattn.quantize.fused import BLOCK, PerBlock
-from lpattn.quantize.fused.launcher import INTERPRETED, kinds_of, launch
+from lpattn.quantize.fused.inputs import addresses_of
+from lpattn.quantize.fused.launcher import INTERPRETED, Launch, short_way
+from lpattn.quantize.fused.memory import Layout
 from lpattn.quantize.fused.operands import lanes_of
 from lpattn.types import HadamardMode
 
@@ -73,35 +76,37 @@ def attend(
         Online softmax: Milakov and Gimelshein 2018 (arXiv:1805.02867). Accumulation in two levels and scales per block:
         SageAttention2 (arXiv:2411.10958). P times 2^8: FlashAttention-3 (arXiv:2407.08608, section 3.3).
     """
-    batch, heads, q_len, dim = quantized.query.shape
-    kv_heads = quantized.key.shape[1]
     if mask is not None and (band != _NO_BAND or quantized.key_counts is not None):
         raise ValueError("a mask already says what a query sees: pass it without a band, and with keys in their places")
     if mask is not None and (mask.queries, mask.keys) != (shape.queries, shape.keys):
         raise ValueError(f"the mask was listed in tiles of {mask.queries} x {mask.keys}, not {shape[:2]}")
-    rows_v = quantized.value.shape[3]
-    device = quantized.query.device
-    out = torch.empty((batch, q_len, heads, quantized.dim_v), dtype=dtype, device=device)
+    layout, key_counts = quantized.layout, quantized.key_counts
+    device = layout.device
+    batch, heads, q_len, _ = layout.query.shape
+    out = torch.empty((batch, q_len, heads, layout.dim_v), dtype=dtype, device=device)
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=device) if return_lse else None
-    kind = NO_BAND if band.before is None and band.after is None else UPPER if band.before is None else BOTH
-    before = _FAR if band.before is None else band.before
-    after = _FAR if band.after is None else band.after
-
-    numbers: tuple[int, ...] = (0,) * 8
-    mask_kind, unit, dense = NO_MASK, 1, True
-    tensors: tuple[torch.Tensor | None, ...] = (None, None, None)
+    of_mask = (None, None, None) if mask is None else (mask.mask, mask.lists, mask.counts)
+    what = None
     if mask is not None:
-        strides, unit, dense = mask_strides(mask.mask)
-        mask_kind = BOOL_MASK if mask.mask.dtype == torch.bool else ADDITIVE_MASK
-        sizes, steps = mask.counts.shape[:3], mask.counts.stride()[:3]
-        of_list = [0 if size == 1 else step // 2 for size, step in zip(sizes, steps, strict=True)]
-        numbers = (*strides, *of_list, mask.lists.shape[4])
-        tensors = (mask.mask, mask.lists, mask.counts)
-    q_tiles = -(-q_len // shape.queries)
-    launch(
-        attend_tiles,
-        batch * heads * q_tiles,
+        what = (mask.mask.dtype, mask.mask.shape, mask.mask.stride(), mask.mask.data_ptr() % 16 == 0)
+    run = _plan(layout, shape, dtype, band, what, q_counts is None, key_counts is None, return_lse)
+    start = quantized.address
+    shift = layout.lse_shift if return_lse else None
+    # By the addresses of what it takes, and by the tensors themselves, in the same order.
+    run.on(
+        short_way(device),
         (
+            start + layout.query.start,
+            start + layout.key.start,
+            start + layout.value.start,
+            start + layout.q_scale.start,
+            start + layout.k_scale.start,
+            start + layout.v_scale.start,
+            start + layout.v_constant.start,
+            None if shift is None else start + shift.start,
+            *addresses_of((q_counts, key_counts, *of_mask, out, lse)),
+        ),
+        lambda: (
             quantized.query,
             quantized.key,
             quantized.value,
@@ -109,20 +114,53 @@ def attend(
             quantized.k_scale,
             quantized.v_scale,
             quantized.v_constant,
-            quantized.lse_shift if return_lse else None,
+            None if shift is None else quantized.lse_shift,
             q_counts,
-            quantized.key_counts,
-            *tensors,
+            key_counts,
+            *of_mask,
             out,
             lse,
         ),
-        (heads, kv_heads, q_len, quantized.kv_len, q_tiles, before, after, *numbers),
+    )
+    return out, lse
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    layout: Layout,
+    shape: TileShape,
+    dtype: torch.dtype,
+    band: Band,
+    mask: tuple[torch.dtype, tuple[int, ...], tuple[int, ...], bool] | None,
+    all_queries: bool,
+    all_keys: bool,
+    return_lse: bool,
+) -> Launch:
+    """The launch for what is laid out like that. ``mask``: its dtype, shape, strides, and whether it is aligned."""
+    batch, heads, q_len, dim = layout.query.shape
+    kv_heads, rows_v = layout.key.shape[1], layout.value.shape[3]
+    kind = NO_BAND if band.before is None and band.after is None else UPPER if band.before is None else BOTH
+    before = _FAR if band.before is None else band.before
+    after = _FAR if band.after is None else band.after
+    numbers: tuple[int, ...] = (0,) * 8
+    mask_kind, unit, dense = NO_MASK, 1, True
+    if mask is not None:
+        mask_dtype, sizes, steps, _ = mask
+        strides, unit, dense = mask_strides(sizes, steps)
+        mask_kind = BOOL_MASK if mask_dtype == torch.bool else ADDITIVE_MASK
+        of_lists, room = list_strides(sizes, layout.kv_len, shape.queries, shape.keys)
+        numbers = (*strides, *of_lists, room)
+    q_tiles = -(-q_len // shape.queries)
+    return Launch(
+        attend_tiles,
+        batch * heads * q_tiles,
+        (heads, kv_heads, q_len, layout.kv_len, q_tiles, before, after, *numbers),
         (
             dim,
             rows_v,
-            quantized.dim_v,
+            layout.dim_v,
             lanes_of(dim),
-            quantized.v_constant.shape[2],
+            layout.v_constant.shape[2],
             BLOCK,
             shape.queries,
             shape.keys,
@@ -132,22 +170,23 @@ def attend(
             mask_kind.value,
             unit,
             dense,
-            quantized.hadamard is not HadamardMode.NONE,
+            layout.hadamard is not HadamardMode.NONE,
             shape.sum_by_product,
             shape.k_reordered,
             INTERPRETED,
         ),
         (
-            quantized.query.dtype,
+            layout.query.dtype,
             dtype,
             return_lse,
-            quantized.lse_shift is None,
-            q_counts is None,
-            quantized.key_counts is None,
-            kinds_of(tensors),
-            # Parts of larger tensors, which may not be aligned.
-            kinds_of((quantized.v_constant, quantized.v_scale)),
+            layout.lse_shift is None,
+            all_queries,
+            all_keys,
+            None if mask is None else (mask_dtype, mask[3]),
+            # Parts of the memory, which may not be aligned.
+            (layout.v_constant.start % 16, layout.v_scale.start % 16),
         ),
         shape.warps,
+        False,
+        layout.device,
     )
-    return out, lse

@@ -5,13 +5,16 @@ Any structure that a mask may have (padding, a window, blocks, a prefix) is thus
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from lpattn.quantize.fused.launcher import kinds_of, launch
+from lpattn.quantize.fused.inputs import addresses_of
+from lpattn.quantize.fused.launcher import Launch, short_way
 
 _WARPS = 4
 _ROWS = 32
@@ -66,35 +69,97 @@ def list_mask_tiles(mask: torch.Tensor, kv_len: int, queries: int, keys: int, *,
         queries, keys: sizes of a tile: a multiple of 32, and a power of two that is one.
         with_words: also write the mask as :attr:`MaskTiles.words`. The mask is bool.
     """
-    batch, heads, rows, _ = mask.shape
-    q_tiles, room, device = -(-rows // queries), -(-kv_len // keys), mask.device
-    lists = torch.empty((batch, heads, q_tiles, 2, room), dtype=torch.int32, device=device)
-    counts = torch.empty((batch, heads, q_tiles, 2), dtype=torch.int32, device=device)
-    used = torch.zeros((batch, heads, kv_len), dtype=torch.bool, device=device)
-    words = None
-    if with_words:
-        words = torch.empty((batch, heads, rows, room * keys // WORD_KEYS), dtype=torch.int32, device=device)
-    found = torch.empty((batch, heads, q_tiles, room), dtype=torch.int8, device=device)
-    strides, unit, dense = mask_strides(mask)
-    launch(
+    at = mask.data_ptr()
+    plan = _plan(mask.shape, mask.stride(), mask.dtype, at % 16 == 0, kv_len, queries, keys, with_words, mask.device)
+    return plan.run(mask, at)
+
+
+class _Plan(NamedTuple):
+    """The launches for masks that are alike, and what they write."""
+
+    queries: int
+    keys: int
+    lists_shape: tuple[int, ...]
+    used_shape: tuple[int, ...]
+    words_shape: tuple[int, ...] | None
+    look: Launch
+    list: Launch
+
+    def run(self, mask: torch.Tensor, at: int) -> MaskTiles:
+        """Look at a mask, which is at that address."""
+        device = mask.device
+        stream = short_way(device)
+        lists = torch.empty(self.lists_shape, dtype=torch.int32, device=device)
+        counts = torch.empty(self.lists_shape[:-1], dtype=torch.int32, device=device)
+        used = torch.zeros(self.used_shape, dtype=torch.bool, device=device)
+        words = None if self.words_shape is None else torch.empty(self.words_shape, dtype=torch.int32, device=device)
+        found = torch.empty((*self.lists_shape[:3], self.lists_shape[4]), dtype=torch.int8, device=device)
+        self.look.on(
+            stream,
+            (at, *addresses_of((found, used, words))),
+            lambda: (mask.view(torch.uint8) if mask.dtype == torch.bool else mask, found, used, words),
+        )
+        self.list.on(stream, addresses_of((found, lists, counts)), lambda: (found, lists, counts))
+        return MaskTiles(mask, lists, counts, used, self.queries, self.keys, words)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    aligned: bool,
+    kv_len: int,
+    queries: int,
+    keys: int,
+    with_words: bool,
+    device: torch.device,
+) -> _Plan:
+    batch, heads, rows, _ = shape
+    q_tiles, room = -(-rows // queries), -(-kv_len // keys)
+    in_units, unit, dense = mask_strides(shape, strides)
+    look = Launch(
         look_at_tiles,
         batch * heads * q_tiles * room,
-        (mask.view(torch.uint8) if mask.dtype == torch.bool else mask, found, used, words),
-        (heads, rows, kv_len, q_tiles, room, *strides),
-        (queries, 1 if rows == 1 else _ROWS, keys, unit, dense, mask.dtype == torch.bool),
-        (*kinds_of((mask,)), with_words),
+        (heads, rows, kv_len, q_tiles, room, *in_units),
+        (queries, 1 if rows == 1 else _ROWS, keys, unit, dense, dtype == torch.bool),
+        (dtype, aligned, with_words),
         _WARPS,
+        False,
+        device,
     )
-    launch(list_tiles, batch * heads * q_tiles, (found, lists, counts), (room,), (_AT_ONCE,), (), 1)
-    return MaskTiles(mask, lists, counts, used, queries, keys, words)
+    return _Plan(
+        queries,
+        keys,
+        lists_shape=(batch, heads, q_tiles, 2, room),
+        used_shape=(batch, heads, kv_len),
+        words_shape=(batch, heads, rows, room * keys // WORD_KEYS) if with_words else None,
+        look=look,
+        list=Launch(list_tiles, batch * heads * q_tiles, (room,), (_AT_ONCE,), (), 1, False, device),
+    )
 
 
-def mask_strides(mask: torch.Tensor) -> tuple[tuple[int, ...], int, bool]:
+def list_strides(shape: tuple[int, ...], kv_len: int, queries: int, keys: int) -> tuple[tuple[int, int, int], int]:
+    """How far apart the lists of a mask of that shape are.
+
+    Returns:
+        (pairs of lists between one batch entry, head or tile of queries and the next, 0 where the mask broadcasts;
+        the key tiles that a list has room for)
+    """
+    batch, heads, rows = shape[:3]
+    q_tiles = -(-rows // queries)
+    return (
+        (0 if batch == 1 else heads * q_tiles, 0 if heads == 1 else q_tiles, 0 if q_tiles == 1 else 1),
+        -(-kv_len // keys),
+    )
+
+
+def mask_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int, ...], int, bool]:
     """Strides of a mask as kernels take them: (all but the last in units, 0 where it broadcasts), unit, last is 1."""
-    strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
-    dense = strides[3] == 1
-    unit = _ALIGNED if dense and not any(stride % _ALIGNED for stride in strides[:3]) else 1
-    return (*(stride // unit for stride in strides[:3]), strides[3]), unit, dense
+    steps = tuple([0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True)])
+    dense = steps[3] == 1
+    unit = _ALIGNED if dense and not any(step % _ALIGNED for step in steps[:3]) else 1
+    return (*(step // unit for step in steps[:3]), steps[3]), unit, dense
 
 
 @triton.jit(do_not_specialize=["heads", "rows", "kv_len", "q_tiles", "room", "mask_b", "mask_h", "mask_q", "mask_k"])

@@ -20,6 +20,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from lpattn.kernels.hopper.attention import ROWS, attention
 from lpattn.kernels.hopper.launch import EXPONENTIALS, layout_of, tile_of
+from lpattn.quantize.fused.operands import lanes_of
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -39,9 +40,10 @@ def compile_kernel(dim: int, asked: set[str]) -> Any:
     kind = next(kind for name, kind in EXPONENTIALS.items() if name in asked)
     constants = {
         "BN": tile.keys, "D": lanes, "STAGES": tile.stages, "CONSUMERS": tile.consumers, "CAUSAL": "causal" in asked,
-        "KIND": kind, "LATE": tile.late, "DIM": dim, "LANES": lanes, "ACROSS": tile.across,
+        "KIND": kind, "LATE": tile.late, "DIM": dim, "LANES": lanes_of(dim), "ACROSS": tile.across,
         "PARTS": tile.listed_parts if "mask" in asked else tile.parts,
         "AHEAD": kind in tile.ahead, "EARLY": kind in tile.early, "REGISTERS": tile.registers,
+        "HADAMARD": "hadamard" in asked, "V_ROWS": lanes_of(dim) if "hadamard" in asked else dim,
     }  # fmt: skip
     if "lse" not in asked:
         constants |= {"lse": None, "lse_shift": None}

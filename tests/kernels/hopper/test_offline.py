@@ -22,6 +22,8 @@ CONFIGURATIONS = [
     "128:step",
     "128:step-causal",
     "80:quadratic-lse-keys-half",
+    "32:step-hadamard",
+    "128:step-hadamard-causal",
 ]
 
 
@@ -50,8 +52,10 @@ def test_products_overlap_and_nothing_spills_in_the_main_loop(tmp_path, record_p
 
 
 @pytest.mark.slow
-def test_with_a_mask_little_spills(tmp_path) -> None:
-    for kernel in compiled(tmp_path, ["64:step-mask", "128:step-mask", "256:step-mask"]):
+def test_with_a_mask_or_a_transform_little_spills(tmp_path) -> None:
+    for kernel in compiled(
+        tmp_path, ["64:step-mask", "128:step-mask", "256:step-mask", "128:step-mask-hadamard", "256:step-hadamard"]
+    ):
         assert kernel["serialized"] == [], kernel
         assert kernel["spills_in_loop"] <= 20, kernel
         assert kernel["shared"] <= SHARED, kernel

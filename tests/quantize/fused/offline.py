@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lpattn.quantize import fused
-from lpattn.quantize.fused import blocks, operands
+from lpattn.quantize.fused import blocks, inputs, operands
 from lpattn.quantize.fused.launcher import Launch
 from lpattn.quantize.fused.layout import PART
 from lpattn.types import HadamardMode, Norm
@@ -43,9 +43,8 @@ Recorded = list[tuple[Launch, tuple[Any, ...]]]
 def launches(capability: int, dim: int, *asked: str) -> Recorded:
     """Every launch with its tensors; nothing runs."""
     recorded: Recorded = []
-    Launch.__call__ = lambda launch, tensors: recorded.append((launch, tensors))  # type: ignore[method-assign]
     Launch.on = lambda launch, stream, pointers, tensors: recorded.append((launch, tensors()))  # type: ignore[method-assign]
-    operands.short_way = blocks.short_way = lambda device: None
+    operands.short_way = blocks.short_way = inputs.short_way = lambda device: None
     operands.overlaps_on = lambda device: capability >= 90
     blocks.overlaps_on = operands.overlaps_on
     operands._plan.cache_clear()

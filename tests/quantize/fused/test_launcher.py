@@ -64,7 +64,19 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> Any:
     return launcher
 
 
-def launch_of(launcher: Any, kernel: Kernel, **changes: Any) -> Any:
+class Run:
+    """A launch, called with tensors."""
+
+    def __init__(self, launcher: Any, device: torch.device, **given: Any) -> None:
+        launch = launcher.Launch(device=device, **given)
+        self.on, self._short_way, self._device = launch.on, launcher.short_way, device
+
+    def __call__(self, tensors: tuple[Any, ...]) -> None:
+        pointers = [t.data_ptr() if isinstance(t, torch.Tensor) else t for t in tensors]
+        self.on(self._short_way(self._device), pointers, lambda: tensors)
+
+
+def launch_of(launcher: Any, kernel: Kernel, **changes: Any) -> Run:
     given = {
         "kernel": kernel,
         "programs": 7,
@@ -75,7 +87,7 @@ def launch_of(launcher: Any, kernel: Kernel, **changes: Any) -> Any:
         "launch_pdl": True,
         "device": DEVICE,
     }
-    return launcher.Launch(**given | changes)
+    return Run(launcher, **given | changes)
 
 
 def test_after_the_first_time_pointers_travel_as_numbers(launcher) -> None:

@@ -17,10 +17,11 @@ import torch
 from lpattn.backends.triton import packed
 from lpattn.kernels import hopper
 from lpattn.quantize import E4M3_MAX
-from lpattn.types import AttentionCall, CausalKind, HadamardMode, MaskKind, Norm
+from lpattn.types import AttentionCall, CausalKind, Norm
 
 if TYPE_CHECKING:
     from lpattn.kernels.hopper.launch import Attention
+    from lpattn.kernels.mask_tiles import MaskTiles
     from lpattn.quantize.fused import Keys, PerBlock, Rotation
     from lpattn.quantize.fused.blocks import Quantization
     from lpattn.quantize.fused.inputs import More
@@ -94,12 +95,10 @@ class Steps(NamedTuple):
 
     Attributes:
         quantization, attention: in this order.
-        restores: whether the transform of the output is then undone.
     """
 
     quantization: Quantization
     attention: Attention
-    restores: bool
 
 
 _STEPS_SIZE = 64
@@ -127,22 +126,37 @@ class HopperKernel(Kernel):
         rotation: Rotation | None,
         norm: Norm | None = None,
     ) -> Result:
-        if attn_mask is not None and not call.key_padding:
-            return self._attend_listed(query, key, value, call, attn_mask, rotation, norm)
-        keys = None if attn_mask is None else self._fused.used_keys(attn_mask, call.batch, key.shape[2])
+        keys, tiles, flags = self._looked_at(attn_mask, call, key.shape[2])
         more = self._fused.more_of(rotation, keys, norm)
         at = (query.data_ptr(), key.data_ptr(), value.data_ptr())
-        facts = (call, self._fused.alike(query, key, value, at, more))
+        facts = (
+            call,
+            self._fused.alike(query, key, value, at, more),
+            None if tiles is None or flags is None else (tiles.mask.shape, flags.stride()),
+        )
         steps = self._steps.get(facts)
         if steps is None:
             if len(self._steps) >= _STEPS_SIZE:
                 self._steps.clear()
-            steps = self._steps[facts] = self._steps_for(query, key, value, at, call, more, attn_mask is not None)
-        quantization, attention, restores = steps
+            packed = attn_mask is not None and tiles is None
+            steps = self._steps[facts] = self._steps_for(query, key, value, at, call, more, packed, tiles, flags)
+        quantization, attention = steps
         stream = self._fused.short_way(attention.layout.device)
-        quantized = quantization.run(query, key, value, at, stream, more)
-        out, lse = attention.run(quantized, stream)
-        return (self._fused.restore_output(out, quantized, call.dtype) if restores else out), lse
+        quantized = quantization.run(query, key, value, at, stream, more, flags)
+        return attention.run(quantized, stream, tiles)
+
+    def _looked_at(
+        self, attn_mask: torch.Tensor | None, call: AttentionCall, kv_len: int
+    ) -> tuple[Keys | None, MaskTiles | None, torch.Tensor | None]:
+        """Of a mask: the used keys; where these stay in their places also tiles, and flags [B, Hkv, kv_len]."""
+        if attn_mask is None:
+            return None, None, None
+        if call.key_padding:
+            return self._fused.used_keys(attn_mask, call.batch, kv_len), None, None
+        tiles = self._launch.tiles_of(attn_mask, kv_len, call.head_dim_v)
+        flags = tiles.used_by(call.num_kv_heads, call.num_heads)
+        keys = self._fused.used_keys(flags[:, :, None], call.batch, kv_len)
+        return keys, tiles, flags.expand(call.batch, call.num_kv_heads, kv_len)
 
     def _steps_for(
         self,
@@ -153,8 +167,9 @@ class HopperKernel(Kernel):
         call: AttentionCall,
         more: More | None,
         packed: bool,
+        tiles: MaskTiles | None,
+        flags: torch.Tensor | None,
     ) -> Steps:
-        from lpattn.kernels.hopper.launch import plan_attention
         from lpattn.quantize.fused.blocks import plan_per_block
 
         quantization = plan_per_block(
@@ -167,48 +182,33 @@ class HopperKernel(Kernel):
             hadamard=call.hadamard,
             more=more,
             packed=packed,
+            flags=flags,
             with_lse_shift=call.return_lse,
         )
-        # The transform's inverse runs on bfloat16, whatever the inputs are.
-        transformed = call.hadamard is not HadamardMode.NONE
-        attention = plan_attention(
+        attention = self._launch.plan_attention(
             quantization.layout,
-            torch.bfloat16 if transformed else call.dtype,
+            call.dtype,
             causal=call.causal is CausalKind.TOP_LEFT,
             return_lse=call.return_lse,
             exponential=self._exponential_for(call),
             packed=packed,
+            mask_shape=None if tiles is None else tiles.mask.shape[:3],
         )
-        return Steps(quantization, attention, transformed)
-
-    def _attend_listed(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        call: AttentionCall,
-        attn_mask: torch.Tensor,
-        rotation: Rotation | None,
-        norm: Norm | None,
-    ) -> Result:
-        """With a mask that is not known to be key padding: over the tiles of which something is seen."""
-        from lpattn.kernels.hopper.launch import attend, tiles_of
-
-        tiles = tiles_of(attn_mask, key.shape[2], call.head_dim_v)
-        used = tiles.used_by(call.num_kv_heads, call.num_heads).expand(call.batch, -1, -1)
-        quantized = self._quantize(query, key, value, call, rotation, norm, None, used)
-        return attend(
-            quantized, call.dtype, mask=tiles, return_lse=call.return_lse, exponential=self._exponential_for(call)
-        )
+        return Steps(quantization, attention)
 
     def _rounding(self) -> dict[str, Any]:
-        from lpattn.kernels.hopper.launch import QK_MAX
-
-        return {"qk_max": QK_MAX, "precision": self._fused.Precision.E4M3}
+        return {"qk_max": self._launch.QK_MAX, "precision": self._fused.Precision.E4M3}
 
     def _exponential_for(self, call: AttentionCall) -> str | None:
         """The log-sum-exp wants sums without a bias, whatever the exponential."""
         return None if call.return_lse else self._exponential
+
+    @functools.cached_property
+    def _launch(self) -> ModuleType:
+        # As self._fused.
+        from lpattn.kernels.hopper import launch
+
+        return launch
 
 
 class PortableKernel(Kernel):
@@ -303,11 +303,7 @@ def kernel_for(call: AttentionCall, int8: bool, exponential: str | None = None) 
         int8: whether q and k are to become int8 although the architecture has e4m3.
         exponential: of the Hopper kernel, where that runs.
     """
-    if call.capability == hopper.ARCHITECTURE and not int8:
-        # The pass that undoes the transform behind the Hopper kernel has no more lanes than the output, and adds V's
-        # constant to every row, of which a mask may hide all keys.
-        listed = call.mask is not MaskKind.NONE and not call.key_padding
-        transforms = call.hadamard is HadamardMode.NONE or (call.head_dim in (32, 64, 128, 256) and not listed)
-        if transforms and not hopper.reasons_against(call) and not hopper.reasons_against_triton():
-            return HopperKernel(exponential)
+    on_hopper = call.capability == hopper.ARCHITECTURE and not int8
+    if on_hopper and not hopper.reasons_against(call) and not hopper.reasons_against_triton():
+        return HopperKernel(exponential)
     return portable_for(call, int8)

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from lpattn.kernels.hopper.hadamard import transform_parts, transform_rest
 from lpattn.kernels.hopper.softmax import (
     UNSEEN,
     as_operand,
@@ -160,7 +161,7 @@ def _produce(descriptors, buffers, barriers, counts, mask, sizes, SHAPE: gl.cons
     STAGES: gl.constexpr = SHAPE[2]
     CONSUMERS: gl.constexpr = SHAPE[3]
     CAUSAL: gl.constexpr = SHAPE[4]
-    DIM: gl.constexpr = SHAPE[8]
+    V_ROWS: gl.constexpr = SHAPE[14]
     LISTED: gl.constexpr = SHAPE[13]
     PARTS: gl.constexpr = KEYS // BN
     ALL_ROWS: gl.constexpr = CONSUMERS * ROWS
@@ -195,7 +196,7 @@ def _produce(descriptors, buffers, barriers, counts, mask, sizes, SHAPE: gl.cons
             mbarrier.expect(full.index(stage), 2 * BN * D, pred=has_k & has_v)
             k_row = kv_head * blocks * KEYS + k_tile * BN
             load_tile(k_desc, [k_row, 0], full.index(stage), k_buffer.index(stage), pred=has_k)
-            v_row = (kv_head * blocks + v_tile // PARTS) * DIM
+            v_row = (kv_head * blocks + v_tile // PARTS) * V_ROWS
             load_tile(v_desc, [v_row, v_tile % PARTS * BN], full.index(stage), v_buffer.index(stage), pred=has_v)
             step += 1
         turn += 1
@@ -265,6 +266,7 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, mask, 
     ACROSS: gl.constexpr = SHAPE[10]
     AHEAD: gl.constexpr = SHAPE[11]
     LISTED: gl.constexpr = SHAPE[13]
+    HADAMARD: gl.constexpr = SHAPE[15]
     BLOCK_PARTS: gl.constexpr = KEYS // BN
     ALL_ROWS: gl.constexpr = CONSUMERS * ROWS
     WIDTH: gl.constexpr = D // PARTS
@@ -275,6 +277,7 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, mask, 
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
     out_layout: gl.constexpr = store_layout(WIDTH, out.dtype.element_ty.primitive_bitwidth, ACROSS)
+    eight_layout: gl.constexpr = store_layout(WIDTH, 16, ACROSS)
     blocks = (kv_len + KEYS - 1) // KEYS
     s_zero = gl.zeros([ROWS, BN], gl.float16, s_layout)
     o_zero = gl.zeros([ROWS, WIDTH], gl.float32, o_layout)
@@ -376,15 +379,19 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, mask, 
         inverse = gl.convert_layout(inverse, o_rows)
         rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, out_layout))[:, None]
         base = out + ((b * q_len + start).to(gl.int64) * heads + head % heads) * DIM
+        constants = v_constant + kv_head * LANES
+        sees_none = gl.convert_layout(empty_row, o_rows)
+        if HADAMARD:
+            parts = ()
+            for index in gl.static_range(PARTS):
+                part = _attended(accs[index], inverse, constants, sees_none, index, LANES, LISTED)
+                parts = parts + (part * LANES**-0.5,)  # noqa: RUF005
+            parts = transform_parts(parts, LANES)
         for part_index in gl.static_range(PARTS):
-            value = accs[part_index] * inverse[:, None]
-            if v_constant is not None:
-                lanes = part_index * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, o_layout))
-                constant = gl.load(v_constant + kv_head * LANES + lanes, mask=lanes < LANES, other=0.0)
-                value += constant[None, :]
-            if LISTED:
-                # Without a mask, who sees no key is in a batch entry without any, and the constant is 0.
-                value = gl.where(gl.convert_layout(empty_row, o_rows)[:, None], 0.0, value)
+            if HADAMARD:
+                value = transform_rest(parts[part_index], eight_layout)
+            else:
+                value = _attended(accs[part_index], inverse, constants, sees_none, part_index, LANES, LISTED)
             if out.dtype.element_ty == gl.float16:
                 # Rounding of V must not make inf of what exact attention keeps finite; nor a number of NaN.
                 value = gl.where(gl.abs(value) > 65504.0, gl.where(value > 0.0, 65504.0, -65504.0), value)
@@ -392,6 +399,18 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, mask, 
             columns = part_index * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, out_layout))[None, :]
             at = base + rows * (heads * DIM) + columns
             gl.store(at, value, mask=(start + rows < q_len) & (columns < DIM))
+
+
+@gluon.jit
+def _attended(acc, inverse, constants, sees_none, PART: gl.constexpr, LANES: gl.constexpr, LISTED: gl.constexpr):
+    """What a part of an accumulator says: weighted by the inverse of row sums, with V's constant."""
+    WIDTH: gl.constexpr = acc.shape[1]
+    lanes = PART * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, acc.type.layout))
+    value = acc * inverse[:, None] + gl.load(constants + lanes, mask=lanes < LANES, other=0.0)[None, :]
+    if LISTED:
+        # Without a mask, who sees no key is in a batch entry without any, and the constant is 0.
+        value = gl.where(sees_none[:, None], 0.0, value)
+    return value
 
 
 @gluon.jit
@@ -513,18 +532,20 @@ def attention(
     list_b, list_h, list_q, room, word_b, word_h, word_q,
     BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, CAUSAL: gl.constexpr,
     KIND: gl.constexpr, PARTS: gl.constexpr, LATE: gl.constexpr, DIM: gl.constexpr, LANES: gl.constexpr,
-    ACROSS: gl.constexpr, AHEAD: gl.constexpr, EARLY: gl.constexpr, REGISTERS: gl.constexpr,
+    ACROSS: gl.constexpr, AHEAD: gl.constexpr, EARLY: gl.constexpr, REGISTERS: gl.constexpr, V_ROWS: gl.constexpr,
+    HADAMARD: gl.constexpr,
 ):  # fmt: skip
     """Attention of quantized q, k and v; see :mod:`lpattn.kernels.hopper`.
 
     Args:
-        q_scale: [B, H, q_len]. k_scale, v_scale: [B, Hkv, blocks]. v_constant: [B, Hkv, LANES] or None. All float32.
+        q_scale: [B, H, q_len]. k_scale, v_scale: [B, Hkv, blocks]. v_constant: [B, Hkv, LANES]. All float32.
         out: [B, q_len, H, DIM]. lse, lse_shift: float32 [B, H, q_len], or None. counts: int32 [B], or None.
         lists, list_counts, words: of :class:`lpattn.kernels.mask_tiles.MaskTiles`, or None. Key tiles of a head's tile
             of queries are the (b * list_b + h * list_h + tile * list_q)-th pair of lists, with room for ``room`` each;
             words of a query begin at b * word_b + h * word_h + query * word_q.
         q_desc: e4m3 [B * H * q_len, PITCH], tiles of [ROWS, D]. k_desc: [B * Hkv * blocks * KEYS, PITCH], of [BN, D].
-        v_desc: [B * Hkv * blocks * DIM, KEYS], of [D, BN].
+        v_desc: [B * Hkv * blocks * V_ROWS, KEYS], of [D, BN].
+        HADAMARD: V, and V's constant, are transformed over their LANES lanes: the output is transformed back.
     """
     q_buffer = gl.allocate_shared_memory(gl.float8e4nv, [QUERIES * CONSUMERS, ROWS, D], q_desc.layout)
     k_buffer = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BN, D], k_desc.layout)
@@ -554,6 +575,7 @@ def attention(
     sizes = (heads, kv_heads, q_len, kv_len, q_tiles, tiles)
     SHAPE: gl.constexpr = (
         BN, D, STAGES, CONSUMERS, CAUSAL, KIND, PARTS, LATE, DIM, LANES, ACROSS, AHEAD, EARLY, lists is not None,
+        V_ROWS, HADAMARD,
     )  # fmt: skip
     # The second and third arguments: warps and registers of all but the first.
     if CONSUMERS == 2:

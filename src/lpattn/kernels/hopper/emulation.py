@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lpattn.quantize.hadamard import hadamard_transform
+from lpattn.types import HadamardMode
+
 if TYPE_CHECKING:
     from lpattn.quantize.fused import PerBlock
 
@@ -77,6 +80,8 @@ def emulate(
     constant = quantized.v_constant[:, :, None, : v.shape[-1]].repeat_interleave(group, 1)
     empty = total == 0.0
     out = torch.where(empty[..., None], 0.0, out + constant)
+    if quantized.hadamard is not HadamardMode.NONE:
+        out = hadamard_transform(out)[..., : quantized.dim_v]
     lse = (top - offset - 8.0 + torch.log2(total)) * math.log(2.0)
     if quantized.lse_shift is not None:
         # In the unit of q times its factor, a power of two as the logits are.

@@ -12,11 +12,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lpattn.kernels.hopper import softmax
 from lpattn.kernels.hopper.attention import KEYS, ROWS, attention
-from lpattn.kernels.mask_tiles import WORD_KEYS, MaskTiles, list_mask_tiles
+from lpattn.kernels.mask_tiles import WORD_KEYS, MaskTiles, list_mask_tiles, list_strides
 from lpattn.quantize.fused import PerBlock
 from lpattn.quantize.fused.inputs import addresses_of
 from lpattn.quantize.fused.launcher import Launch, short_way
-from lpattn.quantize.fused.memory import Layout, part_of
+from lpattn.quantize.fused.memory import Layout
 from lpattn.quantize.fused.operands import lanes_of, multiprocessors
 from lpattn.types import HadamardMode
 
@@ -138,8 +138,7 @@ def attend(
             or "linear", the fastest and least exact; see :mod:`.softmax`.
 
     Returns:
-        The output [B, q_len, H, D], contiguous, still without V's constant and transformed where V was (Hadamard); and
-        the natural log-sum-exp in float32 [B, H, q_len] or None.
+        The output [B, q_len, H, D], contiguous; and the natural log-sum-exp in float32 [B, H, q_len] or None.
     """
     layout = quantized.layout
     plan = plan_attention(
@@ -194,7 +193,6 @@ class Attention(NamedTuple):
     Attributes:
         layout: of the operands.
         dtype: of the output; ``out_shape`` and ``lse_shape`` (None: there is none) are what is written.
-        adds_constant: whether V's constant is added.
         descriptors: of q, k and v, all but their addresses.
         launch: the launch.
     """
@@ -203,7 +201,6 @@ class Attention(NamedTuple):
     dtype: torch.dtype
     out_shape: tuple[int, ...]
     lse_shape: tuple[int, ...] | None
-    adds_constant: bool
     descriptors: tuple[tuple[list[int], list[int], list[int], gl.NVMMASharedLayout], ...]
     launch: Launch
 
@@ -211,7 +208,7 @@ class Attention(NamedTuple):
         self, quantized: PerBlock, stream: int | None, mask: MaskTiles | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend. ``stream`` is what :func:`lpattn.quantize.fused.launcher.short_way` says; returns as attend()."""
-        layout, dtype, out_shape, lse_shape, adds_constant, (q, k, v), launch = self
+        layout, dtype, out_shape, lse_shape, (q, k, v), launch = self
         device, key_counts = layout.device, quantized.key_counts
         out = torch.empty(out_shape, dtype=dtype, device=device)
         lse = None if lse_shape is None else torch.empty(lse_shape, dtype=torch.float32, device=device)
@@ -224,7 +221,7 @@ class Attention(NamedTuple):
                 start + layout.q_scale.start,
                 start + layout.k_scale.start,
                 start + layout.v_scale.start,
-                start + layout.v_constant.start if adds_constant else None,
+                start + layout.v_constant.start,
                 out.data_ptr(),
                 None if lse is None else lse.data_ptr(),
                 None if lse is None or layout.lse_shift is None else start + layout.lse_shift.start,
@@ -238,7 +235,7 @@ class Attention(NamedTuple):
                 quantized.q_scale,
                 quantized.k_scale,
                 quantized.v_scale,
-                quantized.v_constant if adds_constant else None,
+                quantized.v_constant,
                 out,
                 lse,
                 None if lse is None else quantized.lse_shift,
@@ -264,8 +261,7 @@ def _plan(
 ) -> Attention:
     batch, heads, q_len, pitch = layout.query.shape
     kv_heads, kv_len, dim, device = layout.key.shape[1], layout.kv_len, layout.dim_v, layout.device
-    # V's constant has been transformed with V, and is added before the transform is undone.
-    adds_constant = layout.hadamard is HadamardMode.NONE
+    rows_v = layout.value.shape[3]
     aligned = layout.v_constant.start % 16 == 0
     lanes, tile = tile_of(dim)
     blocks = -(-kv_len // KEYS.value)
@@ -275,11 +271,11 @@ def _plan(
     tiles = q_tiles * batch * heads
     steps: tuple[int, ...] = (0,) * 7
     if mask_shape is not None:
-        of_batch, of_heads, of_rows = mask_shape
-        room = -(-kv_len // tile.keys)
+        of_lists, room = list_strides(mask_shape, kv_len, rows, tile.keys)
+        _, of_heads, of_rows = mask_shape
         width = room * tile.keys // WORD_KEYS
-        lists = _steps((of_batch, of_heads, -(-of_rows // rows)), 1)
-        steps = (*lists, room, *_steps((of_batch, of_heads, of_rows), width))
+        of_words = (of_heads * of_rows * width, of_rows * width, width)
+        steps = (*of_lists, room, *(0 if n == 1 else step for n, step in zip(mask_shape, of_words, strict=True)))
     launch = Launch(
         attention,
         min(tiles, multiprocessors(device)),
@@ -299,8 +295,10 @@ def _plan(
             kind in tile.ahead,
             kind in tile.early,
             tile.registers,
+            rows_v,
+            layout.hadamard is not HadamardMode.NONE,
         ),
-        (dtype, adds_constant, aligned, all_keys, return_lse, mask_shape is None),
+        (dtype, aligned, all_keys, return_lse, mask_shape is None),
         num_warps=4,
         launch_pdl=False,
         device=device,
@@ -311,20 +309,13 @@ def _plan(
         dtype=dtype,
         out_shape=(batch, q_len, heads, dim),
         lse_shape=(batch, heads, q_len) if return_lse else None,
-        adds_constant=adds_constant,
         descriptors=(
             ([batch * heads * q_len, pitch], [pitch, 1], [ROWS.value, lanes], layout_of(lanes)),
             ([kv_rows * KEYS.value, pitch], [pitch, 1], [tile.keys, lanes], layout_of(lanes)),
-            ([kv_rows * dim, KEYS.value], [KEYS.value, 1], [lanes, tile.keys], layout_of(tile.keys)),
+            ([kv_rows * rows_v, KEYS.value], [KEYS.value, 1], [lanes, tile.keys], layout_of(tile.keys)),
         ),
         launch=launch,
     )
-
-
-def _steps(shape: tuple[int, ...], last: int) -> tuple[int, ...]:
-    """Strides of a contiguous tensor whose last dimension comes after this shape, 0 where it broadcasts."""
-    *strides, _ = part_of(torch.int32, (*shape, last), 0).strides
-    return tuple(0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True))
 
 
 def _descriptor(

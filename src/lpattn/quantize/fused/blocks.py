@@ -103,7 +103,7 @@ def quantize_per_block(
     sampled, flags = keys, None
     if used is not None:
         batch, kv_heads, kv_len, _ = key.shape
-        sampled = used_keys(used.any(1, keepdim=True)[:, :, None], batch, kv_len)
+        sampled = used_keys(used[:, :, None], batch, kv_len)
         flags = used.expand(batch, kv_heads, kv_len)
     more = more_of(rope, sampled, norm)
     at = (query.data_ptr(), key.data_ptr(), value.data_ptr())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from lpattn.quantize.fused.keys import list_used
-from lpattn.quantize.fused.launcher import kinds_of, launch
+from lpattn.quantize.fused.launcher import Launch, kinds_of, short_way
 from lpattn.types import Norm
 
 Turns = tuple[bool, int, tuple[int, ...], tuple[int, ...]]
@@ -69,23 +70,25 @@ def used_keys(mask: torch.Tensor, batch: int, kv_len: int) -> Keys:
     """The tokens that a key-padding mask lets through, in one launch.
 
     Args:
-        mask: bool, broadcastable to [B, 1, 1, kv_len]; True where a token is used.
+        mask: bool, four dimensions that broadcast to [B, heads, 1, kv_len]; True where a head uses a token.
         batch: B.
         kv_len: number of tokens.
     """
     indices = torch.empty((batch, kv_len), dtype=torch.int32, device=mask.device)
     counts = torch.empty((batch,), dtype=torch.int32, device=mask.device)
-    rows = mask.expand(batch, 1, 1, kv_len)
-    launch(
-        list_used,
-        batch,
-        (rows, indices, counts),
-        (rows.stride(0), rows.stride(3), kv_len),
-        (1024,),
-        kinds_of((mask,)),
-        4,
-    )
+    at = mask.data_ptr()
+    listing = _listing(mask.shape, mask.stride(), batch, kv_len, at % 16 == 0, mask.device)
+    tensors = (mask, indices, counts)
+    listing.on(short_way(mask.device), (at, indices.data_ptr(), counts.data_ptr()), lambda: tensors)
     return Keys(indices, counts)
+
+
+@functools.lru_cache(maxsize=1024)
+def _listing(
+    shape: tuple[int, ...], strides: tuple[int, ...], batch: int, kv_len: int, aligned: bool, device: torch.device
+) -> Launch:
+    of_batch, of_heads, _, of_keys = (0 if n == 1 else step for n, step in zip(shape, strides, strict=True))
+    return Launch(list_used, batch, (of_batch, of_heads, of_keys, shape[1], kv_len), (1024,), aligned, 4, False, device)
 
 
 class More(NamedTuple):

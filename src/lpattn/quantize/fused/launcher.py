@@ -40,41 +40,22 @@ def kinds_of(tensors: Sequence[torch.Tensor | None]) -> tuple[object, ...]:
     return tuple([t if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
 
 
-def launch(
-    kernel: Any,
-    programs: int,
-    tensors: tuple[Any, ...],
-    numbers: tuple[float, ...],
-    constants: tuple[Hashable, ...],
-    kinds: Hashable,
-    num_warps: int,
-    launch_pdl: bool = False,
-    maxnreg: int | None = None,
-) -> None:
-    """Launch a kernel, whose arguments are tensors, numbers and constants in this order, on its first tensor's device.
+class Launch:
+    """A launch of which only the tensors are left to say; made once and kept, it costs the host least.
+
+    The kernel's arguments are tensors, numbers and constants, in this order.
 
     Args:
         kernel: a ``triton.jit`` function that specializes on no number.
         programs: size of the grid.
-        tensors: None is compiled in. Descriptors of tensors may be among them, but not first.
         numbers: what varies from call to call.
         constants: what is compiled in.
-        kinds: :func:`kinds_of` all tensors that may differ in that between calls with equal constants.
+        kinds: what else it is compiled for: dtypes and alignment (see :func:`kinds_of`) of all tensors that may differ
+            in these between launches with equal constants, and which of them are None.
         num_warps: per program.
         launch_pdl: it may start before the kernel in front of it ends.
+        device: of the tensors.
         maxnreg: registers per thread at most.
-    """
-    device = tensors[0].device
-    Launch(kernel, programs, numbers, constants, kinds, num_warps, launch_pdl, device, maxnreg)(tensors)
-
-
-class Launch:
-    """A launch of which only the tensors are left to say; made once and kept, it costs the host least.
-
-    Args:
-        kernel, programs, numbers, constants, kinds, num_warps, launch_pdl, maxnreg: as of :func:`launch`. All tensors
-            that it is called with must be of these kinds.
-        device: theirs.
     """
 
     __slots__ = ("_device", "_handles", "_kernel", "_key", "_options", "_programs", "_rest")
@@ -104,16 +85,11 @@ class Launch:
         self._key = (id(kernel), device.index, constants, kinds, num_warps, launch_pdl, maxnreg, wide)
         self._handles = _compiled.get(self._key)
 
-    def __call__(self, tensors: tuple[Any, ...]) -> None:
-        """Launch it on the device's current stream."""
-        pointers = [t.data_ptr() if isinstance(t, torch.Tensor) else t for t in tensors]
-        self.on(short_way(self._device), pointers, lambda: tensors)
-
     def on(self, stream: int | None, pointers: Sequence[Any], tensors: Callable[[], tuple[Any, ...]]) -> None:
-        """Launch it where several launches follow each other, so that what they have in common is found out once.
+        """Launch it.
 
         Args:
-            stream: what :func:`short_way` said of the device.
+            stream: what :func:`short_way` says of the device; several launches that follow each other may share it.
             pointers: addresses of the tensors; None and descriptors as they are.
             tensors: makes the tensors, for Triton to look at: the first time, and where it must launch.
         """
