@@ -156,6 +156,8 @@ def test_a_planted_bug_is_found(kernel, bug, tmp_path, monkeypatch) -> None:
         pytest.skip("bugs are planted into what the interpreter runs")
     case = bug.case(kernel)
     monkeypatch.setattr(kernel.attention, "attend_tiles", planted(bug, tmp_path / "planted.py"))
+    # Plans hold the kernel, and these not for longer than the test.
+    monkeypatch.setattr(kernel.attention, "_plan", kernel.attention._plan.__wrapped__)
     with pytest.raises(AssertionError):
         kernel.check(**case)
 
