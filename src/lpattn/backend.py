@@ -191,6 +191,13 @@ class Backend(ABC):
         """
         return 0.0
 
+    def detours(self, call: AttentionCall) -> list[Reason]:
+        """Why a call that :meth:`supports` accepted does not run by the fastest kernel here; empty if it does.
+
+        For backends of several kernels. Reports and explanations show it.
+        """
+        return []
+
     @abstractmethod
     def attention(
         self,

@@ -109,12 +109,22 @@ def _decide_named(call: AttentionCall, settings: Settings) -> Choice:
     excluded = (Reason("excluded", f"excluded by {text}"),)
     others = {name: excluded for name in registry.names() if name != wanted}
     if not (against := reasons_against(wanted, call)):
-        return Choice(wanted, settings.provenance, others, asked_for_exact(settings))
+        return Choice(wanted, settings.provenance, others, asked_for_exact(settings), _detours(wanted, call))
     reasons = {wanted: against, **others}
     if settings.strict:
         raise _unsupported(call, reasons)
     del reasons[REFERENCE]
     return Choice(REFERENCE, settings.provenance, reasons, against[0])
+
+
+def _detours(name: str, call: AttentionCall) -> tuple[Reason, ...]:
+    """Why the backend does not run the call by its fastest kernel."""
+    backend = registry.get(name)
+    assert backend is not None
+    try:
+        return tuple(checked_reasons(backend.detours(call)))
+    except Exception as error:  # a plugin's bug must not stop a call that runs
+        return (Reason("detours_failed", f"its detours() raised {type(error).__name__}: {error}"),)
 
 
 def asked_for_exact(settings: Settings) -> Reason | None:
@@ -158,7 +168,7 @@ def _decide_automatic(call: AttentionCall, settings: Settings) -> Choice:
                 rank = ranks.get(name, 1.0)
                 text = f"expected x{rank:.2f} as fast as exact attention, {best} x{ranks[best]:.2f}"
                 reasons[name] = (Reason("slower", text),)
-        return Choice(best, settings.provenance, reasons)
+        return Choice(best, settings.provenance, reasons, detours=_detours(best, call))
     exact = _why_exact(call, reasons)
     if settings.strict and exact.code not in POLICY_CODES:
         reasons[REFERENCE] = (Reason("exact", f"exact, where on_unsupported={OnUnsupported.RAISE.value!r} wants low"),)
@@ -229,6 +239,7 @@ class Explanation:
         lines = [self.call.describe(), f"  {self.choice.backend:14s} chosen ({self.choice.provenance})"]
         if self.choice.exact_reason is not None:
             lines[-1] += f", exact: {self.choice.exact_reason}"
+        lines += [f"  {'':14s} not by its fastest kernel: {detour}" for detour in self.choice.detours]
         return "\n".join([*lines, *reason_lines(self.reasons)])
 
 

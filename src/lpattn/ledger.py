@@ -20,13 +20,26 @@ class Ledger:
         low: calls by low-precision backend.
         exact: calls by code of the reason why they ran exactly.
         details: for each such code, the latest reason in full.
+        detours: by code, the latest reasons why a call did not run by its backend's fastest kernel.
         rope: ``"fused"``, or why not; None while no compiled call ran, and none that asked for a rotation.
         norm: ``"fused"``, or why not, of a norm in front of a rotation; None while there was none.
         provenance: which setting decided the latest call.
         captured: whether a CUDA graph captured a call: its replays run no host code and are not counted.
     """
 
-    __slots__ = ("__weakref__", "_lock", "captured", "details", "exact", "id", "low", "norm", "provenance", "rope")
+    __slots__ = (
+        "__weakref__",
+        "_lock",
+        "captured",
+        "details",
+        "detours",
+        "exact",
+        "id",
+        "low",
+        "norm",
+        "provenance",
+        "rope",
+    )
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -34,6 +47,7 @@ class Ledger:
         self.low: dict[str, int] = {}
         self.exact: dict[str, int] = {}
         self.details: dict[str, Reason] = {}
+        self.detours: dict[str, Reason] = {}
         self.rope: str | None = None
         self.norm: str | None = None
         self.provenance: Provenance | None = None
@@ -47,6 +61,7 @@ class Ledger:
         else:
             with self._lock:
                 self.low[choice.backend] = self.low.get(choice.backend, 0) + 1
+                self.detours.update({detour.code: detour for detour in choice.detours})
         self.provenance = choice.provenance
 
     def count_exact(self, reason: Reason) -> None:
@@ -61,6 +76,7 @@ class Ledger:
             self.low.clear()
             self.exact.clear()
             self.details.clear()
+            self.detours.clear()
             self.rope = None
             self.norm = None
             self.provenance = None

@@ -262,9 +262,11 @@ class Choice:
         reasons: for every other known backend, all its reasons. Where the call fell back to exact attention although
             a backend was asked for, that backend's reasons are among them.
         exact_reason: why the call runs exactly although low precision was wanted; None where it does not.
+        detours: why the backend does not run the call by its fastest kernel; empty where it does.
     """
 
     backend: str
     provenance: Provenance
     reasons: Mapping[str, tuple[Reason, ...]] = field(default_factory=dict)
     exact_reason: Reason | None = None
+    detours: tuple[Reason, ...] = ()

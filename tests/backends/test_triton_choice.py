@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lpattn.backends.triton import Int8TritonBackend, TritonBackend, kernels
-from lpattn.backends.triton.kernels import HopperKernel, PortableKernel, kernel_for
+from lpattn.backends.triton.kernels import HopperKernel, PortableKernel, detours, kernel_for
 from lpattn.types import AttentionCall, CausalKind, HadamardMode, MaskKind, Reason, Varlen
 
 
@@ -57,8 +57,12 @@ def gluon(monkeypatch):
 def test_the_hopper_kernel_runs_what_it_can(gluon, changes, hopper) -> None:
     assert isinstance(kernel_for(call(**changes), int8=False), HopperKernel) is hopper
     assert isinstance(kernel_for(call(**changes), int8=True), PortableKernel)
+    assert (detours(call(**changes), int8=False) == []) is hopper
+    assert detours(call(**changes), int8=True) == []
+    assert detours(call((8, 9), **changes), int8=False) == []
     gluon(False)
     assert isinstance(kernel_for(call(**changes), int8=False), PortableKernel)
+    assert detours(call(**changes), int8=False)[-1].code == "gluon"
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ def test_json_has_the_choice_and_all_reasons(cli: Cli, half: str, absent: str) -
     assert document["choice"]["backend"] == "bf16_reference"
     assert document["choice"]["provenance"] == "automatic"
     assert document["choice"]["exact_reason"]["code"] == "no_backend"
+    assert document["choice"]["detours"] == []
     assert [r["code"] for r in document["reasons"][half]] == ["not_automatic"]
     missing = {
         "code": "not_installed",

@@ -28,6 +28,27 @@ def test_the_highest_rank_wins(add_backend, make_call):
     assert [r.code for r in choice.reasons["fp8_triton"]] == ["not_registered"]
 
 
+@pytest.mark.parametrize(
+    "settings", [AUTOMATIC, Settings("fake", provenance=Provenance.ARGUMENT)], ids=["auto", "named"]
+)
+def test_a_choice_says_why_it_is_not_the_fastest_kernel(add_backend, make_call, settings):
+    backend = add_backend("fake", rank=2.0)
+    assert dispatch.choose(make_call(q_len=7), settings).detours == ()
+    why = Reason("mask", "a mask of letters: the fast kernel takes numbers")
+    backend.detours = lambda call: [why] if call.q_len == 8 else []
+    assert dispatch.choose(make_call(q_len=8), settings).detours == (why,)
+    explained = str(dispatch.explain_call(make_call(q_len=8), settings)).splitlines()
+    assert explained[2].split(maxsplit=1) == ["not", f"by its fastest kernel: {why}"]
+    assert "fastest" not in str(dispatch.explain_call(make_call(q_len=7), settings))
+
+
+def test_a_backend_that_fails_to_say_why_it_is_slow_runs_all_the_same(add_backend, make_call):
+    add_backend("fake", rank=2.0).detours = lambda call: 1 / 0
+    choice = dispatch.choose(make_call(), AUTOMATIC)
+    assert choice.backend == "fake"
+    assert choice.detours == (Reason("detours_failed", "its detours() raised ZeroDivisionError: division by zero"),)
+
+
 def test_the_rank_may_depend_on_the_call(add_backend, make_call):
     add_backend("short", rank=lambda call: 3.0 if call.kv_len < 100 else 1.1)
     add_backend("long", rank=lambda call: 2.0 if call.kv_len >= 100 else 0.3)

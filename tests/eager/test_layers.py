@@ -9,6 +9,7 @@ import torch
 
 import lpattn
 from lpattn.policy import covers
+from lpattn.registry import registry
 
 
 def ran(model):
@@ -116,6 +117,20 @@ def test_report_as_text_and_mapping(model, x, marked):
     part = lpattn.attention_report(model.blocks[1])
     assert list(part) == ["attn"]
     assert json.dumps(part["attn"]["low"]) == '{"marked": 1}'
+
+
+def test_report_says_why_it_was_not_the_fastest_kernel(model, x, marked):
+    lpattn.apply_low_precision_attention(model, "marked", layers={"blocks.0": "exact"})
+    model(x)
+    registry.get("marked").detours = lambda call: [lpattn.Reason("mask", "a mask", "pass none")]
+    model(x)
+    report = lpattn.attention_report(model)
+    assert report["blocks.1.attn"].detours == {}  # the decision was remembered
+    model(x[:, :3])
+    report = lpattn.attention_report(model)
+    assert report["blocks.1.attn"].detours == {"mask": "a mask (pass none)"}
+    assert report["blocks.0.attn"].detours == {}
+    assert "marked x3 [model]; not by the fastest kernel: a mask (pass none)" in str(report)
 
 
 def test_fallback_reports_that_hadamard_was_not_applied(model, x, classes):

@@ -1078,6 +1078,14 @@ class RankIsNotANumber(Honest):
         return float("nan")
 
 
+@bug("decisions", "gave two answers")
+class DetoursThatChange(Honest):
+    count = itertools.count()
+
+    def detours(self, call):
+        return [Reason("busy", f"try {next(self.count)}")]
+
+
 @bug("decisions", "the limit is 1 ms")
 class SlowDecisions(Honest):
     def supports(self, call):

@@ -75,6 +75,7 @@ def explanation_data(explanation: Explanation) -> dict[str, Any]:
             "backend": choice.backend,
             "provenance": choice.provenance.value,
             "exact_reason": reason_data(choice.exact_reason),
+            "detours": [reason_data(detour) for detour in choice.detours],
         },
         "reasons": {name: [reason_data(r) for r in reasons] for name, reasons in explanation.reasons.items()},
         "text": str(explanation),

@@ -20,6 +20,7 @@ class LayerReport:
         low: number of calls by low-precision backend.
         exact: number of calls that ran exactly, by code of the reason.
         reasons: for each such code, the latest reason in words.
+        detours: why calls did not run by their backend's fastest kernel, by code the latest reason in words.
         rope: ``"fused"`` or why not, of the latest call that was compiled or asked for a rotation; None if none was.
         norm: ``"fused"`` or why not, of the norm of q and k in front of that rotation; None where there is none.
         provenance: which setting decided the latest call, such as ``"model"`` or ``"layer rule"``.
@@ -29,6 +30,7 @@ class LayerReport:
     low: Mapping[str, int]
     exact: Mapping[str, int]
     reasons: Mapping[str, str]
+    detours: Mapping[str, str]
     rope: str | None
     norm: str | None
     provenance: str | None
@@ -62,9 +64,10 @@ class AttentionReport(Mapping[str, LayerReport]):
             ran += [f"exact x{count} ({layer.reasons[code]})" for code, count in layer.exact.items()]
             rope = f"; rope {layer.rope}" if layer.rope else ""
             norm = f"; norm {layer.norm}" if layer.norm else ""
+            detours = f"; not by the fastest kernel: {', '.join(layer.detours.values())}" if layer.detours else ""
             replays = "; captured in a CUDA graph, replays are not counted" if layer.captured else ""
             decided = f" [{layer.provenance}]" if layer.provenance else ""
-            lines.append(f"{name or '(root)'}: {', '.join(ran)}{decided}{rope}{norm}{replays}")
+            lines.append(f"{name or '(root)'}: {', '.join(ran)}{decided}{detours}{rope}{norm}{replays}")
         return "\n".join(lines)
 
 
@@ -93,6 +96,7 @@ def attention_report(model: nn.Module) -> AttentionReport:
             low=dict(ledger.low),
             exact=dict(ledger.exact),
             reasons={code: str(reason) for code, reason in ledger.details.items()},
+            detours={code: str(reason) for code, reason in ledger.detours.items()},
             rope=ledger.rope,
             norm=ledger.norm,
             provenance=str(ledger.provenance) if ledger.provenance else None,

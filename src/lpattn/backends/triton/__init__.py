@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from lpattn.backend import Backend, Capabilities
-from lpattn.backends.triton.kernels import LARGEST_HEAD_DIM, HopperKernel, kernel_for, portable_for
+from lpattn.backends.triton.kernels import LARGEST_HEAD_DIM, detours, kernel_for, portable_for
 from lpattn.hookspecs import hookimpl
 from lpattn.policy import measured_speedup
 from lpattn.types import AttentionBackend, AttentionCall, CausalKind, HadamardMode, MaskKind, Norm, Reason
@@ -78,11 +78,11 @@ class TritonBackend(Backend):
         return reasons
 
     def rank(self, call: AttentionCall) -> float:
-        if call.varlen is not None:
-            return 0.0
         # What was measured on sm_90 is the Hopper kernel.
-        other = call.capability == (9, 0) and not isinstance(kernel_for(call, self.int8), HopperKernel)
-        return 0.0 if other and not self.int8 else measured_speedup(self.name, call)
+        return 0.0 if call.varlen is not None or self.detours(call) else measured_speedup(self.name, call)
+
+    def detours(self, call: AttentionCall) -> list[Reason]:
+        return detours(call, self.int8)
 
     def attention(
         self,

@@ -17,7 +17,7 @@ import torch
 from lpattn.backends.triton import packed
 from lpattn.kernels import hopper
 from lpattn.quantize import E4M3_MAX
-from lpattn.types import AttentionCall, CausalKind, Norm
+from lpattn.types import AttentionCall, CausalKind, Norm, Reason
 
 if TYPE_CHECKING:
     from lpattn.kernels.hopper.launch import Attention
@@ -294,6 +294,13 @@ def portable_for(call: AttentionCall, int8: bool) -> PortableKernel:
     return PortableKernel(int8 or (call.capability is not None and call.capability < FIRST_WITH_E4M3))
 
 
+def detours(call: AttentionCall, int8: bool) -> list[Reason]:
+    """Why a call runs on the portable kernel although its architecture has a faster one; empty elsewhere."""
+    if call.capability != hopper.ARCHITECTURE or int8:
+        return []
+    return [*hopper.reasons_against(call), *hopper.reasons_against_triton()]
+
+
 @functools.lru_cache(maxsize=1024)
 def kernel_for(call: AttentionCall, int8: bool, exponential: str | None = None) -> Kernel:
     """The kernel that runs a call of at most :data:`LARGEST_HEAD_DIM` lanes.
@@ -303,7 +310,6 @@ def kernel_for(call: AttentionCall, int8: bool, exponential: str | None = None) 
         int8: whether q and k are to become int8 although the architecture has e4m3.
         exponential: of the Hopper kernel, where that runs.
     """
-    on_hopper = call.capability == hopper.ARCHITECTURE and not int8
-    if on_hopper and not hopper.reasons_against(call) and not hopper.reasons_against_triton():
+    if call.capability == hopper.ARCHITECTURE and not int8 and not detours(call, int8):
         return HopperKernel(exponential)
     return portable_for(call, int8)

@@ -46,8 +46,11 @@ def reasons_against(call: AttentionCall) -> list[Reason]:
     if call.head_dim_v != call.head_dim:
         text = f"head_dim_v {call.head_dim_v}: the Hopper kernel needs head_dim, which is {call.head_dim}"
         reasons.append(Reason("head_dim_v", text))
+    if call.varlen is not None:
+        reasons.append(Reason("varlen", "packed sequences: the Hopper kernel takes none"))
     if call.mask is MaskKind.ADDITIVE:
-        reasons.append(Reason("mask", f"{call.mask} attn_mask: the Hopper kernel takes bool masks"))
+        remedy = "if it only hides keys, pass it as bool, True where a key is seen"
+        reasons.append(Reason("mask", f"{call.mask} attn_mask: the Hopper kernel takes bool masks", remedy))
     elif call.mask is MaskKind.BOOL and not call.key_padding and call.q_len * call.kv_len // 32 >= _INT32_END:
         text = f"attn_mask over {call.q_len} queries and {call.kv_len} keys: the Hopper kernel counts to 2^36 of both"
         reasons.append(Reason("size", text))

@@ -133,7 +133,7 @@ def probe(subject: Subject) -> str:
 
 @check
 def decisions(subject: Subject) -> str:
-    """supports() and rank() are functions of the call: the same answer twice, hashable, and fast."""
+    """supports(), rank() and detours() are functions of the call: the same answer twice, hashable, and fast."""
     backend = subject.backend
     for call in declared_calls(subject.capabilities):
         reasons = backend.supports(call)
@@ -141,6 +141,10 @@ def decisions(subject: Subject) -> str:
         hash((call, tuple(reasons)))
         again = backend.supports(dataclasses.replace(call))
         require(reasons == again, f"supports({call.describe()}) gave two answers: {reasons} and {again}")
+        detours = backend.detours(call)
+        _require_reasons(detours, f"detours({call.describe()})")
+        again = backend.detours(dataclasses.replace(call))
+        require(detours == again, f"detours({call.describe()}) gave two answers: {detours} and {again}")
         ranks = [backend.rank(call), backend.rank(dataclasses.replace(call))]
         require(
             all(isinstance(r, (int, float)) and math.isfinite(r) and r >= 0.0 for r in ranks) and ranks[0] == ranks[1],
