@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lpattn
+from lpattn.compile import sizes
 
 B, H, HKV, S, D = 2, 4, 2, 12, 16
 
@@ -472,7 +473,14 @@ def when_shorter(y):
     rows_from(y, torch.sym_max(40 - y.shape[2], 0))
 
 
-@pytest.mark.parametrize("write", [at_other_remainders, at_other_quotients, when_longer, when_shorter])
+def in_between(y):
+    rows_from(y, torch.sym_max(torch.sym_min(y.shape[2] - 45, 60 - y.shape[2]), 0))
+
+
+WRITES = [at_other_remainders, at_other_quotients, when_longer, when_shorter, in_between]
+
+
+@pytest.mark.parametrize("write", WRITES)
 def test_a_write_that_changes_nothing_at_the_first_length(write, spy, compiled, reasons):
     def written(x, cos, sin):
         out = half_split(x, cos, sin).clone()
@@ -485,6 +493,20 @@ def test_a_write_that_changes_nothing_at_the_first_length(write, spy, compiled, 
     require_same_at((40, 33, 51), under, plain_model, torch._dynamo.mark_dynamic)
     assert len(under.graphs) == 1
     assert "mixed in" in reasons(model)[""]
+
+
+def test_too_many_bends_are_refused(spy, compiled, reasons, monkeypatch):
+    def written(x, cos, sin):
+        out = half_split(x, cos, sin).clone()
+        in_between(out)
+        return out
+
+    monkeypatch.setattr(sizes, "_MOST", 5)
+    plain_model, model = Attention(written, half_split), Attention(written, half_split)
+    lpattn.apply_low_precision_attention(model, "bf16_reference")
+    require_same_at((40, 51), compiled(model), plain_model, torch._dynamo.mark_dynamic)
+    assert reasons(model)[""].startswith("sizes bend at too many lengths: Max(0, Min(60 - s")
+    assert not spy.fused
 
 
 def test_a_length_in_front_of_bounds_is_fused(spy, compiled, reasons):

@@ -40,11 +40,16 @@ def fuse_rope(graph: fx.Graph) -> None:
     calls = [node for node in graph.nodes if node.op == "call_function" and node.target in _FUSED]
     if not calls:
         return
-    sizes = assignments(graph.nodes)
+    sizes: list[Sizes] = []
+    unknown = ""
+    try:
+        sizes = assignments(graph.nodes)
+    except UnknownSizeError as refused:
+        unknown = str(refused)
     fused = norms = 0
     reasons: dict[str, None] = {}
     for call in calls:
-        found = _fuse(call, sizes)
+        found = unknown or _fuse(call, sizes)
         if isinstance(found, str):
             call.args = (*call.args[:_REASON], found)
             _keep_strides(call)

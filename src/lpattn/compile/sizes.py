@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import sympy
@@ -11,6 +13,9 @@ from torch import fx
 
 _PRIMES = ((101, 2), (103, 3), (107, 5), (109, 7), (113, 11), (127, 13))
 """What other assignments are made with: other ones for each symbol, so that no two sizes stay equal by chance."""
+
+_MOST = 32
+"""Lengths near bends at most: each costs a proof."""
 
 
 class UnknownSizeError(Exception):
@@ -58,8 +63,13 @@ def assignments(nodes: Iterable[fx.Node]) -> list[Sizes]:
     """The sizes that a graph was traced with, and other ones where sizes are symbolic.
 
     What holds at all of them does not hold because two sizes happen to be equal, or a length to be short, or long, or a
-    multiple of something. All keep the graph's guards: at other sizes it never runs.
+    multiple of something; nor only between two lengths at which a size bends, such as 64 in max(0, s - 64). All keep
+    the graph's guards: at other sizes it never runs.
+
+    Raises:
+        UnknownSizeError: sizes bend at too many lengths.
     """
+    bends: set[Any] = set()
     hints: dict[Any, int] = {}
     environment: Any = None
     for node in nodes:
@@ -68,6 +78,7 @@ def assignments(nodes: Iterable[fx.Node]) -> list[Sizes]:
         for size in sizes:
             if isinstance(size, torch.SymInt):
                 environment = size.node.shape_env
+                bends.update(part for part in sympy.preorder_traversal(size.node.expr) if _bends(part))
                 # torch 2.11 has the older name only.
                 hint = getattr(environment, "optimization_hint", None) or environment.size_hint
                 for symbol in size.node.expr.free_symbols:
@@ -85,7 +96,32 @@ def assignments(nodes: Iterable[fx.Node]) -> list[Sizes]:
         for values, tried in ((long, (*above, *below)), (short, (*below, *above))):
             allowed = (value for value in tried if _is_allowed(environment, {**values, symbol: value}))
             values[symbol] = next(allowed, hint)
-    return [Sizes(hints), Sizes(long), Sizes(short)]
+    near = [hints]
+    # From one bend the next one is found.
+    for values in near:
+        near += [at for at in _near_bends(bends, values) if at not in near and _is_allowed(environment, at)]
+        if len(near) > _MOST:
+            raise UnknownSizeError(f"sizes bend at too many lengths: {', '.join(sorted(map(str, bends)))[:100]}")
+    return [Sizes(values) for values in (hints, long, short, *near[1:])]
+
+
+def _bends(expression: Any) -> bool:
+    """Whether it is the larger or the smaller one of others: sympy's, or PyTorch's own."""
+    return type(expression).__name__ in ("Max", "Min")
+
+
+def _near_bends(bends: Iterable[Any], values: Mapping[Any, int]) -> Iterator[dict[Any, int]]:
+    """Sizes on both sides of where two sides of a bend are equal, as seen from some sizes: one symbol changes."""
+    for bend in bends:
+        for one, other in itertools.combinations(bend.args, 2):
+            for symbol in (one - other).free_symbols & values.keys():
+                here, next_to_it = (
+                    (one - other).xreplace({s: sympy.Integer(n) for s, n in {**values, symbol: at}.items()})
+                    for at in (values[symbol], values[symbol] + 1)
+                )
+                if here.is_number and next_to_it.is_number and here != next_to_it:
+                    equal = values[symbol] + math.floor(here / (here - next_to_it))
+                    yield from ({**values, symbol: equal + step} for step in (-1, 0, 1, 2))
 
 
 def _is_allowed(environment: Any, values: Mapping[Any, int]) -> bool:
