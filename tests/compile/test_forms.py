@@ -372,6 +372,14 @@ def unwritten_lanes(x, cos, sin):
     return out
 
 
+def rounded(x, cos, sin):
+    return half_split(x, cos, sin).half().float()
+
+
+def rounded_first(x, cos, sin):
+    return half_split(x.bfloat16().float(), cos, sin)
+
+
 # By name: functions, and what the reason must name (None: whether it is fused does not matter, only the numbers do).
 NEAR = {
     "k_interleaved": ((half_split, interleaved), "q is rotated half-split, k interleaved"),
@@ -385,6 +393,8 @@ NEAR = {
     "last_row_differs": ((last_row_differs,), "q: "),
     "one_row_is_another": ((one_row_is_another,), "q: "),
     "next_head": ((next_head,), None),
+    "rounded": ((rounded,), "casts to torch.float16, which does not hold what torch.float32 does"),
+    "rounded_first": ((rounded_first,), "fused"),
     "shifted": ((shifted,), "adds the number 0.5"),
     "bias_added": ((bias_added,), "does not depend on what is rotated"),
     "three_lanes": ((three_lanes,), "more than two products"),

@@ -100,11 +100,12 @@ class PullBack:
         return self(_first(node), points)
 
     def cast(self, node: fx.Node, points: Points) -> Terms:
-        """The same elements in another floating-point dtype."""
-        before, after = value_of(_first(node)).dtype, value_of(node).dtype
-        kept = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-        if before not in kept or after not in kept:
+        """The same elements in another floating-point dtype, which holds at least what the source's does."""
+        before, after, kept = (value_of(x).dtype for x in (_first(node), node, self.source))
+        if not {before, after} <= {torch.float16, torch.bfloat16, torch.float32, torch.float64}:
             raise RefusedError(f"{node.name} casts {before} to {after}")
+        if torch.finfo(after).eps > torch.finfo(kept).eps or torch.finfo(after).max < torch.finfo(kept).max:
+            raise RefusedError(f"{node.name} casts to {after}, which does not hold what {kept} does")
         return self(_first(node), points)
 
     def expand(self, node: fx.Node, points: Points) -> Terms:
