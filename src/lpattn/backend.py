@@ -192,9 +192,10 @@ class Backend(ABC):
         return 0.0
 
     def detours(self, call: AttentionCall) -> list[Reason]:
-        """Why a call that :meth:`supports` accepted does not run by the fastest kernel here; empty if it does.
+        """Why a call that :meth:`supports` accepted does not run by this backend's fastest kernel; empty if it does.
 
-        For backends of several kernels. Reports and explanations show it.
+        For backends of several kernels. Reports (the latest reason of each code) and explanations show it. It decides
+        nothing: where the other kernel is not worth it, :meth:`rank` says so.
         """
         return []
 

@@ -50,7 +50,7 @@ def choose(call: AttentionCall, settings: Settings) -> Choice:
         if len(_cache) >= _CACHE_SIZE:
             _cache.clear()
         _cache[key] = choice
-    return choice
+    return _with_detours(choice, call)
 
 
 def _is_fallback(choice: Choice) -> bool:
@@ -109,7 +109,7 @@ def _decide_named(call: AttentionCall, settings: Settings) -> Choice:
     excluded = (Reason("excluded", f"excluded by {text}"),)
     others = {name: excluded for name in registry.names() if name != wanted}
     if not (against := reasons_against(wanted, call)):
-        return Choice(wanted, settings.provenance, others, asked_for_exact(settings), _detours(wanted, call))
+        return Choice(wanted, settings.provenance, others, asked_for_exact(settings))
     reasons = {wanted: against, **others}
     if settings.strict:
         raise _unsupported(call, reasons)
@@ -117,14 +117,16 @@ def _decide_named(call: AttentionCall, settings: Settings) -> Choice:
     return Choice(REFERENCE, settings.provenance, reasons, against[0])
 
 
-def _detours(name: str, call: AttentionCall) -> tuple[Reason, ...]:
-    """Why the backend does not run the call by its fastest kernel."""
-    backend = registry.get(name)
-    assert backend is not None
+def _with_detours(choice: Choice, call: AttentionCall) -> Choice:
+    """The choice, and why its backend does not run the call by its fastest kernel: of this call, not of its class."""
+    backend = registry.get(choice.backend)
+    if backend is None or choice.exact_reason is not None:
+        return choice
     try:
-        return tuple(checked_reasons(backend.detours(call)))
+        detours = checked_reasons(backend.detours(call))
     except Exception as error:  # a plugin's bug must not stop a call that runs
-        return (Reason("detours_failed", f"its detours() raised {type(error).__name__}: {error}"),)
+        detours = (Reason("detours_failed", f"its detours() raised {type(error).__name__}: {error}"),)
+    return dataclasses.replace(choice, detours=detours) if detours else choice
 
 
 def asked_for_exact(settings: Settings) -> Reason | None:
@@ -168,7 +170,7 @@ def _decide_automatic(call: AttentionCall, settings: Settings) -> Choice:
                 rank = ranks.get(name, 1.0)
                 text = f"expected x{rank:.2f} as fast as exact attention, {best} x{ranks[best]:.2f}"
                 reasons[name] = (Reason("slower", text),)
-        return Choice(best, settings.provenance, reasons, detours=_detours(best, call))
+        return Choice(best, settings.provenance, reasons)
     exact = _why_exact(call, reasons)
     if settings.strict and exact.code not in POLICY_CODES:
         reasons[REFERENCE] = (Reason("exact", f"exact, where on_unsupported={OnUnsupported.RAISE.value!r} wants low"),)
@@ -247,7 +249,7 @@ def explain_call(call: AttentionCall, settings: Settings) -> Explanation:
     """Explain the decision on a call, also where it is an error. Never launches a kernel."""
     settings = with_environment(settings)
     try:
-        choice = _decide(call, settings)
+        choice = _with_detours(_decide(call, settings), call)
     except UnsupportedCallError as error:
         return Explanation(call, None, error.reasons)
     reasons = {}

@@ -387,7 +387,7 @@ def backend_name_problem(name: object) -> str:
 
 
 def checked_reasons(reasons: object) -> tuple[Reason, ...]:
-    """What a plugin's probe() or supports() returned, as a tuple.
+    """What a plugin's probe(), supports() or detours() returned, as a tuple.
 
     Raises:
         TypeError: it is not a list of reasons.

@@ -33,13 +33,15 @@ def test_the_highest_rank_wins(add_backend, make_call):
 )
 def test_a_choice_says_why_it_is_not_the_fastest_kernel(add_backend, make_call, settings):
     backend = add_backend("fake", rank=2.0)
-    assert dispatch.choose(make_call(q_len=7), settings).detours == ()
-    why = Reason("mask", "a mask of letters: the fast kernel takes numbers")
-    backend.detours = lambda call: [why] if call.q_len == 8 else []
-    assert dispatch.choose(make_call(q_len=8), settings).detours == (why,)
-    explained = str(dispatch.explain_call(make_call(q_len=8), settings)).splitlines()
-    assert explained[2].split(maxsplit=1) == ["not", f"by its fastest kernel: {why}"]
-    assert "fastest" not in str(dispatch.explain_call(make_call(q_len=7), settings))
+    assert dispatch.choose(make_call(q_len=1024), settings).detours == ()
+    why = Reason("length", "q_len 1030: the fast kernel takes whole tiles")
+    backend.detours = lambda call: [] if call.q_len % 128 == 0 else [why]
+    # Lengths of one class, whose decision is remembered: what is said is of each.
+    for length in (1024, 1030, 1024):
+        call, expected = make_call(q_len=length), () if length == 1024 else (why,)
+        assert dispatch.choose(call, settings).detours == expected
+        explained = str(dispatch.explain_call(call, settings))
+        assert ("not by its fastest kernel: q_len 1030" in explained) is (length == 1030)
 
 
 def test_a_backend_that_fails_to_say_why_it_is_slow_runs_all_the_same(add_backend, make_call):

@@ -130,7 +130,7 @@ def test_report_says_why_it_was_not_the_fastest_kernel(model, x, marked):
     report = lpattn.attention_report(model)
     assert report["blocks.1.attn"].detours == {"mask": "a mask (pass none)"}
     assert report["blocks.0.attn"].detours == {}
-    assert "marked x3 [model]; not by the fastest kernel: a mask (pass none)" in str(report)
+    assert "marked x3 [model]; some not by its fastest kernel: a mask (pass none)" in str(report)
 
 
 def test_fallback_reports_that_hadamard_was_not_applied(model, x, classes):

@@ -40,6 +40,7 @@ def run(arguments: Namespace) -> int:
                 "low": dict(layer.low),
                 "exact": dict(layer.exact),
                 "reasons": dict(layer.reasons),
+                "detours": dict(layer.detours),
             }
             for name, layer in report.items()
         }

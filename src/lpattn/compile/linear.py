@@ -40,13 +40,17 @@ class PullBack:
         source: the tensor that the forms are over.
         dependent: the nodes that depend on it; all others are constants here.
         sizes: numbers for symbolic sizes.
+        dtype: what every step must hold; by default the source's.
 
     Attributes:
         leaves: tensors that coefficients are elements of, by number.
     """
 
-    def __init__(self, source: fx.Node, dependent: set[fx.Node], sizes: Sizes) -> None:
+    def __init__(
+        self, source: fx.Node, dependent: set[fx.Node], sizes: Sizes, dtype: torch.dtype | None = None
+    ) -> None:
         self.source = source
+        self._dtype = dtype or value_of(source).dtype
         self.leaves: list[fx.Node] = []
         self._dependent = dependent
         self._sizes = sizes
@@ -100,8 +104,8 @@ class PullBack:
         return self(_first(node), points)
 
     def cast(self, node: fx.Node, points: Points) -> Terms:
-        """The same elements in another floating-point dtype, which holds at least what the source's does."""
-        before, after, kept = (value_of(x).dtype for x in (_first(node), node, self.source))
+        """The same elements in another floating-point dtype, which must hold at least what is kept."""
+        before, after, kept = value_of(_first(node)).dtype, value_of(node).dtype, self._dtype
         if not {before, after} <= {torch.float16, torch.bfloat16, torch.float32, torch.float64}:
             raise RefusedError(f"{node.name} casts {before} to {after}")
         if torch.finfo(after).eps > torch.finfo(kept).eps or torch.finfo(after).max < torch.finfo(kept).max:

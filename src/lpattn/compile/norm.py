@@ -296,7 +296,7 @@ def _followed(begin: fx.Node, end: fx.Node, points: Points, sizes: Sizes) -> Poi
     if begin is end:
         return points
     try:
-        terms = PullBack(end, dependents(begin, end), sizes)(begin, points)
+        terms = PullBack(end, dependents(begin, end), sizes, value_of(begin).dtype)(begin, points)
     except RefusedError as refused:
         raise RefusedError(f"{begin.name} is no view of {end.name}") from refused
     order = terms.sample.argsort()

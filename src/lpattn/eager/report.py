@@ -64,7 +64,7 @@ class AttentionReport(Mapping[str, LayerReport]):
             ran += [f"exact x{count} ({layer.reasons[code]})" for code, count in layer.exact.items()]
             rope = f"; rope {layer.rope}" if layer.rope else ""
             norm = f"; norm {layer.norm}" if layer.norm else ""
-            detours = f"; not by the fastest kernel: {', '.join(layer.detours.values())}" if layer.detours else ""
+            detours = f"; some not by its fastest kernel: {', '.join(layer.detours.values())}" if layer.detours else ""
             replays = "; captured in a CUDA graph, replays are not counted" if layer.captured else ""
             decided = f" [{layer.provenance}]" if layer.provenance else ""
             lines.append(f"{name or '(root)'}: {', '.join(ran)}{decided}{detours}{rope}{norm}{replays}")

@@ -183,8 +183,6 @@ def _plan(
             all_queries,
             all_keys,
             None if mask is None else (mask_dtype, mask[3]),
-            # Parts of the memory, which may not be aligned.
-            (layout.v_constant.start % 16, layout.v_scale.start % 16),
         ),
         shape.warps,
         False,

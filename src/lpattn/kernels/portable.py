@@ -211,7 +211,7 @@ def _sweep(
         if MASK != NO_MASK:
             # In front of the product: behind it, the compiler gives the scores and P the layout of this load, so that
             # they travel through shared memory, where Triton 3.6 gets e4m3 wrong.
-            mask_at = mask + rows[:, None].to(tl.int64) * (mask_q * MASK_UNIT)
+            mask_at = mask + rows[:, None].to(tl.int64) * (mask_q.to(tl.int64) * MASK_UNIT)
             mask_at += column[None, :].to(tl.int64) * (1 if MASK_DENSE else mask_k)
             exists = (column < keys)[None, :] & (rows < queries)[:, None]
             of_mask = tl.load(mask_at, mask=exists, other=0 if MASK == BOOL_MASK else float("-inf"))

@@ -138,8 +138,7 @@ class HopperKernel(Kernel):
         if steps is None:
             if len(self._steps) >= _STEPS_SIZE:
                 self._steps.clear()
-            packed = attn_mask is not None and tiles is None
-            steps = self._steps[facts] = self._steps_for(query, key, value, at, call, more, packed, tiles, flags)
+            steps = self._steps[facts] = self._steps_for(query, key, value, at, call, more, tiles, flags)
         quantization, attention = steps
         stream = self._fused.short_way(attention.layout.device)
         quantized = quantization.run(query, key, value, at, stream, more, flags)
@@ -166,12 +165,13 @@ class HopperKernel(Kernel):
         at: tuple[int, int, int],
         call: AttentionCall,
         more: More | None,
-        packed: bool,
         tiles: MaskTiles | None,
         flags: torch.Tensor | None,
     ) -> Steps:
         from lpattn.quantize.fused.blocks import plan_per_block
 
+        # Keys that are used come first, unless tiles of a mask say where they are.
+        comes_first = call.key_padding
         quantization = plan_per_block(
             query,
             key,
@@ -181,7 +181,7 @@ class HopperKernel(Kernel):
             **self._rounding(),
             hadamard=call.hadamard,
             more=more,
-            packed=packed,
+            packed=comes_first,
             flags=flags,
             with_lse_shift=call.return_lse,
         )
@@ -191,7 +191,7 @@ class HopperKernel(Kernel):
             causal=call.causal is CausalKind.TOP_LEFT,
             return_lse=call.return_lse,
             exponential=self._exponential_for(call),
-            packed=packed,
+            packed=comes_first,
             mask_shape=None if tiles is None else tiles.mask.shape[:3],
         )
         return Steps(quantization, attention)

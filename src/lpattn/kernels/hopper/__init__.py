@@ -1,7 +1,7 @@
 """FP8 attention for Hopper (sm_90), written in Gluon.
 
-Owns the kernel (:mod:`.attention`, :mod:`.softmax`), how it is launched (:mod:`.launch`), and what it computes in plain
-PyTorch (:mod:`.emulation`). Importing this package needs neither triton nor a GPU.
+Owns the kernel (:mod:`.attention`, :mod:`.softmax`, :mod:`.hadamard`), how it is launched (:mod:`.launch`), and what it
+computes in plain PyTorch (:mod:`.emulation`). Importing this package needs neither triton nor a GPU.
 """
 
 from __future__ import annotations

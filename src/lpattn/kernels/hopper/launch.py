@@ -133,12 +133,13 @@ def attend(
         dtype: of the output: float16, bfloat16 or float32.
         causal: query i sees keys 0..i.
         mask: of :func:`tiles_of`, for ``quantized.dim_v``; neither together with ``causal`` nor with packed keys.
-        return_lse: also return the log-sum-exp.
+        return_lse: also return the log-sum-exp; ``quantized`` has ``lse_shift`` then.
         exponential: how P is made: "step" (default), "quadratic" (default with return_lse, whose sums have no bias),
             or "linear", the fastest and least exact; see :mod:`.softmax`.
 
     Returns:
-        The output [B, q_len, H, D], contiguous; and the natural log-sum-exp in float32 [B, H, q_len] or None.
+        The output [B, q_len, H, D], contiguous, a Hadamard transform of v undone in float32; and the natural
+        log-sum-exp in float32 [B, H, q_len] or None.
     """
     layout = quantized.layout
     plan = plan_attention(
@@ -262,7 +263,6 @@ def _plan(
     batch, heads, q_len, pitch = layout.query.shape
     kv_heads, kv_len, dim, device = layout.key.shape[1], layout.kv_len, layout.dim_v, layout.device
     rows_v = layout.value.shape[3]
-    aligned = layout.v_constant.start % 16 == 0
     lanes, tile = tile_of(dim)
     blocks = -(-kv_len // KEYS.value)
     kv_rows = batch * kv_heads * blocks
@@ -298,7 +298,7 @@ def _plan(
             rows_v,
             layout.hadamard is not HadamardMode.NONE,
         ),
-        (dtype, aligned, all_keys, return_lse, mask_shape is None),
+        (dtype, all_keys, return_lse, layout.lse_shift is None, mask_shape is None),
         num_warps=4,
         launch_pdl=False,
         device=device,

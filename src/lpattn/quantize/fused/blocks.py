@@ -282,10 +282,9 @@ def _plan(
         rows_v = round_up(rows_v, _ROW_BYTES)
 
     single, eight_bit = torch.float32, torch.float8_e4m3fn if e4m3 else torch.int8
-    # restore_output finds V's constant behind as much as other passes have there; floors of V's scales follow it.
-    v_constant = (3 + 2 * lanes_v) * groups
+    # V's constant comes first, and floors of V's scales follow it.
     parts, size = laid_out(
-        4 * (v_constant + (lanes_v + 1) * groups),
+        4 * (lanes_v + 1) * groups,
         {
             "k_constant": (single, (batch, kv_heads, lanes)),
             "q_scale": (single, (batch, heads, q_len)),
@@ -301,7 +300,7 @@ def _plan(
     )
     layout = Layout(
         bytes=size,
-        v_constant=part_of(single, (batch, kv_heads, lanes_v), 4 * v_constant),
+        v_constant=part_of(single, (batch, kv_heads, lanes_v), 0),
         hadamard=hadamard,
         kv_len=kv_len,
         dim_v=dim_v,
@@ -330,7 +329,7 @@ def _plan(
         2 * groups,
         (batch, kv_heads, kv_len, *strides[4:12], *strides[16:20], eps_k),
         (*constants, overlaps),
-        (kinds, more_kinds, v_constant % 4),
+        (kinds, more_kinds),
         _SAMPLE_WARPS,
         overlaps,
         device,
@@ -353,7 +352,7 @@ def _plan(
             *factors,
         ),
         (*constants, dim_out, rows_v, packed, BLOCK, q_tokens, overlaps, INTERPRETED),
-        (kinds, more_kinds, v_constant % 4, with_lse_shift, precision, flag_strides is None),
+        (kinds, more_kinds, with_lse_shift, precision, flag_strides is None),
         _WIDE_WARPS if wide or turned else _WARPS,
         overlaps,
         device,

@@ -67,7 +67,7 @@ class Keys:
 
 
 def used_keys(mask: torch.Tensor, batch: int, kv_len: int) -> Keys:
-    """The tokens that a key-padding mask lets through, in one launch.
+    """The tokens that a mask over keys lets through for one head or another, in one launch.
 
     Args:
         mask: bool, four dimensions that broadcast to [B, heads, 1, kv_len]; True where a head uses a token.

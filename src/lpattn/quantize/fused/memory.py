@@ -99,8 +99,6 @@ class PerBlock:
         hadamard: the mode that was applied.
         kv_len: number of keys.
         dim_v: D_v.
-        num_kv_heads: Hkv.
-        buffer: the memory as float32; ``v_constant`` lies where :func:`lpattn.quantize.fused.restore_output` looks.
         layout: where everything lies.
         memory: uint8, all of it; ``address`` is where it begins.
     """
@@ -127,11 +125,6 @@ class PerBlock:
         return None if part is None else part.of(self.memory)
 
     @property
-    def buffer(self) -> torch.Tensor:
-        """See the class."""
-        return self.memory.view(torch.float32)
-
-    @property
     def hadamard(self) -> HadamardMode:
         """See the class."""
         return self.layout.hadamard
@@ -145,11 +138,6 @@ class PerBlock:
     def dim_v(self) -> int:
         """See the class."""
         return self.layout.dim_v
-
-    @property
-    def num_kv_heads(self) -> int:
-        """See the class."""
-        return self.layout.key.shape[1]
 
 
 def laid_out(

@@ -16,7 +16,7 @@ import torch
 from lpattn.backend import PROTOCOL_VERSION
 from lpattn.registry import registry, validate_backend
 from lpattn.testing.grid import declared_calls, typical_call
-from lpattn.testing.outcome import NotApplicable, check, require
+from lpattn.testing.outcome import CheckFailed, NotApplicable, check, require
 from lpattn.testing.subject import Subject
 from lpattn.types import HadamardMode, MaskKind, Reason
 
@@ -141,8 +141,12 @@ def decisions(subject: Subject) -> str:
         hash((call, tuple(reasons)))
         again = backend.supports(dataclasses.replace(call))
         require(reasons == again, f"supports({call.describe()}) gave two answers: {reasons} and {again}")
-        detours = backend.detours(call)
+        try:
+            detours = backend.detours(call)
+        except Exception as error:
+            raise CheckFailed(f"detours({call.describe()}) raised {type(error).__name__}: {error}") from error
         _require_reasons(detours, f"detours({call.describe()})")
+        hash(tuple(detours))
         again = backend.detours(dataclasses.replace(call))
         require(detours == again, f"detours({call.describe()}) gave two answers: {detours} and {again}")
         ranks = [backend.rank(call), backend.rank(dataclasses.replace(call))]
@@ -166,6 +170,7 @@ def decisions(subject: Subject) -> str:
         start = time.perf_counter()
         backend.supports(call)
         backend.rank(call)
+        backend.detours(call)
         best = min(best, time.perf_counter() - start)
     require(best < SLOWEST_DECISION, f"supports() and rank() take {best * 1e3:.2f} ms; the limit is 1 ms")
     return f"{best * 1e6:.0f} us"
