@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 import json
@@ -10,13 +11,15 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from lpattn.backend import PROTOCOL_VERSION
 from lpattn.registry import registry, validate_backend
 from lpattn.testing.grid import declared_calls, typical_call
-from lpattn.testing.outcome import CheckFailed, NotApplicable, check, require
+from lpattn.testing.outcome import NotApplicable, check, require
 from lpattn.testing.subject import Subject
 from lpattn.types import HadamardMode, MaskKind, Reason
 
@@ -115,18 +118,10 @@ def probe(subject: Subject) -> str:
     backend = subject.backend
     devices = [*subject.probed, torch.device("cpu"), torch.device("cuda:99"), torch.device("meta")]
     for device in dict.fromkeys(devices):
-        answers = []
-        for _ in range(2):
-            try:
-                answers.append(backend.probe(device))
-            except Exception as error:
-                require(False, f"probe({device}) raised {type(error).__name__}: {error}; it must return a Reason")
-        for answer in answers:
-            _require_reasons(answer, f"probe({device})")
-        require(answers[0] == answers[1], f"probe({device}) gave two answers: {answers[0]} and {answers[1]}")
+        answer = _settled(backend.probe, device, f"probe({device})")
         taken = subject.capabilities.device_types
         if taken is not None and device.type not in taken:
-            require(answers[0], f"probe({device}) is empty, but device_types has only {', '.join(sorted(taken))}")
+            require(answer, f"probe({device}) is empty, but device_types has only {', '.join(sorted(taken))}")
     runs_on = [str(d) for d, reasons in subject.probed.items() if not reasons]
     return f"runs on {', '.join(runs_on)}" if runs_on else "runs on no device of this machine"
 
@@ -136,19 +131,8 @@ def decisions(subject: Subject) -> str:
     """supports(), rank() and detours() are functions of the call: the same answer twice, hashable, and fast."""
     backend = subject.backend
     for call in declared_calls(subject.capabilities):
-        reasons = backend.supports(call)
-        _require_reasons(reasons, f"supports({call.describe()})")
-        hash((call, tuple(reasons)))
-        again = backend.supports(dataclasses.replace(call))
-        require(reasons == again, f"supports({call.describe()}) gave two answers: {reasons} and {again}")
-        try:
-            detours = backend.detours(call)
-        except Exception as error:
-            raise CheckFailed(f"detours({call.describe()}) raised {type(error).__name__}: {error}") from error
-        _require_reasons(detours, f"detours({call.describe()})")
-        hash(tuple(detours))
-        again = backend.detours(dataclasses.replace(call))
-        require(detours == again, f"detours({call.describe()}) gave two answers: {detours} and {again}")
+        _settled(backend.supports, call, f"supports({call.describe()})")
+        _settled(backend.detours, call, f"detours({call.describe()})")
         ranks = [backend.rank(call), backend.rank(dataclasses.replace(call))]
         require(
             all(isinstance(r, (int, float)) and math.isfinite(r) and r >= 0.0 for r in ranks) and ranks[0] == ranks[1],
@@ -174,6 +158,21 @@ def decisions(subject: Subject) -> str:
         best = min(best, time.perf_counter() - start)
     require(best < SLOWEST_DECISION, f"supports() and rank() take {best * 1e3:.2f} ms; the limit is 1 ms")
     return f"{best * 1e6:.0f} us"
+
+
+def _settled(ask: Callable[[Any], Sequence[Reason]], about: Any, who: str) -> Sequence[Reason]:
+    """What a backend answers: reasons and never an exception, hashable, and the same ones to an equal question."""
+    answers = []
+    for question in (about, copy.copy(about)):
+        try:
+            answers.append(ask(question))
+        except Exception as error:
+            require(False, f"{who} raised {type(error).__name__}: {error}; it must return a Reason")
+    for answer in answers:
+        _require_reasons(answer, who)
+        hash(tuple(answer))
+    require(answers[0] == answers[1], f"{who} gave two answers: {answers[0]} and {answers[1]}")
+    return answers[0]
 
 
 def _require_reasons(answer: object, who: str) -> None:
