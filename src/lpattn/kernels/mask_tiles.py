@@ -6,6 +6,7 @@ Any structure that a mask may have (padding, a window, blocks, a prefix) is thus
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import triton.language as tl
 
 from lpattn.quantize.fused.inputs import addresses_of
 from lpattn.quantize.fused.launcher import Launch, short_way
+from lpattn.quantize.fused.memory import part_of
 
 _WARPS = 4
 _ROWS = 32
@@ -116,7 +118,8 @@ def _plan(
     device: torch.device,
 ) -> _Plan:
     batch, heads, rows, _ = shape
-    q_tiles, room = -(-rows // queries), -(-kv_len // keys)
+    lists_shape = _lists_shape(shape, kv_len, queries, keys)
+    *_, q_tiles, _, room = lists_shape
     in_units, unit, dense = mask_strides(shape, strides)
     look = Launch(
         look_at_tiles,
@@ -131,27 +134,44 @@ def _plan(
     return _Plan(
         queries,
         keys,
-        lists_shape=(batch, heads, q_tiles, 2, room),
+        lists_shape=lists_shape,
         used_shape=(batch, heads, kv_len),
-        words_shape=(batch, heads, rows, room * keys // WORD_KEYS) if with_words else None,
+        words_shape=(batch, heads, rows, _words_of_a_query(kv_len, keys)) if with_words else None,
         look=look,
         list=Launch(list_tiles, batch * heads * q_tiles, (room,), (_AT_ONCE,), (), 1, False, device),
     )
 
 
-def list_strides(shape: tuple[int, ...], kv_len: int, queries: int, keys: int) -> tuple[tuple[int, int, int], int]:
+def list_strides(shape: tuple[int, ...], kv_len: int, queries: int, keys: int) -> tuple[tuple[int, ...], int]:
     """How far apart the lists of a mask of that shape are.
 
     Returns:
         (pairs of lists between one batch entry, head or tile of queries and the next, 0 where the mask broadcasts;
         the key tiles that a list has room for)
     """
+    *sizes, _, room = _lists_shape(shape, kv_len, queries, keys)
+    return _contiguous(sizes, 1), room
+
+
+def word_strides(shape: tuple[int, ...], kv_len: int, keys: int) -> tuple[int, ...]:
+    """Words between one batch entry, head or query of a mask of that shape and the next, 0 where it broadcasts."""
+    return _contiguous(shape[:3], _words_of_a_query(kv_len, keys))
+
+
+def _lists_shape(shape: tuple[int, ...], kv_len: int, queries: int, keys: int) -> tuple[int, int, int, int, int]:
     batch, heads, rows = shape[:3]
-    q_tiles = -(-rows // queries)
-    return (
-        (0 if batch == 1 else heads * q_tiles, 0 if heads == 1 else q_tiles, 0 if q_tiles == 1 else 1),
-        -(-kv_len // keys),
-    )
+    return batch, heads, -(-rows // queries), 2, -(-kv_len // keys)
+
+
+def _words_of_a_query(kv_len: int, keys: int) -> int:
+    """All of its last tile's, too."""
+    return -(-kv_len // keys) * keys // WORD_KEYS
+
+
+def _contiguous(sizes: Sequence[int], last: int) -> tuple[int, ...]:
+    """Strides of a contiguous tensor with these sizes and a last one, of all but that; 0 where it broadcasts."""
+    strides = part_of(torch.int32, (*sizes, last), 0).strides
+    return tuple(0 if size == 1 else stride for size, stride in zip(sizes, strides, strict=False))
 
 
 def mask_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int, ...], int, bool]:

@@ -12,7 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lpattn.kernels.hopper import softmax
 from lpattn.kernels.hopper.attention import KEYS, ROWS, attention
-from lpattn.kernels.mask_tiles import WORD_KEYS, MaskTiles, list_mask_tiles, list_strides
+from lpattn.kernels.mask_tiles import MaskTiles, list_mask_tiles, list_strides, word_strides
 from lpattn.quantize.fused import PerBlock
 from lpattn.quantize.fused.inputs import addresses_of
 from lpattn.quantize.fused.launcher import Launch, short_way
@@ -272,10 +272,7 @@ def _plan(
     steps: tuple[int, ...] = (0,) * 7
     if mask_shape is not None:
         of_lists, room = list_strides(mask_shape, kv_len, rows, tile.keys)
-        _, of_heads, of_rows = mask_shape
-        width = room * tile.keys // WORD_KEYS
-        of_words = (of_heads * of_rows * width, of_rows * width, width)
-        steps = (*of_lists, room, *(0 if n == 1 else step for n, step in zip(mask_shape, of_words, strict=True)))
+        steps = (*of_lists, room, *word_strides(mask_shape, kv_len, tile.keys))
     launch = Launch(
         attention,
         min(tiles, multiprocessors(device)),
