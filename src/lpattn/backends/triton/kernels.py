@@ -296,7 +296,7 @@ def portable_for(call: AttentionCall, int8: bool) -> PortableKernel:
 
 def detours(call: AttentionCall, int8: bool) -> list[Reason]:
     """Why a call runs on the portable kernel although its architecture has a faster one; empty elsewhere."""
-    if call.capability != hopper.ARCHITECTURE or int8:
+    if not _has_faster(call, int8):
         return []
     return [*hopper.reasons_against(call), *hopper.reasons_against_triton()]
 
@@ -310,6 +310,11 @@ def kernel_for(call: AttentionCall, int8: bool, exponential: str | None = None) 
         int8: whether q and k are to become int8 although the architecture has e4m3.
         exponential: of the Hopper kernel, where that runs.
     """
-    if call.capability == hopper.ARCHITECTURE and not int8 and not detours(call, int8):
+    if _has_faster(call, int8) and not detours(call, int8):
         return HopperKernel(exponential)
     return portable_for(call, int8)
+
+
+def _has_faster(call: AttentionCall, int8: bool) -> bool:
+    """Whether there is a faster kernel than the portable one for such a call's architecture and precision."""
+    return call.capability == hopper.ARCHITECTURE and not int8
