@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -188,6 +189,19 @@ def test_a_mask_goes_with_nothing_that_also_hides_keys(kernel) -> None:
     q, k, v = kernel.make()
     with pytest.raises(ValueError, match="a mask already says what a query sees"):
         kernel.check(q, k, v, mask=torch.ones(150, dtype=torch.bool), band=kernel.Band(after=0))
+
+
+def test_rows_of_a_mask_may_be_further_apart_than_32_bits_say(kernel) -> None:
+    if not kernel.interpreted:
+        pytest.skip("the memory between the rows is only there where nobody touches it")
+    q, k, v = kernel.make(q_len=3, kv_len=64)
+    mask = torch.rand(3, 64, generator=torch.Generator().manual_seed(0)) < 0.5
+    # An offset that wraps leads in front of a row, into the memory all the same.
+    step = 2**31
+    memory = torch.from_numpy(np.zeros(4 * step + 64, dtype=bool))
+    apart = memory[2 * step :].as_strided((3, 64), (step, 1))
+    apart.copy_(mask)
+    assert torch.equal(kernel.check(q, k, v, mask=apart)[0], kernel.check(q, k, v, mask=mask)[0])
 
 
 @pytest.mark.parametrize("masked", [False, True])
