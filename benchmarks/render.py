@@ -101,8 +101,8 @@ Tried for little or no gain: fewer or more tiles in flight, exponentials behind 
 front of them at 64, two consumers at 64, launches that overlap with the quantization, scales and constants that are
 loaded a tile early, consumers that start apart, other widths of the stores, and query tiles whose key tiles are shared
 by multiprocessors that would be idle in the last wave: what that saves is lost in every other tile. Nor is it a gain
-if the attention kernel rounds q itself: q is quantized while k and v are sampled, which takes as long, and the products
-wait while a tile of q is rounded.
+if the attention kernel rounds q itself: q is quantized while k and v are sampled, so that little is saved, and the
+products wait while a tile of q is rounded.
 """
 
 COMPILED = """## Compiled blocks
