@@ -318,7 +318,7 @@ def _consume(w: gl.constexpr, buffers, barriers, scales, outputs, counts, mask, 
         unseen = gl.full([ROWS], UNSEEN, gl.int32, s_rows)
         c, offset, offset_value = refer(row_max(pairs, ROWS, BN // 2, s_rows), c, unseen, KIND, True)
         first, second = exponentials(pairs, offset, c, ROWS, BN, KIND)
-        codes = to_codes(first, second)
+        codes = to_codes(first, second, KIND)
         sums = _one_of_two(l_zero)
         accs = (o_zero,) * PARTS
         factor = gl.full([ROWS], 1.0, gl.float32, s_rows)
@@ -493,7 +493,7 @@ def _iterate(
         next_factor = gl.exp2(next_value - offset_value)
         first, second = exponentials(pairs, offset, c, ROWS, BN, KIND)
         if EARLY:
-            codes = to_codes(first, second)
+            codes = to_codes(first, second, KIND)
     if AHEAD:
         # What the step before has read is released as late as here, next to a wait: the compiler has the warps meet in
         # front of either, and once less if these are neighbours. A wait is a branch: without one, ptxas would move the
@@ -515,7 +515,7 @@ def _iterate(
     if EARLY:
         codes = keep(codes)
     else:
-        codes = to_codes(first, second)
+        codes = to_codes(first, second, KIND)
     return accs, sums, codes, offset, next_value, next_factor, _quotient(v_unit, next_v), next_v
 
 

@@ -16,7 +16,7 @@ from lpattn.types import HadamardMode
 if TYPE_CHECKING:
     from lpattn.quantize.fused import PerBlock
 
-LINEAR, STEP, QUADRATIC = range(3)
+LINEAR, STEP, QUADRATIC, EX2, HALF_EX2 = range(5)
 _KEYS = 128
 
 
@@ -27,7 +27,7 @@ def emulate(
 
     Args:
         quantized: q, k and v; see :class:`lpattn.quantize.fused.PerBlock`.
-        kind: how P is made: LINEAR, STEP or QUADRATIC.
+        kind: how P is made: LINEAR, STEP, QUADRATIC, EX2 or HALF_EX2.
         causal: query i sees keys 0..i.
         mask: bool, broadcastable to [B, H, q_len, kv_len]: True attends. The kernel goes through key tiles in another
             order then, which moves a reference, and with it the rounding of P, now and then.
@@ -49,7 +49,7 @@ def emulate(
     if causal:
         seen = torch.minimum(seen, rows + 1)
 
-    top = 31.25 if kind == STEP else 31.0
+    top = {STEP: 31.25, HALF_EX2: 31.25, EX2: 8.0}.get(kind, 31.0)
     offset = torch.full((batch, heads, q_len), torch.inf, dtype=torch.float64, device=q.device)
     total = torch.zeros_like(offset)
     acc = torch.zeros(batch, heads, q_len, v.shape[-1], dtype=torch.float64, device=q.device)
@@ -72,7 +72,7 @@ def emulate(
         after = torch.minimum(offset, _half(raised - (raised.abs() - 1024.0).clamp(min=0.0) * 2.0**-10))
         change = torch.where(offset == torch.inf, 0.0, torch.exp2(after - offset))
         t = (s * _half(c)[..., None] + after[..., None]).half().double()
-        p = _values(_codes(t, kind))
+        p = _weights(t, kind)
         total = total * change + p.sum(-1)
         acc = acc * change[..., None] + (p @ v[:, :, keys].double()) * v_scale[:, :, block, None, None]
         offset = after
@@ -87,6 +87,17 @@ def emulate(
         # In the unit of q times its factor, a power of two as the logits are.
         lse = lse + quantized.lse_shift * math.log(2.0)
     return out, torch.where(empty, -torch.inf, lse)
+
+
+def _weights(t: torch.Tensor, kind: int) -> torch.Tensor:
+    """P in e4m3 of float16 values t [..., keys]: the top, and what a logit is below the reference."""
+    if kind == EX2:
+        return _half(torch.exp2(t)).float().to(torch.float8_e4m3fn).double()
+    if kind == HALF_EX2:
+        # Of 16 keys, a thread has 2t, 2t + 1, 8 + 2t and 9 + 2t.
+        first = torch.arange(t.shape[-1], device=t.device) % 16 < 8
+        return torch.where(first, _weights(t - 23.25, EX2), _weights(t, STEP))
+    return _values(_codes(t, kind))
 
 
 def _codes(t: torch.Tensor, kind: int) -> torch.Tensor:

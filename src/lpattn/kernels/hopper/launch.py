@@ -55,7 +55,13 @@ class Tile(NamedTuple):
     across: int
 
 
-EXPONENTIALS = {"linear": softmax.LINEAR.value, "step": softmax.STEP.value, "quadratic": softmax.QUADRATIC.value}
+EXPONENTIALS = {
+    "linear": softmax.LINEAR.value,
+    "step": softmax.STEP.value,
+    "quadratic": softmax.QUADRATIC.value,
+    "half_ex2": softmax.HALF_EX2.value,
+    "ex2": softmax.EX2.value,
+}
 
 TILES = {
     64: Tile(

@@ -27,6 +27,10 @@ STEP = gl.constexpr(1)
 """A constant is taken from the middle half of each octave: 2.57 %."""
 QUADRATIC = gl.constexpr(2)
 """f + 0.3431 f (f - 1) for 2^f - 1: 2.49 %, and no bias of the sum: the log-sum-exp is right."""
+EX2 = gl.constexpr(3)
+"""2^x by the special function unit, then rounded: what the others are measured against."""
+HALF_EX2 = gl.constexpr(4)
+"""EX2 for half of the keys, STEP for the others."""
 
 QK_MAX = gl.constexpr(5.5)
 """Largest magnitude of q and k in e4m3. With head_dim 256, |S| is then at most 7744: below _MOST, and below 2^13, where
@@ -46,7 +50,7 @@ _HIDDEN = gl.constexpr(8192.0)
 @gluon.constexpr_function
 def top(kind):
     """T of a logit that equals the reference. A quarter more makes a bit tell the middle half of an octave."""
-    return 31.25 if kind == STEP else 31.0
+    return {STEP.value: 31.25, HALF_EX2.value: 31.25, EX2.value: 8.0}.get(kind, 31.0)
 
 
 @gluon.jit
@@ -170,7 +174,7 @@ def _over(x, N: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def exponentials(pairs, offset, c, BM: gl.constexpr, BN: gl.constexpr, KIND: gl.constexpr):
-    """P of a tile in e4m3, each number in 16 bits, which may be where the scores were.
+    """P of a tile in e4m3, two numbers in 32 bits, which may be where the scores were.
 
     Args:
         pairs: scores, int32 [BM, BN / 2].
@@ -194,20 +198,37 @@ def exponentials(pairs, offset, c, BM: gl.constexpr, BN: gl.constexpr, KIND: gl.
 
 
 @gluon.constexpr_function
+def _halves(kind):
+    """How the first two keys of four are done, and how the others."""
+    return (EX2.value, STEP.value) if kind == HALF_EX2 else (kind, kind)
+
+
+@gluon.constexpr_function
 def _assembly(kind):
     """PTX for two pairs of scores, a factor and an offset: to two pairs of codes."""
     low, high, factor, offset = ("$2", "$3", "$4", "$5")
-    # Numbers of float16, twice: 0x797d is 0.3431 * 2^17, 0xb57d is -0.3431.
+    # Numbers of float16, twice: 0x797d is 0.3431 * 2^17, 0xb57d is -0.3431, 0xcdd0 is 8 - 31.25.
     constants = {
         LINEAR.value: {"eight": 0x0008, "start": 0x8080},
         STEP.value: {"eight": 0x0008, "start": 0x8082, "three": 0xF600},
         QUADRATIC.value: {"fine": 0x0080, "start": 0x8800, "slope": 0x797D, "top": 0xB57D, "sixteenth": 0x2C00},
+        EX2.value: {},
+        HALF_EX2.value: {"eight": 0x0008, "start": 0x8082, "three": 0xF600, "lower": 0xCDD0},
     }[kind]
-    lines = [f".reg .b32 {', '.join(['a', 'b', 'u', 'place', *constants])};"]
+    lines = [f".reg .b32 {', '.join(['a', 'b', 'u', 'place', *constants])};", ".reg .b16 two;"]
     lines += [f"mov.b32 {name}, {word * 0x10001:#010x};" for name, word in constants.items()]
-    for word, scores in (("a", low), ("b", high)):
+    for word, scores, how in zip(("a", "b"), (low, high), _halves(kind), strict=True):
         lines.append(f"fma.rn.f16x2 {word}, {scores}, {factor}, {offset};")
-        if kind == QUADRATIC:
+        if how == EX2:
+            if kind == HALF_EX2:
+                lines.append(f"add.rn.f16x2 {word}, {word}, lower;")
+            lines += [
+                f"ex2.approx.f16x2 {word}, {word};",
+                f"cvt.rn.satfinite.e4m3x2.f16x2 two, {word};",
+                f"mov.b32 {word}, {{two, two}};",
+            ]
+            continue
+        if how == QUADRATIC:
             # To integers with 128 per octave: the lower 7 bits are the place f in the octave.
             lines += [
                 f"fma.rn.relu.f16x2 {word}, {word}, fine, start;",
@@ -217,7 +238,7 @@ def _assembly(kind):
                 f"mul.rn.f16x2 {word}, {word}, sixteenth;",
             ]
             continue
-        if kind == STEP:
+        if how == STEP:
             # Bit 5, a half, is set in the middle half of an octave: there 3 steps of 64 are taken off.
             lines += [f"and.b32 u, {word}, 0x00200020;", f"fma.rn.f16x2 {word}, u, three, {word};"]
         lines.append(f"fma.rn.relu.f16x2 {word}, {word}, eight, start;")
@@ -225,12 +246,17 @@ def _assembly(kind):
     return f"{{ {' '.join(lines)} }}"
 
 
+@gluon.constexpr_function
+def _selection(kind):
+    """PTX that takes four codes out of two words: bytes 0 and 1 of those that were rounded in pairs, else 0 and 2."""
+    low, high = (0x10 if how == EX2 else 0x20 for how in _halves(kind))
+    return f"prmt.b32 $0, $1, $2, {0x4400 + (high << 8) + low:#06x};"
+
+
 @gluon.jit
-def to_codes(low, high):
+def to_codes(low, high, KIND: gl.constexpr):
     """Both parts of :func:`exponentials` in one: int32 [BM, BN / 4], each the codes of four keys."""
-    return gl.inline_asm_elementwise(
-        "prmt.b32 $0, $1, $2, 0x6420;", "=r,r,r", [low, high], dtype=gl.int32, is_pure=False, pack=1
-    )
+    return gl.inline_asm_elementwise(_selection(KIND), "=r,r,r", [low, high], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
