@@ -191,10 +191,30 @@ def exponentials(pairs, offset, c, BM: gl.constexpr, BN: gl.constexpr, KIND: gl.
     twice = gl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $1, $1;", "=r,f", [c], dtype=gl.int32, is_pure=True, pack=1)
     factor = _over(twice, BN // 4, layout)
     offset = _over(offset, BN // 4, layout)
-    return gl.inline_asm_elementwise(
-        _assembly(KIND), "=&r,=r,r,r,r,r", [low, high, factor, offset],
-        dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
-    )  # fmt: skip
+    if KIND == EX2 or KIND == HALF_EX2:
+        codes = gl.inline_asm_elementwise(
+            _packing(KIND), "=r,r,r,r,r", [low, high, factor, offset], dtype=gl.int32, is_pure=True, pack=1
+        )
+        return codes, codes
+    else:
+        return gl.inline_asm_elementwise(
+            _assembly(KIND), "=&r,=r,r,r,r,r", [low, high, factor, offset],
+            dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _packing(kind):
+    high = "ex2.approx.f16x2 b, b; cvt.rn.satfinite.e4m3x2.f16x2 hi, b; mov.b32 $0, {lo, hi};"
+    shift = ""
+    if kind == HALF_EX2:
+        shift = "mov.b32 lower, 0xcdd0cdd0; add.rn.f16x2 a, a, lower;"
+        high = """and.b32 u, b, 0x00200020; mov.b32 three, 0xf600f600; fma.rn.f16x2 b, u, three, b;
+        mov.b32 eight, 0x00080008; mov.b32 start, 0x80828082; fma.rn.relu.f16x2 b, b, eight, start;
+        cvt.u32.u16 a, lo; prmt.b32 $0, a, b, 0x6410;"""
+    return f"""{{ .reg .b32 a, b, u, three, eight, start, lower; .reg .b16 lo, hi;
+        fma.rn.f16x2 a, $1, $3, $4; fma.rn.f16x2 b, $2, $3, $4; {shift}
+        ex2.approx.f16x2 a, a; cvt.rn.satfinite.e4m3x2.f16x2 lo, a; {high} }}"""
 
 
 @gluon.constexpr_function
@@ -256,7 +276,12 @@ def _selection(kind):
 @gluon.jit
 def to_codes(low, high, KIND: gl.constexpr):
     """Both parts of :func:`exponentials` in one: int32 [BM, BN / 4], each the codes of four keys."""
-    return gl.inline_asm_elementwise(_selection(KIND), "=r,r,r", [low, high], dtype=gl.int32, is_pure=False, pack=1)
+    if KIND == EX2 or KIND == HALF_EX2:
+        return keep(low)
+    else:
+        return gl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, 0x6420;", "=r,r,r", [low, high], dtype=gl.int32, is_pure=False, pack=1
+        )
 
 
 @gluon.jit
