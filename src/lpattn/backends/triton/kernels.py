@@ -109,10 +109,10 @@ class HopperKernel(Kernel):
     """The Gluon kernel: the fastest on sm_90, with bool masks.
 
     Args:
-        exponential: how P is made (see :func:`lpattn.kernels.hopper.launch.attend`); None: the kernel's own choice.
+        exponential: how P is made; see :func:`lpattn.kernels.hopper.launch.attend`.
     """
 
-    def __init__(self, exponential: str | None) -> None:
+    def __init__(self, exponential: str) -> None:
         self._exponential = exponential
         self._steps: dict[Hashable, Steps] = {}
 
@@ -190,7 +190,7 @@ class HopperKernel(Kernel):
             call.dtype,
             causal=call.causal is CausalKind.TOP_LEFT,
             return_lse=call.return_lse,
-            exponential=self._exponential_for(call),
+            exponential=self._exponential,
             packed=comes_first,
             mask_shape=None if tiles is None else tiles.mask.shape[:3],
         )
@@ -198,10 +198,6 @@ class HopperKernel(Kernel):
 
     def _rounding(self) -> dict[str, Any]:
         return {"qk_max": self._launch.QK_MAX, "precision": self._fused.Precision.E4M3}
-
-    def _exponential_for(self, call: AttentionCall) -> str | None:
-        """The log-sum-exp wants sums without a bias, whatever the exponential."""
-        return None if call.return_lse else self._exponential
 
     @functools.cached_property
     def _launch(self) -> ModuleType:
@@ -302,7 +298,7 @@ def detours(call: AttentionCall, int8: bool) -> list[Reason]:
 
 
 @functools.lru_cache(maxsize=1024)
-def kernel_for(call: AttentionCall, int8: bool, exponential: str | None = None) -> Kernel:
+def kernel_for(call: AttentionCall, int8: bool, exponential: str = "step") -> Kernel:
     """The kernel that runs a call of at most :data:`LARGEST_HEAD_DIM` lanes.
 
     Args:

@@ -16,7 +16,10 @@ from lpattn.types import HadamardMode
 if TYPE_CHECKING:
     from lpattn.quantize.fused import PerBlock
 
-LINEAR, STEP, QUADRATIC, EX2, HALF_EX2 = range(5)
+LINEAR, STEP, EX2 = range(3)
+TOP = {LINEAR: 31.0 - 3 / 64, STEP: 31.25 - 2 / 64, EX2: 8.0}
+"""What float16 value a logit that equals the reference has."""
+
 _KEYS = 128
 
 
@@ -27,7 +30,7 @@ def emulate(
 
     Args:
         quantized: q, k and v; see :class:`lpattn.quantize.fused.PerBlock`.
-        kind: how P is made: LINEAR, STEP, QUADRATIC, EX2 or HALF_EX2.
+        kind: how P is made: LINEAR, STEP or EX2.
         causal: query i sees keys 0..i.
         mask: bool, broadcastable to [B, H, q_len, kv_len]: True attends. The kernel goes through key tiles in another
             order then, which moves a reference, and with it the rounding of P, now and then.
@@ -49,7 +52,7 @@ def emulate(
     if causal:
         seen = torch.minimum(seen, rows + 1)
 
-    top = {STEP: 31.25, HALF_EX2: 31.25, EX2: 8.0}.get(kind, 31.0)
+    top = TOP[kind]
     offset = torch.full((batch, heads, q_len), torch.inf, dtype=torch.float64, device=q.device)
     total = torch.zeros_like(offset)
     acc = torch.zeros(batch, heads, q_len, v.shape[-1], dtype=torch.float64, device=q.device)
@@ -72,7 +75,7 @@ def emulate(
         after = torch.minimum(offset, _half(raised - (raised.abs() - 1024.0).clamp(min=0.0) * 2.0**-10))
         change = torch.where(offset == torch.inf, 0.0, torch.exp2(after - offset))
         t = (s * _half(c)[..., None] + after[..., None]).half().double()
-        p = _weights(t, kind)
+        p = _half(torch.exp2(t)).float().to(torch.float8_e4m3fn).double() if kind == EX2 else _values(_codes(t, kind))
         total = total * change + p.sum(-1)
         acc = acc * change[..., None] + (p @ v[:, :, keys].double()) * v_scale[:, :, block, None, None]
         offset = after
@@ -89,30 +92,14 @@ def emulate(
     return out, torch.where(empty, -torch.inf, lse)
 
 
-def _weights(t: torch.Tensor, kind: int) -> torch.Tensor:
-    """P in e4m3 of float16 values t [..., keys]: the top, and what a logit is below the reference."""
-    if kind == EX2:
-        return _half(torch.exp2(t)).float().to(torch.float8_e4m3fn).double()
-    if kind == HALF_EX2:
-        # Of 16 keys, a thread has 2t, 2t + 1, 8 + 2t and 9 + 2t.
-        first = torch.arange(t.shape[-1], device=t.device) % 16 < 8
-        return torch.where(first, _weights(t - 23.25, EX2), _weights(t, STEP))
-    return _values(_codes(t, kind))
-
-
 def _codes(t: torch.Tensor, kind: int) -> torch.Tensor:
     """Codes of e4m3 numbers, and NaN, of float16 values t that lie in [16, 32) where P is not tiny."""
     inside = torch.where(t.isnan() | (t < 16.0), 16.0, t)
     if kind == LINEAR:
         codes = ((inside - 16.0) * 8.0).round()
-    elif kind == STEP:
+    else:
         middle = (inside * 64.0).long() & 32
         codes = ((inside - middle / 32 * 3 / 64) * 8.0 - 130.0).round().clamp(min=0.0)
-    else:
-        fine = (inside - 16.0) * 128.0
-        f = fine.long() % 128 / 128
-        slope, first = 44960.0 / 2**17, -0.343017578125
-        codes = ((fine + (f * _half(slope * f + first) * 128)).round() / 16).round()
     codes = torch.where(t < 16.0, 0.0, codes)
     return torch.where(t.isnan(), t, codes)
 

@@ -58,8 +58,6 @@ class Tile(NamedTuple):
 EXPONENTIALS = {
     "linear": softmax.LINEAR.value,
     "step": softmax.STEP.value,
-    "quadratic": softmax.QUADRATIC.value,
-    "half_ex2": softmax.HALF_EX2.value,
     "ex2": softmax.EX2.value,
 }
 
@@ -130,7 +128,7 @@ def attend(
     causal: bool = False,
     mask: MaskTiles | None = None,
     return_lse: bool = False,
-    exponential: str | None = None,
+    exponential: str = "step",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of quantized q, k and v, in one launch.
 
@@ -140,8 +138,8 @@ def attend(
         causal: query i sees keys 0..i.
         mask: of :func:`tiles_of`, for ``quantized.dim_v``; neither together with ``causal`` nor with packed keys.
         return_lse: also return the log-sum-exp; ``quantized`` has ``lse_shift`` then.
-        exponential: how P is made: "step" (default), "quadratic" (default with return_lse, whose sums have no bias),
-            or "linear", the fastest and least exact; see :mod:`.softmax`.
+        exponential: how P is made: "step", "linear", the fastest and least exact, or "ex2", which the others are
+            measured against; see :mod:`.softmax`.
 
     Returns:
         The output [B, q_len, H, D], contiguous, a Hadamard transform of v undone in float32; and the natural
@@ -166,7 +164,7 @@ def plan_attention(
     *,
     causal: bool,
     return_lse: bool,
-    exponential: str | None,
+    exponential: str,
     packed: bool,
     mask_shape: tuple[int, ...] | None = None,
 ) -> Attention:
@@ -178,8 +176,7 @@ def plan_attention(
         packed: whether the operands have ``key_counts``.
         mask_shape: the first three dimensions of a mask.
     """
-    kind = EXPONENTIALS[exponential or ("quadratic" if return_lse else "step")]
-    return _plan(layout, dtype, causal, kind, not packed, return_lse, mask_shape)
+    return _plan(layout, dtype, causal, EXPONENTIALS[exponential], not packed, return_lse, mask_shape)
 
 
 class _Address:
