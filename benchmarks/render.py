@@ -95,13 +95,16 @@ cores', and how many of the slots for instructions are used.
 * At head_dim 64 a score takes as many instructions for half the products.
 * At head_dim 256 the accumulators leave no registers in which the exponentials of a tile could be made beside the
   products of the one before, so that they take turns; the products of values are made in four parts, one by one.
+  Triton 3.6 keeps some of the accumulators of one of the two consumers in memory; other divisions of the registers
+  between them were slower.
 * Short calls end with a wave that does not fill the card, and a whole call moves the bytes of its quantization.
 
-Tried for little or no gain: fewer or more tiles in flight, exponentials behind the products at head_dim 128 and in
-front of them at 64, two consumers at 64, launches that overlap with the quantization, scales and constants that are
-loaded a tile early, consumers that start apart, other widths of the stores, and query tiles whose key tiles are shared
-by multiprocessors that would be idle in the last wave: what that saves is lost in every other tile. Nor is it a gain
-if the attention kernel rounds q itself: q is quantized while k and v are sampled, so that little is saved, and the
+Tried for little or no gain, in this kernel or in one before it: fewer or more tiles in flight, tiles of 256 keys, the
+special function unit for half of the exponentials, exponentials behind the products at head_dim 128 and in front of
+them at 64, two consumers at 64, launches that overlap with the quantization, scales and constants that are loaded a
+tile early, consumers that start apart, other widths of the stores, and query tiles whose key tiles are shared by
+multiprocessors that would be idle in the last wave: what that saves is lost in every other tile. Nor is it a gain if
+the attention kernel rounds q itself: q is quantized while k and v are sampled, so that little is saved, and the
 products wait while a tile of q is rounded.
 """
 
