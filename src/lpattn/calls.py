@@ -18,6 +18,7 @@ def outside(
     attn_mask: torch.Tensor | None,
     dropout_p: float,
     is_causal: bool,
+    scale: float | None,
 ) -> Reason | None:
     """Why an AttentionCall cannot describe these inputs, so that only PyTorch's own SDPA can take (or refuse) them."""
     if query.is_nested or key.is_nested or value.is_nested:
@@ -38,6 +39,8 @@ def outside(
         return Reason("shapes", problem)
     if not 0.0 <= dropout_p <= 1.0:
         return Reason("dropout", f"dropout_p {dropout_p}: must lie in [0, 1]")
+    if scale is not None and not math.isfinite(scale):
+        return Reason("scale", f"scale {scale}: must be finite")
     return Reason("head_dim", "head_dim 0") if query.shape[3] == 0 else None
 
 
@@ -143,9 +146,9 @@ def check_inputs(
             raise InvalidArgumentError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
     if not isinstance(is_causal, (bool, torch.SymBool)):
         raise InvalidArgumentError(f"is_causal must be True or False; got {is_causal!r} ({type(is_causal).__name__})")
-    for name, number in (("dropout_p", dropout_p), ("scale", 0.0 if scale is None else scale)):
-        if not isinstance(number, (int, float, torch.SymInt, torch.SymFloat)):
-            raise InvalidArgumentError(f"{name} must be a number; got {number!r} ({type(number).__name__})")
+    if not isinstance(dropout_p, (int, float, torch.SymInt, torch.SymFloat)):
+        raise InvalidArgumentError(f"dropout_p must be a number; got {dropout_p!r} ({type(dropout_p).__name__})")
+    check_scale(scale)
     if query.is_nested or key.is_nested or value.is_nested:
         return  # their shapes are not numbers; PyTorch checks them
     if attn_mask is not None and is_causal:
@@ -164,6 +167,22 @@ def check_inputs(
     elif query.dim() < 2 or key.dim() < 2 or value.dim() < 2:
         raise InvalidArgumentError(
             f"q, k, v must be [B, H, S, D]; got {list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
+        )
+
+
+def check_scale(scale: float | None) -> None:
+    """Refuse what is not a softmax scale.
+
+    Raises:
+        InvalidArgumentError: not a number, a bool, or not finite.
+    """
+    if scale is None:
+        return
+    number = isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(scale, bool)
+    # Not by math.isfinite, which Dynamo does not trace where the scale is an input of the graph.
+    if not number or not -math.inf < scale < math.inf:
+        raise InvalidArgumentError(
+            f"scale must be a finite number, or None for 1/sqrt(head_dim); got {scale!r} ({type(scale).__name__})"
         )
 
 

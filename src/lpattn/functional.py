@@ -56,7 +56,7 @@ def low_precision_sdpa(
             a ``torch.nn.attention.bias.CausalBias``, which may be aligned at the last query and key.
         dropout_p: dropout probability, in [0, 1].
         is_causal: query i sees keys 0..i (top-left aligned, whatever the two lengths are).
-        scale: softmax scale; None is 1/sqrt(head_dim).
+        scale: softmax scale, finite; None is 1/sqrt(head_dim).
         enable_gqa: accepted as in SDPA; fewer kv heads than heads are understood without it, too.
         backend: name of a backend; None leaves the choice to the context manager, the layer, ``LPATTN_BACKEND``, or to
             lpattn, in this order.
@@ -289,7 +289,7 @@ def explain(
     check_inputs(query, key, value, attn_mask, dropout_p, is_causal, scale)
     settings = settings_of_call(backend, hadamard, on_unsupported)
     query, key, value, _ = cast_like_autocast(query, key, value, None)  # not the mask: see build_call
-    if reason := outside(query, key, value, attn_mask, dropout_p, is_causal):
+    if reason := outside(query, key, value, attn_mask, dropout_p, is_causal, scale):
         raise InvalidArgumentError(f"such calls always run on PyTorch's own SDPA: {reason}")
     gradient = needs_grad(query, key, value, attn_mask)
     call = build_call(

@@ -140,7 +140,7 @@ def _plan_anew(
     rope: Rope | None,
 ) -> Plan:
     query, key, value, _ = cast_like_autocast(query, key, value, None)  # not the mask: see build_call
-    if (reason := outside(query, key, value, attn_mask, dropout_p, is_causal)) is not None:
+    if (reason := outside(query, key, value, attn_mask, dropout_p, is_causal, scale)) is not None:
         return outside_plan(reason, settings)
     call = build_call(
         query,

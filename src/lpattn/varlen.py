@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lpattn.active import outside_redirection
-from lpattn.calls import cast_like_autocast, default_scale, device_capability, needs_grad
+from lpattn.calls import cast_like_autocast, check_scale, default_scale, device_capability, needs_grad
 from lpattn.dispatch import choose
 from lpattn.errors import BackendError, InvalidArgumentError
 from lpattn.execute import account, no_autocast
@@ -167,8 +167,7 @@ def check_inputs(
         raise InvalidArgumentError(
             f"window_size must be (left, right), two whole numbers, -1 for no limit; got {window_size!r}"
         )
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat))):
-        raise InvalidArgumentError(f"scale must be a number or None, which is 1/sqrt(head_dim); got {scale!r}")
+    check_scale(scale)
 
 
 def check_lengths(cu_seqlens: torch.Tensor, total: int, largest: int, name: str) -> None:

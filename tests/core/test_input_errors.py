@@ -1,5 +1,7 @@
 """Inputs that no attention could take: refused with the value, the limit and, where there is one, the remedy."""
 
+import math
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ def x(*shape, dtype=torch.float32, device="cpu"):
 
 Q = x(2, 4, 6, 8)
 HINT = "\nIf your tensors are [B, S, H, D], pass x.transpose(1, 2)"
+SCALE = "scale must be a finite number, or None for 1/sqrt(head_dim); got "
 
 SDPA = {
     "query_type": (([1.0], Q, Q), {}, "query must be a torch.Tensor; got list"),
@@ -27,6 +30,9 @@ SDPA = {
     "dropout_high": ((Q, Q, Q), {"dropout_p": 1.5}, "dropout_p must lie in [0, 1]; got 1.5"),
     "dropout_low": ((Q, Q, Q), {"dropout_p": -0.1}, "dropout_p must lie in [0, 1]; got -0.1"),
     "dropout_nan": ((Q, Q, Q), {"dropout_p": float("nan")}, "dropout_p must lie in [0, 1]; got nan"),
+    "scale_nan": ((Q, Q, Q), {"scale": math.nan}, SCALE + "nan (float)"),
+    "scale_inf": ((Q, Q, Q), {"scale": -math.inf}, SCALE + "-inf (float)"),
+    "scale_bool": ((Q, Q, Q), {"scale": True}, SCALE + "True (bool)"),
     "dtypes": (
         (Q, Q.half(), Q),
         {},
@@ -93,7 +99,12 @@ def test_inputs_of_sdpa(function, case):
 
 @pytest.mark.parametrize(
     ("wrong", "good"),
-    [({"is_causal": 1}, {"is_causal": True}), ({"scale": "1.0"}, {"scale": 1.0}), ({"dropout_p": 2.0}, {})],
+    [
+        ({"is_causal": 1}, {"is_causal": True}),
+        ({"scale": "1.0"}, {"scale": 1.0}),
+        ({"scale": True}, {"scale": 1.0}),
+        ({"dropout_p": 2.0}, {}),
+    ],
 )
 def test_a_good_call_before_does_not_let_a_wrong_one_pass(wrong, good):
     for _ in range(2):
