@@ -44,6 +44,13 @@ def outside(
     return Reason("head_dim", "head_dim 0") if query.shape[3] == 0 else None
 
 
+def is_grouped(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether SDPA takes the heads only with enable_gqa: fewer of k than of q, but not the one that broadcasts."""
+    if query.is_nested or not query.dim() == key.dim() == 4:
+        return False
+    return bool(1 < key.shape[1] < query.shape[1])  # torch.jit.trace makes tensors of sizes
+
+
 def without_causal_bias(
     attn_mask: torch.Tensor | None, is_causal: bool, query: torch.Tensor
 ) -> tuple[torch.Tensor | None, bool]:

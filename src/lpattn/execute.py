@@ -44,7 +44,8 @@ def attend(
         settings: what the user asked for.
         ledger: counts the call; None counts nothing.
         return_lse: also return the log-sum-exp.
-        check: check inputs that were not seen before, as :func:`lpattn.calls.check_inputs` does.
+        check: as lpattn's own functions do: check inputs that were not seen before by
+            :func:`lpattn.calls.check_inputs`, and take fewer KV heads than heads without ``enable_gqa``.
 
     Returns:
         [B, H, q_len, head_dim_v] in [B, S, H, D]-contiguous memory; with return_lse a tuple (output, lse).
@@ -57,6 +58,9 @@ def attend(
     plan = make_plan(
         query, key, value, attn_mask, dropout_p, is_causal, scale, settings, return_lse, gradient, check=check
     )
+    if plan.grouped and not (enable_gqa or check):
+        with outside_redirection():  # refuses the call
+            return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
     if ledger is not None or not plan.quiet:
         account(plan.call, plan.choice, settings, ledger)
     if plan.call is None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lpattn.backend import Backend
-from lpattn.calls import autocast_dtype, build_call, cast_like_autocast, check_inputs, outside
+from lpattn.calls import autocast_dtype, build_call, cast_like_autocast, check_inputs, is_grouped, outside
 from lpattn.dispatch import ASKED_CODES, POLICY_CODES, REFERENCE, asked_for_exact, choose
 from lpattn.errors import UnsupportedCallError
 from lpattn.registry import registry
@@ -29,6 +29,7 @@ class Plan:
         backend: that of the choice.
         autocast: whether inputs are cast as SDPA casts them, and autocast is to be off where the backend runs.
         quiet: whether there is nothing to warn of.
+        grouped: whether SDPA takes the call only with enable_gqa.
         shape: of the output, [B, H, q_len, head_dim_v].
         strides: of the output in [B, S, H, D] memory.
     """
@@ -38,6 +39,7 @@ class Plan:
     backend: Backend
     autocast: bool = False
     quiet: bool = False
+    grouped: bool = False
     shape: tuple[int, ...] = ()
     strides: tuple[int, ...] = ()
 
@@ -166,6 +168,7 @@ def _plan_anew(
         _backend_of(choice),
         autocast=autocast_dtype(query.device) is not None,
         quiet=choice.exact_reason is None or choice.exact_reason.code in QUIET_CODES,
+        grouped=is_grouped(query, key),
         shape=(call.batch, heads, length, dim),
         strides=bshd_strides(heads, length, dim),
     )

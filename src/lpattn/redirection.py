@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from lpattn import ops
-from lpattn.active import active
-from lpattn.calls import cast_like_autocast, needs_grad
+from lpattn.active import active, outside_redirection
+from lpattn.calls import cast_like_autocast, is_grouped, needs_grad
 from lpattn.errors import InvalidArgumentError, UnsupportedCallError
 from lpattn.execute import attend
 from lpattn.plan import refusal_outside
@@ -32,6 +32,8 @@ def redirect(
 ) -> Any:
     """A call of SDPA that was intercepted; arguments and result are SDPA's."""
     if is_traced():
+        if not enable_gqa and is_grouped(query, key):  # SDPA refuses the call
+            return _sdpa_itself(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
         return put_into_graph(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, settings=settings)
     layer = active.layer
     ledger = None if layer is None else layer.ledger
@@ -67,16 +69,22 @@ def put_into_graph(
             raise InvalidArgumentError(f"return_lse cannot be traced for this call: {reason[1]}")
         if layer is not None:
             ops.count_exact(layer.tag, *reason)
-        grouped = query.dim() == 4 and query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa or grouped
-        )
+        grouped = enable_gqa or is_grouped(query, key)
+        return _sdpa_itself(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=grouped)
     query, key, value, attn_mask = cast_like_autocast(query, key, value, attn_mask)
     if torch.compiler.is_dynamo_compiling():
         _look_for_rope()
     operator = ops.sdpa_lse if return_lse else ops.sdpa
     tag = None if layer is None else layer.tag
     return operator(query, key, value, attn_mask, dropout_p, is_causal, scale, tag, settings.text)
+
+
+def _sdpa_itself(*args: Any, **options: Any) -> torch.Tensor:
+    """SDPA, not redirected. For Dynamo it is not in any case: the mode that redirects is off while it does so."""
+    if torch.compiler.is_dynamo_compiling():
+        return F.scaled_dot_product_attention(*args, **options)
+    with outside_redirection():
+        return F.scaled_dot_product_attention(*args, **options)
 
 
 def _unfit_for_graph(
@@ -94,8 +102,10 @@ def _unfit_for_graph(
         return "dropout", "dropout_p > 0: an operator's random numbers would not be the compiler's"
     if query.is_nested or query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
         return "dimensions", "q, k, v are not plain [B, H, S, D] tensors"
-    if query.shape[0] != key.shape[0]:
-        return "shapes", "q and k have different batch sizes"
+    if not query.shape[0] == key.shape[0] == value.shape[0]:
+        return "shapes", "q, k and v have different batch sizes"
+    if key.shape[1] != value.shape[1] or query.shape[1] < key.shape[1]:
+        return "shapes", "k and v have different numbers of heads, or more than q"
     if is_causal and attn_mask is not None:
         return "mask_and_causal", "both attn_mask and is_causal=True"
     return None
