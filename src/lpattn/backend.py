@@ -194,8 +194,9 @@ class Backend(ABC):
     def detours(self, call: AttentionCall) -> list[Reason]:
         """Why a call that :meth:`supports` accepted does not run by this backend's fastest kernel; empty if it does.
 
-        For backends of several kernels. Reports (the latest reason of each code) and explanations show it. It decides
-        nothing: where the other kernel is not worth it, :meth:`rank` says so.
+        For backends of several kernels. Reports (the latest reason of each code) and explanations show it, also where
+        it is why the backend is not chosen. It decides nothing: where the other kernel is not worth it, :meth:`rank`
+        says so.
         """
         return []
 

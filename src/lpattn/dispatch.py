@@ -119,14 +119,18 @@ def _decide_named(call: AttentionCall, settings: Settings) -> Choice:
 
 def _with_detours(choice: Choice, call: AttentionCall) -> Choice:
     """The choice, and why its backend does not run the call by its fastest kernel: of this call, not of its class."""
-    backend = registry.get(choice.backend)
-    if backend is None or choice.exact_reason is not None:
-        return choice
-    try:
-        detours = checked_reasons(backend.detours(call))
-    except Exception as error:  # a plugin's bug must not stop a call that runs
-        detours = (Reason("detours_failed", f"its detours() raised {type(error).__name__}: {error}"),)
+    detours = _detours(choice.backend, call) if choice.exact_reason is None else ()
     return dataclasses.replace(choice, detours=detours) if detours else choice
+
+
+def _detours(name: str, call: AttentionCall) -> tuple[Reason, ...]:
+    backend = registry.get(name)
+    if backend is None:
+        return ()
+    try:
+        return checked_reasons(backend.detours(call))
+    except Exception as error:  # a plugin's bug must not stop a call that runs
+        return (Reason("detours_failed", f"its detours() raised {type(error).__name__}: {error}"),)
 
 
 def asked_for_exact(settings: Settings) -> Reason | None:
@@ -161,7 +165,7 @@ def _decide_automatic(call: AttentionCall, settings: Settings) -> Choice:
                 if 1.0 < rank < math.inf:
                     ranks[name] = rank
                     continue
-                against = (_not_worth_it(name, rank),)
+                against = (_not_worth_it(name, rank, _detours(name, typical)),)
         reasons[name] = against
     if ranks:
         best = max(ranks, key=ranks.__getitem__)
@@ -178,11 +182,13 @@ def _decide_automatic(call: AttentionCall, settings: Settings) -> Choice:
     return Choice(REFERENCE, settings.provenance, reasons, exact)
 
 
-def _not_worth_it(name: str, rank: float) -> Reason:
-    remedy = f'name it to run it all the same: backend="{name}"'
+def _not_worth_it(name: str, rank: float, detours: tuple[Reason, ...]) -> Reason:
+    why = f", where its fastest kernel does not run: {'; '.join(d.message for d in detours)}" if detours else ""
+    named = f'name it to run it all the same: backend="{name}"'
+    remedy = "; or ".join([*(d.remedy for d in detours if d.remedy), named])
     if rank > 0.0:
-        return Reason("not_faster", f"not faster than exact attention here: x{rank:.2f} expected", remedy)
-    return Reason("not_measured", "nobody measured whether it is faster than exact attention here", remedy)
+        return Reason("not_faster", f"not faster than exact attention here: x{rank:.2f} expected{why}", remedy)
+    return Reason("not_measured", f"nobody measured whether it is faster than exact attention here{why}", remedy)
 
 
 def _why_exact(call: AttentionCall, reasons: Mapping[str, tuple[Reason, ...]]) -> Reason:

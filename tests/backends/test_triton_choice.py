@@ -10,6 +10,9 @@ import torch
 
 from lpattn.backends.triton import Int8TritonBackend, TritonBackend, kernels
 from lpattn.backends.triton.kernels import HopperKernel, PortableKernel, detours, kernel_for
+from lpattn.dispatch import explain_call
+from lpattn.registry import registry
+from lpattn.settings import Settings
 from lpattn.types import AttentionCall, CausalKind, HadamardMode, MaskKind, Reason, Varlen
 
 
@@ -113,3 +116,12 @@ def test_what_nobody_measured_is_not_promised(gluon, monkeypatch) -> None:
     # Elsewhere, it is the portable kernel that is measured.
     assert backend.rank(call((8, 9))) == 1.5
     assert Int8TritonBackend().rank(call()) == 1.5
+
+
+def test_the_remedy_of_an_additive_mask_is_seen_where_lpattn_chooses(gluon, monkeypatch) -> None:
+    monkeypatch.setattr(registry, "probe", lambda name, device: () if name == "fp8_triton" else (Reason("absent", ""),))
+    additive = call(mask=MaskKind.ADDITIVE, mask_shape=(1, 1, 1, 16384))
+    reason = explain_call(additive, Settings()).reasons["fp8_triton"][0]
+    assert reason.code == "not_measured"
+    assert "additive attn_mask: the Hopper kernel takes bool masks" in reason.message
+    assert "if it only hides keys, pass it as bool" in reason.remedy

@@ -95,6 +95,16 @@ def test_what_is_not_faster_runs_exactly_and_quietly(add_backend, make_model, qk
     assert not fake.calls
 
 
+@pytest.mark.parametrize("rank", [0.0, 0.4])
+def test_what_keeps_the_fastest_kernel_away_is_said_where_the_other_one_does_not_pay(add_backend, make_call, rank):
+    mask, version = Reason("mask", "an additive attn_mask", "pass it as bool"), Reason("gluon", "an old triton")
+    add_backend("fake", rank=rank).detours = lambda call: [mask, version]
+    reason = dispatch.choose(make_call(), AUTOMATIC).exact_reason
+    assert reason.code == ("not_faster" if rank else "not_measured")
+    assert reason.message.endswith(", where its fastest kernel does not run: an additive attn_mask; an old triton")
+    assert reason.remedy == 'pass it as bool; or name it to run it all the same: backend="fake"'
+
+
 def test_just_above_one_is_faster(add_backend, make_call):
     add_backend(rank=1.001)
     assert dispatch.choose(make_call(), AUTOMATIC).backend == "fake"
