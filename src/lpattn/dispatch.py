@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from lpattn.errors import UnsupportedCallError
 from lpattn.registry import checked_reasons, registry
 from lpattn.settings import BACKEND_VARIABLE, OnUnsupported, Settings, with_environment
-from lpattn.types import AttentionBackend, AttentionCall, Choice, HadamardMode, Provenance, Reason
+from lpattn.types import AttentionBackend, AttentionCall, Choice, Provenance, Reason
 
 REFERENCE = AttentionBackend.BF16_REFERENCE.value
 POLICY_CODES = frozenset({"not_faster", "not_measured"})
@@ -209,12 +209,9 @@ def _unsupported(call: AttentionCall, reasons: Mapping[str, tuple[Reason, ...]])
 def error_text(call: AttentionCall, reasons: Mapping[str, tuple[Reason, ...]]) -> str:
     """Inputs first, then every backend with all its reasons, then the remedy."""
     lines = [f"No backend can run this attention call: {call.describe()}", *reason_lines(reasons)]
-    hint = (
-        'Use hadamard="none", or on_unsupported="fallback" to run such calls exactly.'
-        if call.hadamard is not HadamardMode.NONE
-        else 'Use backend=None to let lpattn choose, or on_unsupported="fallback" to run such calls exactly.'
-    )
-    return "\n".join([*lines, hint])
+    about_hadamard = any(reason.code == "hadamard" for against in reasons.values() for reason in against)
+    instead = 'hadamard="none"' if about_hadamard else "backend=None to let lpattn choose"
+    return "\n".join([*lines, f'Use {instead}, or on_unsupported="fallback" to run such calls exactly.'])
 
 
 def reason_lines(reasons: Mapping[str, tuple[Reason, ...]]) -> list[str]:

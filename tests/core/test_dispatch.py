@@ -252,6 +252,12 @@ def test_the_remedy_of_a_hadamard_mode_that_nobody_offers(add_backend, make_call
     assert text.endswith('\nUse hadamard="none", or on_unsupported="fallback" to run such calls exactly.')
 
 
+def test_what_has_nothing_to_do_with_the_hadamard_mode_has_another_remedy(add_backend, make_call):
+    add_backend("narrow", device=[Reason("driver", "driver 535: needs 550")])
+    with pytest.raises(UnsupportedCallError, match="Use backend=None to let lpattn choose, or on_unsupported"):
+        dispatch.choose(make_call(hadamard=lpattn.HadamardMode.QKV), NAMED)
+
+
 def test_reasons_of_probe_and_call_come_together(add_backend, make_call):
     add_backend("narrow", device=[Reason("driver", "driver 535: needs 550")], head_dims=frozenset({64}))
     with pytest.raises(UnsupportedCallError) as caught:
