@@ -193,9 +193,11 @@ def _not_worth_it(name: str, rank: float, detours: tuple[Reason, ...]) -> Reason
 
 def _why_exact(call: AttentionCall, reasons: Mapping[str, tuple[Reason, ...]]) -> Reason:
     """The one reason that says most: of the backends that this device has, the one that came closest."""
-    present = {n: r for n, r in reasons.items() if not registry.probe(n, call.device) and r[0].code != "not_automatic"}
+    able = {n: r for n, r in reasons.items() if not registry.probe(n, call.device)}
+    present = {n: r for n, r in able.items() if r[0].code != "not_automatic"}
     if not present:
-        return Reason("no_backend", f"no low-precision backend can run on {call.describe_device()}")
+        named = f", except where it is named: {', '.join(able)}" if able else ""
+        return Reason("no_backend", f"no low-precision backend can run on {call.describe_device()}{named}")
     name, closest = min(present.items(), key=lambda item: (item[1][0].code not in POLICY_CODES, len(item[1])))
     return dataclasses.replace(closest[0], message=f"{name}: {closest[0].message}")
 

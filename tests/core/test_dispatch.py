@@ -115,7 +115,11 @@ def test_a_backend_that_is_not_automatic_is_never_chosen(add_backend, make_call,
     choice = dispatch.choose(make_call(), AUTOMATIC)
     assert choice.backend == "bf16_reference"
     assert choice.reasons["fake"] == (Reason("not_automatic", "runs only where it is named"),)
-    assert choice.exact_reason == Reason("no_backend", "no low-precision backend can run on cpu")
+    text = "no low-precision backend can run on cpu, except where it is named: fake"
+    assert choice.exact_reason == Reason("no_backend", text)
+    add_backend("another", automatic=False)
+    add_backend("absent", automatic=False, device=[Reason("driver", "driver 535: needs 550")])
+    assert dispatch.choose(make_call(), AUTOMATIC).exact_reason.message == f"{text}, another"
     lpattn.low_precision_sdpa(*qkv(), backend="fake")
     assert len(fake.calls) == 1
 
