@@ -244,12 +244,13 @@ class AttentionCall:
         return ", ".join(parts)
 
     def describe_device(self) -> str:
-        """The device with its name and architecture, such as ``cuda:0 (NVIDIA H200, sm_90)``."""
+        """The device with its architecture, and its name if it has that one: ``cuda:0 (NVIDIA H200, sm_90)``."""
         if self.capability is None:
             return self.device_type
         arch = f"sm_{self.capability[0]}{self.capability[1]}"
-        name = torch.cuda.get_device_name(self.device) if torch.cuda.is_available() else ""
-        return f"{self.device} ({name}, {arch})" if name else f"{self.device} ({arch})"
+        present = torch.cuda.is_available() and torch.cuda.get_device_capability(self.device) == self.capability
+        name = f"{torch.cuda.get_device_name(self.device)}, " if present else ""
+        return f"{self.device} ({name}{arch})"
 
 
 @dataclass(frozen=True)

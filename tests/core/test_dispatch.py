@@ -188,6 +188,7 @@ def test_with_fallback_the_choice_keeps_all_reasons(add_backend, make_call):
 def gpu_call(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     return AttentionCall(
         batch=2,
         num_heads=16,

@@ -63,6 +63,7 @@ def test_the_data_is_frozen(value, make_call):
 def test_describe_is_worded_as_in_the_design(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     call = AttentionCall(
         batch=2,
         num_heads=16,
@@ -79,6 +80,7 @@ def test_describe_is_worded_as_in_the_design(monkeypatch):
     )
     text = "q [2, 16, 1024, 80] bfloat16 on cuda:0 (NVIDIA H200, sm_90), causal, mask none"
     assert call.describe() == text
+    assert dataclasses.replace(call, capability=(8, 0)).describe_device() == "cuda:0 (sm_80)"
 
 
 PLAIN = "q [2, 4, 64, 32] bfloat16 on cpu, not causal, mask none"
