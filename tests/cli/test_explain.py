@@ -49,6 +49,20 @@ def test_it_describes_the_whole_call(cli: Cli, monkeypatch: pytest.MonkeyPatch) 
     assert (call.mask, call.mask_shape, call.capability) == ("none", None, None)
 
 
+@pytest.mark.parametrize(
+    ("value", "kind", "shape"),
+    [
+        ("none", "none", None),
+        ("bool", "bool", [2, 1, 64, 80]),
+        ("additive", "additive", [2, 1, 64, 80]),
+        ("key_padding", "bool", [2, 1, 1, 80]),
+    ],
+)
+def test_masks(cli: Cli, value: str, kind: str, shape: list[int] | None) -> None:
+    call = json.loads(cli(*CALL, "--kv-len", "80", "--mask", value, "--json").out)["call"]
+    assert (call["mask"], call["mask_shape"]) == (kind, shape)
+
+
 def test_it_allocates_no_tensors(cli: Cli) -> None:
     assert cli("explain", "--shape", "1024,1024,1048576,1024", *CPU).code == 0
 
@@ -122,6 +136,8 @@ def test_the_environment_decides_where_no_backend_is_named(
         (("--device", "toaster"), ["--device", "'toaster'", "cuda:0"]),
         (("--device", "cuda:99"), ["--device", "no cuda:99", "--arch"]),
         (("--arch", "hopper"), ["--arch", "'hopper'", "sm_90"]),
+        (("--arch", "sm_999"), ["--arch", "'sm_999'", "one of sm_50, ", "sm_100", "sm_121"]),
+        (("--arch", "9.5"), ["--arch", "'9.5'"]),
         (("--arch", "sm_90"), ["--arch", "--device cpu"]),
         (("--mask", "dense"), ["--mask", "dense", "additive"]),
         (("--mask", "bool", "--causal"), ["--causal", "--mask bool"]),

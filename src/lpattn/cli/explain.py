@@ -15,6 +15,9 @@ from lpattn.registry import local_devices
 from lpattn.settings import make_settings
 from lpattn.types import AttentionCall, CausalKind, HadamardMode, MaskKind, Provenance
 
+KEY_PADDING = "key_padding"
+"""Value of ``--mask``: bool, and the same for all heads and queries."""
+
 
 def run(arguments: Namespace) -> int:
     """Print the explanation. Returns 0 where the call runs, 1 where it would be an error."""
@@ -42,7 +45,8 @@ def describe(arguments: Namespace, hadamard: HadamardMode) -> AttentionCall:
     batch, heads, q_len, head_dim = arguments.shape
     kv_len = arguments.kv_len or q_len
     where = _device(arguments)
-    mask = MaskKind(arguments.mask)
+    padding = arguments.mask == KEY_PADDING
+    mask = MaskKind.BOOL if padding else MaskKind(arguments.mask)
     return AttentionCall(
         batch=batch,
         num_heads=heads,
@@ -57,7 +61,7 @@ def describe(arguments: Namespace, hadamard: HadamardMode) -> AttentionCall:
         capability=arguments.arch or device_capability(where.type, where.index),
         softmax_scale=default_scale(head_dim) if arguments.scale is None else arguments.scale,
         mask=mask,
-        mask_shape=None if mask is MaskKind.NONE else (batch, 1, q_len, kv_len),
+        mask_shape=None if mask is MaskKind.NONE else (batch, 1, 1 if padding else q_len, kv_len),
         causal=CausalKind.TOP_LEFT if arguments.causal else CausalKind.NONE,
         hadamard=hadamard,
         return_lse=arguments.lse,

@@ -84,9 +84,11 @@ def _add_explain(commands: _Commands[argparse.ArgumentParser]) -> argparse.Argum
     parser.add_argument("--kv-len", type=positive, metavar="N", help="length of k and v (default: S)")
     parser.add_argument("--head-dim-v", type=positive, metavar="N", help="head_dim of v (default: D)")
     parser.add_argument("--causal", action="store_true", help="is_causal=True")
-    kinds = [kind.value for kind in MaskKind]
     parser.add_argument(
-        "--mask", choices=kinds, default="none", help="attn_mask, [B, 1, q_len, kv_len] (default: none)"
+        "--mask",
+        choices=[*(kind.value for kind in MaskKind), explain.KEY_PADDING],
+        default="none",
+        help="attn_mask, [B, 1, q_len, kv_len]; key_padding is bool, [B, 1, 1, kv_len] (default: none)",
     )
     parser.add_argument("--dtype", type=dtype, default="bfloat16", help="of q, k and v (default: bfloat16)")
     parser.add_argument("--device", type=device, help="such as cuda:0 or cpu (default: the first GPU, else the CPU)")

@@ -58,6 +58,7 @@ def call_data(call: AttentionCall) -> dict[str, Any]:
         "capability": call.capability,
         "softmax_scale": call.softmax_scale,
         "mask": call.mask.value,
+        "mask_shape": call.mask_shape,
         "causal": call.causal.value,
         "hadamard": call.hadamard.value,
         "return_lse": call.return_lse,

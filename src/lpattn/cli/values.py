@@ -15,6 +15,9 @@ _DTYPES = {
     "float64": torch.float64,
 }
 
+_ARCHITECTURES = (50, 52, 53, 60, 61, 62, 70, 72, 75, 80, 86, 87, 88, 89, 90, 100, 101, 103, 110, 120, 121)
+"""The compute capabilities that CUDA has or had, from Maxwell on."""
+
 
 def positive(text: str) -> int:
     """An integer of at least 1."""
@@ -68,8 +71,9 @@ def device(text: str) -> torch.device:
 
 def architecture(text: str) -> tuple[int, int]:
     """A CUDA compute capability: sm_90, sm_120a or 9.0."""
-    match = re.fullmatch(r"(?:sm_?)?(\d{1,2})(\d)[af]?|(\d{1,2})\.(\d)", text.strip().lower())
-    if match is None:
-        raise ArgumentTypeError(f"must be a CUDA architecture such as sm_90; got {text!r}")
-    major, minor = (part for part in match.groups() if part is not None)
-    return int(major), int(minor)
+    match = re.fullmatch(r"(?:sm_?)?(\d{2,3})[af]?|(\d{1,2}\.\d)", text.strip().lower())
+    number = 0 if match is None else int(match[1] or match[2].replace(".", ""))
+    if number not in _ARCHITECTURES:
+        known = ", ".join(f"sm_{known}" for known in _ARCHITECTURES)
+        raise ArgumentTypeError(f"must be one of {known}; got {text!r}")
+    return divmod(number, 10)
