@@ -50,3 +50,25 @@ def test_python_dash_m_runs_the_command() -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("q [1, 16, 4096, 128] bfloat16 on cpu, not causal, mask none\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("info",),
+        ("info", "--json"),
+        ("explain", "--shape", "1,1,1,64"),
+        ("explain", "--help"),
+        ("check", "bf16_reference", "--only", "probe"),
+    ],
+)
+def test_nobody_reads_the_output(arguments: tuple[str, ...]) -> None:
+    """As with `lpattn info | head -0`: it ends without a word."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "lpattn", *arguments]
+    # Buffered, as output is where nobody sets this: it then fails as late as at exit.
+    environment = {k: v for k, v in os.environ.items() if k not in ("LPATTN_BACKEND", "PYTHONUNBUFFERED")}
+    done = subprocess.run(command, env=environment, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")

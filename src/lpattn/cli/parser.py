@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 an error of lpattn, 2 bad usage.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -25,6 +26,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read the output, such as `head`, has left; nobody is to see what is still buffered
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = build_parser()
     try:
         arguments = parser.parse_args(argv)
