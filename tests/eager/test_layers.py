@@ -116,7 +116,25 @@ def test_report_as_text_and_mapping(model, x, marked):
     assert report["blocks.1.attn"]["low"] == report["blocks.1.attn"].low == {"marked": 1}
     part = lpattn.attention_report(model.blocks[1])
     assert list(part) == ["attn"]
-    assert json.dumps(part["attn"]["low"]) == '{"marked": 1}'
+    layer = part["attn"]
+    document = json.loads(json.dumps(dict(layer)))
+    assert (
+        document
+        == layer
+        == dict.fromkeys(("rope", "norm"))
+        | {
+            "low": {"marked": 1},
+            "exact": {},
+            "reasons": {},
+            "detours": {},
+            "provenance": "model",
+            "captured": False,
+        }
+    )
+    assert repr(report) == "<AttentionReport: layers 3, calls in low precision 2, exact 1>"
+    assert repr(layer).startswith("LayerReport(low={'marked': 1}, exact={}, ")
+    with pytest.raises(KeyError):
+        layer["lo"]
 
 
 def test_report_says_why_it_was_not_the_fastest_kernel(model, x, marked):

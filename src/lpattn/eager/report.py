@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -12,9 +12,9 @@ from lpattn.eager.apply import clean_name, unwrapped
 from lpattn.eager.layers import state_of
 
 
-@dataclass(frozen=True)
-class LayerReport:
-    """What one layer's attention calls ran on; also readable as a mapping, ``report["low"]``.
+@dataclass(frozen=True, eq=False)
+class LayerReport(Mapping[str, Any]):
+    """What one layer's attention calls ran on; also a mapping of its attributes, for ``dict(layer)`` and JSON.
 
     Attributes:
         low: number of calls by low-precision backend.
@@ -37,7 +37,13 @@ class LayerReport:
     captured: bool
 
     def __getitem__(self, field: str) -> Any:
-        return asdict(self)[field]
+        return vars(self)[field]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(vars(self))
+
+    def __len__(self) -> int:
+        return len(vars(self))
 
 
 class AttentionReport(Mapping[str, LayerReport]):
@@ -54,6 +60,10 @@ class AttentionReport(Mapping[str, LayerReport]):
 
     def __len__(self) -> int:
         return len(self._layers)
+
+    def __repr__(self) -> str:
+        low, exact = (sum(sum(layer[kind].values()) for layer in self.values()) for kind in ("low", "exact"))
+        return f"<AttentionReport: layers {len(self)}, calls in low precision {low}, exact {exact}>"
 
     def __str__(self) -> str:
         if not self._layers:
