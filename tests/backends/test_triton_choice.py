@@ -25,6 +25,10 @@ DENSE = {"mask": MaskKind.BOOL, "mask_shape": (1, 1, 16384, 16384)}
 PADDING = {"mask": MaskKind.BOOL, "mask_shape": (1, 1, 1, 16384)}
 
 
+def dense(q_len: int, kv_len: int) -> dict[str, object]:
+    return {**DENSE, "q_len": q_len, "kv_len": kv_len, "mask_shape": (1, 1, q_len, kv_len)}
+
+
 @pytest.fixture
 def gluon(monkeypatch):
     """Has a Triton with Gluon for Hopper, or none, whatever is installed."""
@@ -46,7 +50,13 @@ def gluon(monkeypatch):
         ({"causal": CausalKind.TOP_LEFT}, True),
         (PADDING, True),
         (DENSE, True),
-        ({**DENSE, "q_len": 2**18, "kv_len": 2**18}, False),
+        (dense(2**18, 2**18), True),
+        (dense(2**18, 2**18 + 1), False),
+        # Words of a query fill a tile of 128 keys.
+        ({**dense(2**28, 129), "num_heads": 1, "num_kv_heads": 1}, True),
+        ({**dense(2**28 + 1, 129), "num_heads": 1, "num_kv_heads": 1}, False),
+        # One row for all queries.
+        ({**dense(2**20, 2**20), "mask_shape": (1, 32, 1, 2**20)}, True),
         ({**PADDING, "q_len": 2**18, "kv_len": 2**18, "num_heads": 1, "num_kv_heads": 1}, True),
         ({"mask": MaskKind.ADDITIVE, "mask_shape": (1, 1, 1, 16384)}, False),
         ({"head_dim": 60, "head_dim_v": 60}, False),

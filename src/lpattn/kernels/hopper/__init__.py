@@ -51,9 +51,13 @@ def reasons_against(call: AttentionCall) -> list[Reason]:
     if call.mask is MaskKind.ADDITIVE:
         remedy = "if it only hides keys, pass it as bool, True where a key is seen"
         reasons.append(Reason("mask", f"{call.mask} attn_mask: the Hopper kernel takes bool masks", remedy))
-    elif call.mask is MaskKind.BOOL and not call.key_padding and call.q_len * call.kv_len // 32 >= _INT32_END:
-        text = f"attn_mask over {call.q_len} queries and {call.kv_len} keys: the Hopper kernel counts to 2^36 of both"
-        reasons.append(Reason("size", text))
+    elif call.mask is MaskKind.BOOL and (call.mask_shape is None or call.mask_shape[2] > 1):
+        # A head's bits are words of 32 keys, for each query as many as fill tiles of up to 128 keys. A word's number
+        # within the head is 32 bits wide.
+        words = call.q_len * -(-call.kv_len // 128) * 4
+        if words > _INT32_END:
+            text = f"attn_mask over {call.q_len} queries and {call.kv_len} keys: has {words} words of 32 keys per head"
+            reasons.append(Reason("size", f"{text}, the Hopper kernel counts up to 2^31"))
     if call.causal not in (CausalKind.NONE, CausalKind.TOP_LEFT):
         reasons.append(Reason("causal", f"causal {call.causal}: the Hopper kernel's causal masks are top-left"))
     # The copy engine's coordinates are 32 bits wide.
