@@ -17,7 +17,7 @@ import torch
 from attention import Bench, add_hadamard, run_sweep, sweep_modes
 from cases import DIMS, LENGTHS, sweep
 from common import REPOSITORY, Budget, parser, provenance
-from labels import AUTO, parts_of
+from labels import AUTO, mask_of, parts_of
 
 SPEEDUPS = REPOSITORY / "src" / "lpattn" / "speedups.json"
 
@@ -30,8 +30,7 @@ def tables(results: list[dict[str, Any]], capability: list[int]) -> list[dict[st
         grouped = shape["num_heads"] != shape["num_kv_heads"]
         for name, ratio in result["speedup"].items():
             if name != AUTO:
-                mask = "dense" if shape.get("holes") else "none"
-                key = (*parts_of(name), shape["head_dim"], shape["causal"], grouped, mask)
+                key = (*parts_of(name), shape["head_dim"], shape["causal"], grouped, mask_of(shape))
                 points[key].append([shape["length"], round(ratio, 3)])
     return [
         {
@@ -86,7 +85,7 @@ def main() -> int:
     rows = tables(results, where["capability"])
     for row in rows:
         kind = f"{'causal' if row['causal'] else 'full'}{', gqa' if row['gqa'] else ''}"
-        kind += "" if row["mask"] == "none" else ", dense mask"
+        kind += "" if row["mask"] == "none" else f", {row['mask']} mask"
         kind += "" if row["hadamard"] == "none" else f", hadamard {row['hadamard']}"
         print(row["backend"], row["head_dim"], kind, " ".join(f"{n}:x{r}" for n, r in row["speedup_by_length"]))
     if given.write is not None:

@@ -18,6 +18,7 @@ class Shape:
         kv_lengths: how many keys the queries of each sequence see, by a bool mask; None where they see all.
         window: how many keys a query sees, its own the last of them, by a dense bool mask; None where there is none.
         holes: a dense bool mask hides one key in ten from each query, so that no tile of it can be left out.
+        bias: an additive mask in bfloat16, normal numbers, hides no key, as a bias by relative positions.
     """
 
     batch: int
@@ -29,6 +30,7 @@ class Shape:
     kv_lengths: tuple[int, ...] | None = None
     window: int | None = None
     holes: bool = False
+    bias: bool = False
 
     @property
     def flop(self) -> float:
@@ -39,13 +41,16 @@ class Shape:
         return 4.0 * self.num_heads * self.length * keys * self.head_dim / (2 if self.causal else 1)
 
     def mask(self, device: str) -> torch.Tensor | None:
-        """[B, 1, 1, S] or [1, 1, S, S], True where a key is seen."""
+        """[B, 1, 1, S] or [1, 1, S, S]: True where a key is seen, or what is added."""
         if self.window is not None:
             ones = torch.ones(1, 1, self.length, self.length, dtype=torch.bool, device=device)
             return ones.tril().triu(1 - self.window)
-        if self.holes:
+        if self.holes or self.bias:
             generator = torch.Generator(device).manual_seed(0)
-            return torch.rand(1, 1, self.length, self.length, generator=generator, device=device) < 0.9
+            size = (1, 1, self.length, self.length)
+            if self.bias:
+                return torch.randn(size, generator=generator, device=device).bfloat16()
+            return torch.rand(size, generator=generator, device=device) < 0.9
         if self.kv_lengths is None:
             return None
         seen = torch.tensor(self.kv_lengths, device=device)
@@ -55,7 +60,7 @@ class Shape:
         kind = "causal" if self.causal else "full"
         padded = "" if self.kv_lengths is None else f",keys {'+'.join(map(str, self.kv_lengths))}"
         padded += "" if self.window is None else f",window {self.window}"
-        padded += ",holes" if self.holes else ""
+        padded += ",holes" if self.holes else ",bias" if self.bias else ""
         return f"{self.batch},{self.num_heads}/{self.num_kv_heads},{self.length},{self.head_dim},{kind}{padded}"
 
 
@@ -87,7 +92,8 @@ def sweep(lengths: tuple[int, ...], dims: tuple[int, ...]) -> list[Shape]:
             for causal in (False, True):
                 shapes += [Shape(1, heads, kv, length, dim, causal) for kv in (heads, max(1, heads // 4))]
             if 1024 <= length <= 16384:
-                shapes += [Shape(1, heads, kv, length, dim, False, holes=True) for kv in (heads, max(1, heads // 4))]
+                for kv in (heads, max(1, heads // 4)):
+                    shapes += [Shape(1, heads, kv, length, dim, False, **{kind: True}) for kind in ("holes", "bias")]
     return shapes
 
 
@@ -155,8 +161,11 @@ def energies(
             if shape.causal:
                 logits = logits.masked_fill(keys > at[:, None], -math.inf)
             if mask is not None:
-                seen = mask.expand(shape.batch, 1, shape.length, shape.length)[batch, 0, at]
-                logits = logits.masked_fill(~seen, -math.inf)
+                rows_of_mask = mask.expand(shape.batch, 1, shape.length, shape.length)[batch, 0, at]
+                if mask.dtype == torch.bool:
+                    logits = logits.masked_fill(~rows_of_mask, -math.inf)
+                else:
+                    logits = logits + rows_of_mask
             expected = logits.softmax(-1) @ v[batch, kv].double()
             signal += float(expected.square().sum())
             noise += float((expected - out[batch, head, at].double()).square().sum())

@@ -14,13 +14,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from labels import AUTO, parts_of
+from labels import AUTO, kind_of, parts_of
 
 Line = tuple[str, str, bool]
 """Backend, Hadamard mode, and whether KV heads are shared."""
 
 
-KINDS = ("full", "causal", "dense mask")
+KINDS = ("full", "causal", "dense mask", "additive mask")
 
 
 def panels(results: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], dict[Line, list[tuple[int, float]]]]:
@@ -31,8 +31,7 @@ def panels(results: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], dict[L
         for name, ratio in result["speedup"].items():
             if name != AUTO:
                 line = (*parts_of(name), shape["num_heads"] != shape["num_kv_heads"])
-                kind = "dense mask" if shape.get("holes") else "causal" if shape["causal"] else "full"
-                found[kind, shape["head_dim"]][line].append((shape["length"], ratio))
+                found[kind_of(shape), shape["head_dim"]][line].append((shape["length"], ratio))
     return {panel: {line: sorted(points) for line, points in lines.items()} for panel, lines in sorted(found.items())}
 
 

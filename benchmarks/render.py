@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from labels import AUTO, EXACT, parts_of
+from labels import AUTO, EXACT, kind_of, parts_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -298,8 +298,7 @@ def lengths(name: str) -> str:
     for result in data["results"]:
         shape = result["shape"]
         for backend, ratio in result["speedup"].items():
-            mask = "dense mask" if shape.get("holes") else "causal" if shape["causal"] else "full"
-            key = (backend, shape["head_dim"], mask, shape["num_heads"] != shape["num_kv_heads"])
+            key = (backend, shape["head_dim"], kind_of(shape), shape["num_heads"] != shape["num_kv_heads"])
             found.setdefault(key, {})[shape["length"]] = ratio
     columns = sorted({length for ratios in found.values() for length in ratios})
     body = []

@@ -31,9 +31,10 @@ these, True (as the model's setting), False (exact) or None (no rule: as the mod
 def measured_speedup(backend: str, call: AttentionCall) -> float:
     """Speed of a backend relative to the best exact kernel, as measured on the architecture of the call.
 
-    Interpolated in log(kv_len) between measured lengths, and constant beyond both ends. Calls with a single query or
-    an additive mask, or on hardware, head_dims or causality that nobody measured, give 0.0: nothing is known, so
-    nothing is promised. Dense bool masks were measured with holes everywhere: what whole tiles hide comes on top.
+    Interpolated in log(kv_len) between measured lengths, and constant beyond both ends. Calls with a single query, or
+    on hardware, head_dims, causality or kinds of masks that nobody measured, give 0.0: nothing is known, so nothing is
+    promised. Dense bool masks were measured with holes everywhere, additive ones without any: what whole tiles hide
+    comes on top.
 
     Args:
         backend: name of the backend.
@@ -42,9 +43,9 @@ def measured_speedup(backend: str, call: AttentionCall) -> float:
     Returns:
         A ratio; 1.0 is as fast as exact attention.
     """
-    if call.capability is None or call.q_len <= 1 or call.mask is MaskKind.ADDITIVE:
+    if call.capability is None or call.q_len <= 1:
         return 0.0
-    dense = call.mask is not MaskKind.NONE and not call.key_padding
+    mask = {MaskKind.NONE: "none", MaskKind.BOOL: "none" if call.key_padding else "dense"}.get(call.mask, "additive")
     grouped = call.num_kv_heads != call.num_heads
     points = _tables().get(
         (
@@ -54,7 +55,7 @@ def measured_speedup(backend: str, call: AttentionCall) -> float:
             call.causal is CausalKind.TOP_LEFT,
             grouped,
             str(call.hadamard),
-            "dense" if dense else "none",
+            mask,
         )
     )
     if not points:

@@ -80,15 +80,16 @@ def test_hadamard_modes_have_rows_of_their_own(tables) -> None:
     assert policy.measured_speedup("fp8_fa3", call(4096, hadamard=HadamardMode.V_ONLY)) == 0.0
 
 
-def test_dense_masks_have_rows_of_their_own(tables) -> None:
-    masked = result(4096, 1.7)
-    masked["shape"]["holes"] = True
-    tables([result(4096, 1.2), masked], [9, 0])
+def test_masks_have_rows_of_their_own(tables) -> None:
+    masked, biased = result(4096, 1.7), result(4096, 1.4)
+    masked["shape"]["holes"] = biased["shape"]["bias"] = True
+    tables([result(4096, 1.2), masked, biased], [9, 0])
     assert policy.measured_speedup("fp8_fa3", call(4096)) == 1.2
     dense, padding = (1, 1, 4096, 4096), (1, 1, 1, 4096)
     assert policy.measured_speedup("fp8_fa3", call(4096, mask=MaskKind.BOOL, mask_shape=dense)) == 1.7
     assert policy.measured_speedup("fp8_fa3", call(4096, mask=MaskKind.BOOL, mask_shape=padding)) == 1.2
-    assert policy.measured_speedup("fp8_fa3", call(4096, mask=MaskKind.ADDITIVE, mask_shape=dense)) == 0.0
+    assert policy.measured_speedup("fp8_fa3", call(4096, mask=MaskKind.ADDITIVE, mask_shape=dense)) == 1.4
+    assert policy.measured_speedup("fp8_fa3", call(4096, mask=MaskKind.ADDITIVE, mask_shape=padding)) == 1.4
 
 
 def test_another_architecture_keeps_its_rows(tables) -> None:

@@ -122,7 +122,9 @@ def test_what_nobody_measured_is_not_promised(gluon, monkeypatch) -> None:
     assert backend.rank(call()) == backend.rank(call(**PADDING)) == 1.5
     assert backend.rank(call(**DENSE)) == 1.5
     assert backend.rank(call(varlen=Varlen())) == 0.0
-    assert backend.rank(call(head_dim_v=64)) == 0.0
+    additive = {"mask": MaskKind.ADDITIVE, "mask_shape": (1, 1, 16384, 16384)}
+    assert backend.rank(call(**additive)) == 1.5
+    assert backend.rank(call(head_dim_v=64)) == backend.rank(call(head_dim_v=64, **additive)) == 0.0
     # Elsewhere, it is the portable kernel that is measured.
     assert backend.rank(call((8, 9))) == 1.5
     assert Int8TritonBackend().rank(call()) == 1.5
@@ -130,7 +132,7 @@ def test_what_nobody_measured_is_not_promised(gluon, monkeypatch) -> None:
 
 def test_the_remedy_of_an_additive_mask_is_seen_where_lpattn_chooses(gluon, monkeypatch) -> None:
     monkeypatch.setattr(registry, "probe", lambda name, device: () if name == "fp8_triton" else (Reason("absent", ""),))
-    additive = call(mask=MaskKind.ADDITIVE, mask_shape=(1, 1, 1, 16384))
+    additive = call(mask=MaskKind.ADDITIVE, mask_shape=(1, 1, 1, 16384), head_dim=96, head_dim_v=96)
     reason = explain_call(additive, Settings()).reasons["fp8_triton"][0]
     assert reason.code == "not_measured"
     assert "additive attn_mask: the Hopper kernel takes bool masks" in reason.message

@@ -214,13 +214,14 @@ def test_modes_of_a_sweep(given, modes):
 
 def test_a_sweep_has_every_kind_of_call_once():
     shapes = cases.sweep(cases.LENGTHS, cases.DIMS)
-    kinds = {(s.length, s.head_dim, s.causal, s.holes, s.num_heads != s.num_kv_heads) for s in shapes}
+    kinds = {(s.length, s.head_dim, s.causal, s.holes, s.bias, s.num_heads != s.num_kv_heads) for s in shapes}
     masked = [length for length in cases.LENGTHS if 1024 <= length <= 16384]
-    assert len(kinds) == len(shapes) == len(cases.DIMS) * (4 * len(cases.LENGTHS) + 2 * len(masked))
+    assert len(kinds) == len(shapes) == len(cases.DIMS) * (4 * len(cases.LENGTHS) + 4 * len(masked))
 
 
-def test_a_mask_with_holes_is_in_the_reference():
-    shape = cases.Shape(1, 2, 1, 64, 16, False, holes=True)
+@pytest.mark.parametrize("kind", ["holes", "bias"])
+def test_a_mask_is_in_the_reference(kind):
+    shape = cases.Shape(1, 2, 1, 64, 16, False, **{kind: True})
     qkv = cases.inputs(shape, "randn", "cpu")
     given = {"attn_mask": shape.mask("cpu"), "enable_gqa": True}
     out = torch.nn.functional.scaled_dot_product_attention(*qkv, **given)

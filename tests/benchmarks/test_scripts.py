@@ -76,10 +76,11 @@ def test_panels():
     }
 
 
-def test_dense_masks_have_a_panel_of_their_own():
+@pytest.mark.parametrize(("field", "panel"), [("holes", "dense mask"), ("bias", "additive mask")])
+def test_masks_have_panels_of_their_own(field, panel):
     masked = result(512)
-    masked["shape"]["holes"] = True
-    assert list(plot.panels([result(512), masked])) == [("dense mask", 128), ("full", 128)]
+    masked["shape"][field] = True
+    assert list(plot.panels([result(512), masked])) == [(panel, 128), ("full", 128)]
 
 
 def test_the_picture_says_what_it_was_made_from(tmp_path):

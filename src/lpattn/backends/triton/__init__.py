@@ -78,8 +78,9 @@ class TritonBackend(Backend):
         return reasons
 
     def rank(self, call: AttentionCall) -> float:
-        # What was measured on sm_90 is the Hopper kernel.
-        return 0.0 if call.varlen is not None or self.detours(call) else measured_speedup(self.name, call)
+        # What was measured on sm_90 is the Hopper kernel; with additive masks, which it never takes, the portable one.
+        unmeasured = any(reason.code != "mask" for reason in self.detours(call))
+        return 0.0 if call.varlen is not None or unmeasured else measured_speedup(self.name, call)
 
     def detours(self, call: AttentionCall) -> list[Reason]:
         return detours(call, self.int8)
