@@ -28,7 +28,7 @@ def test_the_shipped_speeds_are_those_of_the_sweep(render):
     """speedups.json decides for users: it must be the committed measurement."""
     shipped = json.loads((REPOSITORY / "src" / "lpattn" / "speedups.json").read_text())["tables"]
     points = {
-        (row["backend"], row["hadamard"], row["head_dim"], row["causal"], row["gqa"], row.get("mask"), length): ratio
+        (row["backend"], row["hadamard"], row["head_dim"], row["causal"], row["gqa"], row["mask"], length): ratio
         for row in shipped
         for length, ratio in row["speedup_by_length"]
     }
@@ -37,7 +37,7 @@ def test_the_shipped_speeds_are_those_of_the_sweep(render):
         shape = result["shape"]
         grouped = shape["num_heads"] != shape["num_kv_heads"]
         for name, ratio in result["speedup"].items():
-            mask = ("dense" if shape["holes"] else "none") if "holes" in shape else None
+            mask = "dense" if shape["holes"] else "additive" if shape["bias"] else "none"
             kind = (*render.parts_of(name), shape["head_dim"], shape["causal"], grouped, mask, shape["length"])
             measured[kind] = round(ratio, 3)
     assert points == measured
