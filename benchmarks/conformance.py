@@ -3,7 +3,7 @@
 A check that fails, hangs or breaks CUDA's context ends its process, and the next one begins in another; kernels compile
 side by side. Plugins on the path count, installed or not.
 
-    python benchmarks/conformance.py --out benchmarks/results/h200-conformance.json
+    python benchmarks/conformance.py --out benchmarks/results/h100-conformance.json
 """
 
 from __future__ import annotations

@@ -36,10 +36,8 @@ def reasons_against_triton() -> tuple[Reason, ...]:
 
 
 def reasons_against(call: AttentionCall) -> list[Reason]:
-    """Why the kernel cannot run a call; empty if it can."""
+    """Why the kernel cannot run a call on :data:`ARCHITECTURE`; empty if it can."""
     reasons = []
-    if call.device_type == "cuda" and call.capability != ARCHITECTURE:
-        reasons.append(Reason("architecture", "the Hopper kernel runs on sm_90"))
     if call.head_dim not in HEAD_DIMS:
         text = f"head_dim {call.head_dim}: the Hopper kernel takes multiples of 8 from 16 to 256"
         reasons.append(Reason("head_dim", text))
