@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from lpattn.active import NOTHING, is_redirecting, outside_redirection
-from lpattn.calls import autocast_dtype, cast_like_autocast, narrowed_mask, needs_grad
+from lpattn.calls import autocast_dtype, cast_like_autocast, is_grouped, narrowed_mask, needs_grad
 from lpattn.dispatch import reason_lines
 from lpattn.errors import BackendError, InvalidArgumentError, warn
 from lpattn.ledger import Ledger
@@ -54,6 +54,9 @@ def attend(
         UnsupportedCallError: strict settings, and the wanted backend cannot run the call.
         InvalidArgumentError: ``check`` found the inputs to be wrong.
     """
+    if isinstance(scale, torch.Tensor) or isinstance(dropout_p, torch.Tensor):
+        # SDPA reads them at every call: a plan that knew the tensor would not notice another value.
+        scale, dropout_p = (x.item() if isinstance(x, torch.Tensor) else x for x in (scale, dropout_p))
     gradient = needs_grad(query, key, value, attn_mask)
     plan = make_plan(
         query, key, value, attn_mask, dropout_p, is_causal, scale, settings, return_lse, gradient, check=check
@@ -64,8 +67,9 @@ def attend(
     if ledger is not None or not plan.quiet:
         account(plan.call, plan.choice, settings, ledger)
     if plan.call is None:
+        grouped = enable_gqa or (check and is_grouped(query, key))
         return _outside_sdpa(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse, plan.choice
+            query, key, value, attn_mask, dropout_p, is_causal, scale, grouped, return_lse, plan.choice
         )
     return _run(query, key, value, attn_mask, dropout_p, plan, plan.call)
 

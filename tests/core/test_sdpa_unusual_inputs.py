@@ -97,3 +97,9 @@ def test_nested_tensors_run_on_sdpa_with_a_warning(add_backend, layout):
     with pytest.raises(UnsupportedCallError, match="nested"):
         lpattn.low_precision_sdpa(nested, nested, nested, backend="fake")
     assert not fake.calls
+
+
+def test_fewer_kv_heads_are_understood_where_the_batch_broadcasts():
+    q, k, v = torch.randn(2, 8, 6, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)
+    expected = F.scaled_dot_product_attention(q, k.expand(2, -1, -1, -1), v.expand(2, -1, -1, -1), enable_gqa=True)
+    torch.testing.assert_close(lpattn.low_precision_sdpa(q, k, v, **REFERENCE), expected)

@@ -597,3 +597,37 @@ def test_a_backend_that_is_gone_is_named_so(model, x, marked):
     with pytest.raises(lpattn.UnsupportedCallError, match="no backend of this name is registered"):
         model(x)
     lpattn.register_backend(marked)
+
+
+class Calls(nn.Module):
+    """Attends after a module that does so, too."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        x = self.inner(x)
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+class Attends(nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+def test_a_module_of_torch_jit_counts_as_its_caller(marked):
+    x = torch.randn(1, 2, 5, 8)
+    traced = torch.jit.trace(Attends(), (x,))
+    with pytest.raises(lpattn.InvalidArgumentError, match=r"a module of torch\.jit"):
+        lpattn.apply_low_precision_attention(traced)
+    model = Calls(traced)
+    exact = model(x)
+    lpattn.apply_low_precision_attention(model, "marked")
+    with torch.no_grad():
+        assert not torch.allclose(model(x), exact)
+    assert lpattn.attention_report(model)[""].low == {"marked": 2}
+    lpattn.remove_low_precision_attention(model)
+    assert torch.equal(model(x), exact)

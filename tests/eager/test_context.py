@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import lpattn
 
@@ -160,3 +161,33 @@ def test_the_warning_points_at_the_users_line(model, x):
     with pytest.warns(lpattn.LpattnWarning) as caught:
         model(x)
     assert caught[0].filename.endswith("conftest.py")  # where the model calls SDPA
+
+
+def test_a_tensor_for_a_number_is_read_at_every_call(q, marked):
+    scale, dropout_p = torch.tensor(0.1), torch.tensor(0.0)
+    with lpattn.low_precision_attention("marked", on_unsupported="fallback"):
+        F.scaled_dot_product_attention(q, q, q, scale=scale, dropout_p=dropout_p)
+        scale.fill_(5.0)
+        sharper = F.scaled_dot_product_attention(q, q, q, scale=scale, dropout_p=dropout_p)
+        dropout_p.fill_(1.0)
+        with pytest.warns(lpattn.LpattnWarning, match="dropout"):
+            dropped = F.scaled_dot_product_attention(q, q, q, scale=scale, dropout_p=dropout_p)
+    torch.testing.assert_close(sharper, 2 * F.scaled_dot_product_attention(q, q, q, scale=5.0))
+    assert not dropped.any()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_a_compiled_encoder_layer_is_redirected(marked, padded, norm_first):
+    torch._dynamo.reset()
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=norm_first).eval()
+    x, padding = torch.randn(2, 10, 32), torch.arange(10) >= torch.tensor([10, 6])[:, None]
+    options = {"src_key_padding_mask": padding} if padded else {}
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        exact = compiled(x, **options)
+        with lpattn.low_precision_attention("marked"):
+            low, eager = compiled(x, **options), layer(x, **options)
+        torch.testing.assert_close(low, eager)
+        assert not torch.allclose(low, exact)
+        torch.testing.assert_close(compiled(x, **options), exact)

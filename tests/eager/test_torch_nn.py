@@ -165,3 +165,13 @@ def test_functional_multi_head_attention(marked, how):
     expected = model(x)
     lpattn.apply_low_precision_attention(model, "marked")
     torch.testing.assert_close(compiled(model, how)(x), 2 * expected)
+
+
+def test_without_weights_there_are_none_as_in_the_original(marked):
+    mha = nn.MultiheadAttention(32, 4, batch_first=True).eval()
+    x = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        assert mha(x, x, x, need_weights=False)[1] is None
+        lpattn.apply_low_precision_attention(mha, "marked")
+        assert mha(x, x, x, need_weights=False)[1] is None
+    assert marked.calls

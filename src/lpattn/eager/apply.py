@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from lpattn.dispatch import REFERENCE
@@ -59,6 +60,11 @@ def apply_low_precision_attention(
         (module, _layer_settings(base, rule, on_unsupported))
         for (_, module), (_, rule) in zip(coverable, rules, strict=True)
     ]
+    if isinstance(root, torch.jit.ScriptModule):
+        raise InvalidArgumentError(
+            f"{type(root).__name__} is a module of torch.jit, which takes no other forward; apply to the module that "
+            "it was made from, or to one that calls it"
+        )
     if not covered:
         raise InvalidArgumentError(
             f"{type(model).__name__} has no module that could run attention; pass the model, not a layer of torch.nn "
@@ -137,7 +143,8 @@ def _coverable(root: nn.Module) -> list[tuple[list[str], nn.Module]]:
     """
     found: dict[nn.Module, list[str]] = {}
     for name, module in root.named_modules(remove_duplicate=False):
-        if isinstance(module, (nn.ModuleList, nn.ModuleDict)) or is_compiled(module):
+        # Modules of torch.jit carry no forward of Python's: their attention counts as that of the one that calls them.
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict, torch.jit.ScriptModule)) or is_compiled(module):
             continue
         plain = type(module).__module__.startswith("torch.nn.modules.")
         attends = isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
@@ -160,7 +167,8 @@ def _unreachable(coverable: list[tuple[list[str], nn.Module]]) -> str | None:
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether a module is what ``torch.compile(module)`` returned."""
-    return isinstance(module.__dict__.get("_modules", {}).get("_orig_mod"), nn.Module)
+    children = module.__dict__.get("_modules")  # of torch.jit's modules no dict
+    return isinstance(children, dict) and isinstance(children.get("_orig_mod"), nn.Module)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

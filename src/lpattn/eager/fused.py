@@ -37,8 +37,8 @@ def multi_head_attention(
     need_weights: bool = True,
     average_attn_weights: bool = True,
     mask_type: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``torch._native_multi_head_attention``: q, k, v are [B, S, embed_dim]; returns (output, weights).
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``torch._native_multi_head_attention``: q, k, v are [B, S, embed_dim]; returns (output, weights or None).
 
     With ``need_weights`` the original runs: the weights only exist in exact attention.
     """
@@ -71,7 +71,7 @@ def multi_head_attention(
         for x, w, b in zip((query, key, value), weights, biases, strict=True)
     )
     out = redirect(q, k, v, _allowed(mask, mask_type), settings=settings)
-    return F.linear(out.transpose(1, 2).flatten(2), proj_weight, proj_bias), query.new_empty(0)
+    return F.linear(out.transpose(1, 2).flatten(2), proj_weight, proj_bias), None
 
 
 def _allowed(mask: torch.Tensor | None, mask_type: int | None) -> torch.Tensor | None:

@@ -98,6 +98,9 @@ class RedirectMode(TorchFunctionMode):
         if func is F.multi_head_attention_forward and fused.can_redirect(kwargs):
             active.attended = True
             return fused.traced_multi_head_attention_forward(*args, **kwargs)
+        if func is torch._transformer_encoder_layer_fwd and current_settings() is not None:
+            # Eager code does not come here under a mode; what Dynamo traces of a layer without lpattn's forward does.
+            return fused.encoder_layer(*args, **kwargs)
         if func is torch.Tensor.unflatten:
             # Its Python body calls super(), on which Dynamo breaks the graph under any mode.
             return _unflatten(*args, **kwargs)

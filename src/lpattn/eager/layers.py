@@ -1,6 +1,6 @@
 """What an applied module carries: an instance ``forward`` bound to a :class:`LayerState`.
 
-An instance attribute that is a bound method survives pickle, deepcopy, hooks, FSDP2 and class swapping, leaves
+An instance attribute that is a bound method survives pickle, deepcopy, hooks and FSDP2, which swaps the class, leaves
 ``type(module)`` and ``state_dict`` alone, and is seen by ``module(x)``, ``module.forward(x)`` and Dynamo alike.
 """
 
