@@ -52,7 +52,15 @@ def test_python_dash_m_runs_the_command() -> None:
     assert done.stdout.startswith("q [1, 16, 4096, 128] bfloat16 on cpu, not causal, mask none\n")
 
 
-@pytest.mark.parametrize(
+def run(arguments: tuple[str, ...], stdout: int, *program: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, by a program that starts it or as a module."""
+    command = [sys.executable, *(program or ("-m", "lpattn")), *arguments]
+    # Buffered, as output is where nobody sets this: it then fails as late as at exit.
+    environment = {k: v for k, v in os.environ.items() if k not in ("LPATTN_BACKEND", "PYTHONUNBUFFERED")}
+    return subprocess.run(command, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+
+
+OUTPUTS = pytest.mark.parametrize(
     "arguments",
     [
         ("info",),
@@ -62,13 +70,31 @@ def test_python_dash_m_runs_the_command() -> None:
         ("check", "bf16_reference", "--only", "probe"),
     ],
 )
+
+
+@OUTPUTS
 def test_nobody_reads_the_output(arguments: tuple[str, ...]) -> None:
     """As with `lpattn info | head -0`: it ends without a word."""
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "lpattn", *arguments]
-    # Buffered, as output is where nobody sets this: it then fails as late as at exit.
-    environment = {k: v for k, v in os.environ.items() if k not in ("LPATTN_BACKEND", "PYTHONUNBUFFERED")}
-    done = subprocess.run(command, env=environment, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    done = run(arguments, write)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+@OUTPUTS
+def test_a_closed_output(arguments: tuple[str, ...]) -> None:
+    """As with `lpattn info >&-`: the exit code says what there is to say."""
+    program = "import os, sys; os.close(1); os.execv(sys.executable, [sys.executable, '-m', 'lpattn', *sys.argv[1:]])"
+    done = run(arguments, subprocess.DEVNULL, "-c", program)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+@OUTPUTS
+def test_an_output_without_space(arguments: tuple[str, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        done = run(arguments, full.fileno())
+    message = "lpattn: the output cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, message)

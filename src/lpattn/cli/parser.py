@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 an error of lpattn, 2 bad usage.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -28,11 +29,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         code = _run(argv)
-        sys.stdout.flush()
-    except BrokenPipeError:  # who read the output, such as `head`, has left; nobody is to see what is still buffered
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if sys.stdout is not None:  # None where it is closed, as by `>&-`: what is printed then goes nowhere
+            sys.stdout.flush()
+    except BrokenPipeError:  # who read the output, such as `head`, has left
+        _drop_output()
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _drop_output()
+        print(f"lpattn: the output cannot be written: {error.strerror}", file=sys.stderr)
         return 1
     return code
+
+
+def _drop_output() -> None:
+    """What is still buffered goes nowhere: at exit it would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(argv: Sequence[str] | None) -> int:
