@@ -124,3 +124,29 @@ def test_no_attention_gives_1(cli: Cli, module: str) -> None:
 def test_a_call_or_a_model(cli: Cli) -> None:
     assert cli("explain").code == 2
     assert cli("explain", "--shape", "1,2,3,8", "--compiled", "a:b").code == 2
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--kv-heads", "2"),
+        ("--kv-len", "8"),
+        ("--head-dim-v", "8"),
+        ("--causal",),
+        ("--mask", "none"),
+        ("--dtype", "bfloat16"),
+        ("--device", "cpu"),
+        ("--arch", "sm_90"),
+        ("--scale", "0"),
+        ("--lse",),
+    ],
+)
+def test_what_describes_a_call_does_not_go_with_a_model(cli: Cli, option: tuple[str, ...]) -> None:
+    result = cli("explain", "--compiled", "a:b", *option)
+    assert result.code == 2
+    assert f"error: {option[0]}: only with --shape, which describes a call" in result.err
+
+
+def test_all_of_them_are_named(cli: Cli) -> None:
+    result = cli("explain", "--compiled", "a:b", "--causal", "--kv-heads", "2")
+    assert "error: --kv-heads, --causal: only with --shape, which describes a call" in result.err

@@ -18,10 +18,14 @@ from lpattn.types import AttentionCall, CausalKind, HadamardMode, MaskKind, Prov
 KEY_PADDING = "key_padding"
 """Value of ``--mask``: bool, and the same for all heads and queries."""
 
+_OF_THE_CALL = ("kv_heads", "kv_len", "head_dim_v", "causal", "mask", "dtype", "device", "arch", "scale", "lse")
+"""Options that go with ``--shape``. Those that are not given are None or False."""
+
 
 def run(arguments: Namespace) -> int:
     """Print the explanation. Returns 0 where the call runs, 1 where it would be an error."""
     if arguments.compiled is not None:
+        _check_compiled(arguments)
         return compiled.run(arguments)
     _check(arguments)
     try:
@@ -46,7 +50,7 @@ def describe(arguments: Namespace, hadamard: HadamardMode) -> AttentionCall:
     kv_len = arguments.kv_len or q_len
     where = _device(arguments)
     padding = arguments.mask == KEY_PADDING
-    mask = MaskKind.BOOL if padding else MaskKind(arguments.mask)
+    mask = MaskKind.BOOL if padding else MaskKind(arguments.mask or "none")
     return AttentionCall(
         batch=batch,
         num_heads=heads,
@@ -55,7 +59,7 @@ def describe(arguments: Namespace, hadamard: HadamardMode) -> AttentionCall:
         kv_len=kv_len,
         head_dim=head_dim,
         head_dim_v=arguments.head_dim_v or head_dim,
-        dtype=arguments.dtype,
+        dtype=arguments.dtype or torch.bfloat16,
         device_type=where.type,
         device_index=where.index or 0,
         capability=arguments.arch or device_capability(where.type, where.index),
@@ -68,11 +72,21 @@ def describe(arguments: Namespace, hadamard: HadamardMode) -> AttentionCall:
     )
 
 
+def _check_compiled(arguments: Namespace) -> None:
+    values = {name: getattr(arguments, name) for name in _OF_THE_CALL}
+    given = [name for name, value in values.items() if value is not None and value is not False]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        arguments.parser.error(
+            f"{options}: only with --shape, which describes a call; the calls of --compiled are its model's"
+        )
+
+
 def _check(arguments: Namespace) -> None:
     heads, kv_heads = arguments.shape[1], arguments.kv_heads
     if kv_heads is not None and heads % kv_heads:
         arguments.parser.error(f"argument --kv-heads: {heads} heads must be a multiple of it; got {kv_heads}")
-    if arguments.causal and arguments.mask != "none":
+    if arguments.causal and arguments.mask not in (None, "none"):
         arguments.parser.error(f"--causal and --mask {arguments.mask} contradict each other: SDPA takes one of them")
     where, here = arguments.device, local_devices()
     if where is None:

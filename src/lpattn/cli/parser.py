@@ -111,10 +111,9 @@ def _add_explain(commands: _Commands[argparse.ArgumentParser]) -> argparse.Argum
     parser.add_argument(
         "--mask",
         choices=[*(kind.value for kind in MaskKind), explain.KEY_PADDING],
-        default="none",
         help="attn_mask, [B, 1, q_len, kv_len]; key_padding is bool, [B, 1, 1, kv_len] (default: none)",
     )
-    parser.add_argument("--dtype", type=dtype, default="bfloat16", help="of q, k and v (default: bfloat16)")
+    parser.add_argument("--dtype", type=dtype, help="of q, k and v (default: bfloat16)")
     parser.add_argument("--device", type=device, help="such as cuda:0 or cpu (default: the first GPU, else the CPU)")
     parser.add_argument(
         "--arch",
