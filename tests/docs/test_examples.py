@@ -149,6 +149,14 @@ def test_the_backend_of_contributing_passes_the_conformance_suite() -> None:
     assert sum(o.status == "passed" for o in outcomes) > 25
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_all_outputs_are_those_of_one_installation(name: str) -> None:
+    """lpattn with lpattn-emulated: what :func:`comparable` leaves out where others run the examples."""
+    text = (REPOSITORY / name).read_text(encoding="utf-8")
+    said = re.findall(r"no low-precision backend can run on cpu(.*)", text)
+    assert [rest for rest in said if not rest.startswith(", except where it is named: fp8_emulated")] == []
+
+
 def test_a_wrong_output_is_noticed() -> None:
     wrong = next(blocks_of("```python\nprint(1)\n```\n\n```text\n2\n```\n"))
     with pytest.raises(AssertionError, match="the block in line 2"):
