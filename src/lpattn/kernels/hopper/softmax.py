@@ -48,8 +48,9 @@ def top(kind):
     """T of a logit that equals the reference.
 
     By 1 + f, P would be too large by 4 % on the average, by 2.4 % with STEP, and a row's largest weight right: its code
-    is a whole number. So as much is taken off before codes are rounded, 3 and 2 steps of 64: sums are right then, and
-    the largest code is rounded to what it was. With STEP, a quarter more makes a bit tell the middle half of an octave.
+    is a whole number. So as much is taken off before codes are rounded, 3 and 2 steps of 64: sums are right then, up to
+    0.7 % and 0.2 %, and the largest code is rounded to what it was. Where logits are nearly equal, sums are not:
+    :class:`lpattn.quantize.Exponential`. With STEP, a quarter more makes a bit tell the middle half of an octave.
     """
     return {LINEAR.value: 31.0 - 3 / 64, STEP.value: 31.25 - 2 / 64, EX2.value: 8.0}[kind]
 
