@@ -142,10 +142,6 @@ def test_the_environment_decides_where_no_backend_is_named(
         (("--mask", "dense"), ["--mask", "dense", "additive"]),
         (("--mask", "bool", "--causal"), ["--causal", "--mask bool"]),
         (("--scale", "inf"), ["--scale", "'inf'"]),
-        (("--backend", "fp8_fa33"), ["'fp8_fa33'", "did you mean 'fp8_fa3'", "known backends: ", "bf16_reference"]),
-        (("--hadamard", "qk"), ["hadamard", "'qk'", "did you mean 'qkv'"]),
-        (("--backend", "bf16_reference", "--hadamard", "qkv"), ["'bf16_reference' cannot apply hadamard='qkv'"]),
-        (("--on-unsupported", "ignore"), ["on_unsupported", "'fallback', 'raise'", "'ignore'"]),
     ],
 )
 def test_bad_usage_names_the_value(cli: Cli, options: tuple[str, ...], texts: list[str]) -> None:
@@ -153,6 +149,24 @@ def test_bad_usage_names_the_value(cli: Cli, options: tuple[str, ...], texts: li
     assert (result.code, result.out) == (2, "")
     message = result.err.partition("error: ")[2]
     assert [text for text in texts if text not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "texts"),
+    [
+        (("--backend", "fp8_fa33"), ["'fp8_fa33'", "did you mean 'fp8_fa3'", "known backends: ", "bf16_reference"]),
+        (("--hadamard", "qk"), ["hadamard", "'qk'", "did you mean 'qkv'"]),
+        (("--backend", "bf16_reference", "--hadamard", "qkv"), ["'bf16_reference' cannot apply hadamard='qkv'"]),
+        (("--on-unsupported", "ignore"), ["on_unsupported", "'fallback', 'raise'", "'ignore'"]),
+    ],
+)
+def test_settings_that_are_an_error_of_lpattn_give_1_as_in_other_commands(
+    cli: Cli, options: tuple[str, ...], texts: list[str]
+) -> None:
+    result = cli(*CALL, *options)
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("lpattn: ")
+    assert [text for text in texts if text not in result.err] == []
 
 
 def test_the_shape_is_required(cli: Cli) -> None:
@@ -164,5 +178,5 @@ def test_the_shape_is_required(cli: Cli) -> None:
 def test_an_unknown_name_in_the_environment_is_an_error(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LPATTN_BACKEND", "fp8_fa33")
     result = cli(*CALL)
-    assert result.code == 2
+    assert result.code == 1
     assert "LPATTN_BACKEND='fp8_fa33'" in result.err

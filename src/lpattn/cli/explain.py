@@ -10,7 +10,6 @@ from lpattn.calls import default_scale, device_capability
 from lpattn.cli import compiled
 from lpattn.cli.text import explanation_data, print_json
 from lpattn.dispatch import explain_call
-from lpattn.errors import InvalidArgumentError, UnknownBackendError
 from lpattn.registry import local_devices
 from lpattn.settings import make_settings
 from lpattn.types import AttentionCall, CausalKind, HadamardMode, MaskKind, Provenance
@@ -23,18 +22,17 @@ _OF_THE_CALL = ("kv_heads", "kv_len", "head_dim_v", "causal", "mask", "dtype", "
 
 
 def run(arguments: Namespace) -> int:
-    """Print the explanation. Returns 0 where the call runs, 1 where it would be an error."""
+    """Print the explanation. Returns 0 where the call runs, 1 where it would be an error.
+
+    Raises:
+        UnknownBackendError, InvalidArgumentError: of the settings.
+    """
     if arguments.compiled is not None:
         _check_compiled(arguments)
         return compiled.run(arguments)
     _check(arguments)
-    try:
-        settings = make_settings(arguments.backend, arguments.hadamard, arguments.on_unsupported, Provenance.ARGUMENT)
-        explanation = explain_call(describe(arguments, settings.hadamard), settings)
-    except UnknownBackendError as error:
-        arguments.parser.error(str(error))
-    except InvalidArgumentError as error:
-        arguments.parser.error(str(error))
+    settings = make_settings(arguments.backend, arguments.hadamard, arguments.on_unsupported, Provenance.ARGUMENT)
+    explanation = explain_call(describe(arguments, settings.hadamard), settings)
     if arguments.json:
         print_json({**explanation_data(explanation), "hypothetical": arguments.arch is not None})
     else:

@@ -95,7 +95,7 @@ def _add_explain(commands: _Commands[argparse.ArgumentParser]) -> argparse.Argum
     parser = _add(commands, "explain", "Say which backend would run an attention call, and why the others would not.")
     parser.epilog = (
         "Allocates no tensors, but with --compiled. "
-        "Exit status: 0 if the call runs, 1 if it would be an error, 2 for bad usage."
+        "Exit status: 0 if the call runs, 1 if it or its settings would be an error, 2 for bad usage."
     )
     subject = parser.add_mutually_exclusive_group(required=True)
     subject.add_argument("--shape", type=shape, metavar="B,H,S,D", help="shape of the queries")
