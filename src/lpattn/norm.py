@@ -47,19 +47,24 @@ def check_norm(query: torch.Tensor, norm: Norm | None) -> None:
     """Refuse a norm that does not fit q and k [B, S, H, D].
 
     Raises:
-        InvalidArgumentError: its type, an eps, or a weight's shape, dtype or device is wrong.
+        InvalidArgumentError: its type, an eps, or a weight's type, shape, dtype or device is wrong.
     """
     if norm is None:
         return
     if not isinstance(norm, Norm):
         raise InvalidArgumentError(f"norm must be a lpattn.Norm; got {type(norm).__name__}")
     for name, eps, weight in (("q", norm.eps_q, norm.weight_q), ("k", norm.eps_k, norm.weight_k)):
+        number = isinstance(eps, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(eps, bool)
+        if eps is not None and not number:
+            raise InvalidArgumentError(f"norm.eps_{name} must be a number, or None; got {eps!r} ({type(eps).__name__})")
         if eps is not None and not 0.0 <= eps < float("inf"):
             raise InvalidArgumentError(f"norm.eps_{name} must be at least 0 and finite, or None; got {eps}")
         if weight is None:
             continue
         if eps is None:
             raise InvalidArgumentError(f"norm.weight_{name} is given, but norm.eps_{name} is None: {name} has no norm")
+        if not isinstance(weight, torch.Tensor):
+            raise InvalidArgumentError(f"norm.weight_{name} must be a tensor, or None; got {type(weight).__name__}")
         if tuple(weight.shape) != query.shape[-1:] or not weight.dtype.is_floating_point:
             raise InvalidArgumentError(
                 f"norm.weight_{name} must be floating point of shape [head_dim] = {list(query.shape[-1:])}; got "

@@ -80,6 +80,8 @@ def check_rope(
     for name, table, _ in tables:
         if not isinstance(table, torch.Tensor):
             raise InvalidArgumentError(f"{name} must be a tensor; got {table!r} ({type(table).__name__})")
+        if table.is_complex():
+            raise InvalidArgumentError(f"{name} must be real, a number for each lane; got {table.dtype}")
     rotary_dim = cos.shape[-1] if cos.dim() else 0
     if rotary_dim % 2 or not 0 < rotary_dim <= query.shape[-1]:
         raise InvalidArgumentError(

@@ -160,6 +160,11 @@ ROPE = {
         {},
         "sin must be on cpu as q and k are; got meta",
     ),
+    "complex": (
+        (QR, QR, QR, COS, COS),
+        {"cos_k": COS, "sin_k": COS.to(torch.complex64)},
+        "sin_k must be real, a number for each lane; got torch.complex64",
+    ),
     "no_head_axis": (
         (QR, QR, QR, x(6, 8), x(6, 8)),
         {},

@@ -127,6 +127,9 @@ def test_the_report_says_who_normalized(backends):
     ("norm", "text"),
     [
         ("rms", "norm must be a lpattn.Norm; got str"),
+        (Norm("a", None), "norm.eps_q must be a number, or None; got 'a' (str)"),
+        (Norm(EPS, True), "norm.eps_k must be a number, or None; got True (bool)"),
+        (Norm(EPS, EPS, [1.0] * 8), "norm.weight_q must be a tensor, or None; got list"),
         (Norm(-1.0, EPS), "norm.eps_q must be at least 0 and finite, or None; got -1.0"),
         (Norm(EPS, float("inf")), "norm.eps_k must be at least 0 and finite, or None; got inf"),
         (
