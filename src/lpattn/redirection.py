@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from lpattn import ops
 from lpattn.active import active, outside_redirection
-from lpattn.calls import cast_like_autocast, is_grouped, needs_grad
+from lpattn.calls import cast_like_autocast, is_grouped, needs_grad, without_causal_bias
 from lpattn.errors import InvalidArgumentError, UnsupportedCallError
 from lpattn.execute import attend
 from lpattn.plan import refusal_outside
@@ -31,6 +31,8 @@ def redirect(
     settings: Settings,
 ) -> Any:
     """A call of SDPA that was intercepted; arguments and result are SDPA's."""
+    # It overrides SDPA itself, but a mode comes first, and no operator of a graph would know of it.
+    attn_mask, is_causal = without_causal_bias(attn_mask, is_causal, query)
     if is_traced():
         if not enable_gqa and is_grouped(query, key):  # SDPA refuses the call
             return _sdpa_itself(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)

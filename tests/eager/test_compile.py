@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import lpattn
 
@@ -178,3 +179,37 @@ def test_every_class_has_a_recompile_limit_of_its_own(classes, x, marked):
     for block in blocks:
         block.compile(backend="eager", fullgraph=True)
     torch.testing.assert_close(model(x), expected)
+
+
+class Biased(torch.nn.Module):
+    def forward(self, q, k, bias):
+        return F.scaled_dot_product_attention(q, k, k, bias)
+
+
+def biased_in_context(q, k, bias):
+    with lpattn.low_precision_attention("marked"):
+        return F.scaled_dot_product_attention(q, k, k, bias)
+
+
+@pytest.mark.parametrize("how", [None, "eager", "inductor"])
+@pytest.mark.parametrize("make", [causal_lower_right, causal_upper_left])
+def test_a_causal_bias_is_aligned_where_it_says(marked, how, make):
+    q, k, bias = torch.randn(1, 4, 5, 16), torch.randn(1, 4, 8, 16), make(5, 8)
+    expected = F.scaled_dot_product_attention(q, k, k, bias) * 2.0
+    applied = lpattn.apply_low_precision_attention(Biased(), "marked")
+    for run in (applied, biased_in_context):
+        found = (run if how is None else torch.compile(run, backend=how, fullgraph=True))(q, k, bias)
+        assert type(found) is torch.Tensor
+        torch.testing.assert_close(found, expected)
+    assert low_calls(applied) == {"": 1}
+    assert len(marked.calls) == 2
+
+
+def test_a_causal_bias_that_stays_sdpa(marked):
+    q, bias = torch.randn(1, 4, 8, 16), causal_upper_left(8, 8)
+    model = lpattn.apply_low_precision_attention(Biased(), "marked", on_unsupported="fallback")
+    with torch.enable_grad():
+        found = torch.compile(model, backend="aot_eager", fullgraph=True)(q.requires_grad_(), q, bias)
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(q, q, q, bias))
+    assert found.requires_grad
+    assert not marked.calls
