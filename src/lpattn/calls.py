@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -105,9 +106,15 @@ def problem_with(
         return f"attn_mask must be bool, float32 or of q's dtype, {query.dtype}; got {attn_mask.dtype}"
     full = (batch, heads, q_len, kv_len)
     shape = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
-    if any(m not in (1, f) for m, f in zip(shape, full, strict=True)):
+    if not fits(shape, full):
         return f"attn_mask {list(attn_mask.shape)} must broadcast to [B, H, q_len, kv_len] = {list(full)}"
     return None
+
+
+def fits(shape: Sequence[int], full: Sequence[int]) -> bool:
+    """Whether a shape of as many dimensions broadcasts to the full one."""
+    # Not by ``in``: for Dynamo a symbol is not in (1, 3) even where it stands for 3.
+    return all(size == 1 or size == limit for size, limit in zip(shape, full, strict=True))
 
 
 def usual_types(
@@ -166,11 +173,14 @@ def check_inputs(
         raise InvalidArgumentError(f"dropout_p must lie in [0, 1]; got {dropout_p}")
     query, key, value, attn_mask = cast_like_autocast(query, key, value, attn_mask)
     if query.dim() == key.dim() == value.dim() == 4 and (attn_mask is None or attn_mask.dim() <= 4):
-        batches = {query.shape[0], key.shape[0], value.shape[0]}
-        if len(batches) == 2 and 1 in batches:
-            return  # PyTorch broadcasts them
+        batches = query.shape[0], key.shape[0], value.shape[0]
+        # Not by a set: Dynamo and export would have a graph for each size.
+        if not batches[0] == batches[1] == batches[2]:
+            others = [size for size in batches if size != 1]
+            if all(size == others[0] for size in others):
+                return  # PyTorch broadcasts them
         if problem := problem_with(query, key, value, attn_mask):
-            raise InvalidArgumentError(problem + _layout_hint(query, key))
+            raise InvalidArgumentError(f"{problem}{_layout_hint(query, key)}")
     elif query.dim() < 2 or key.dim() < 2 or value.dim() < 2:
         raise InvalidArgumentError(
             f"q, k, v must be [B, H, S, D]; got {list(query.shape)}, {list(key.shape)}, {list(value.shape)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from lpattn.calls import fits
 from lpattn.errors import InvalidArgumentError
 
 
@@ -96,9 +97,9 @@ def check_rope(
             raise InvalidArgumentError(f"{name} must be on {x.device} as q and k are; got {table.device}")
         shape = (1,) * (4 - table.dim()) + tuple(table.shape)
         # Tables without an axis for heads would broadcast positions over heads: ask for the axis, do not guess.
-        headless = table.dim() < 3 or (table.dim() == 3 and shape[1] in (1, full[0]) and shape[2] == full[1] != 1)
-        fits = len(shape) == 4 and shape[3] == rotary_dim and not headless
-        if not fits or any(t not in (1, f) for t, f in zip(shape, full, strict=True)):
+        # The batch size is compared last: an export would keep what it was compared with as a constraint.
+        headless = table.dim() < 3 or (table.dim() == 3 and shape[2] == full[1] != 1 and fits(shape[1:2], full[:1]))
+        if len(shape) != 4 or shape[3] != rotary_dim or headless or not fits(shape, full):
             raise InvalidArgumentError(
                 f"{name} {list(table.shape)} must broadcast to [B, S, H, rotary_dim] = {list(full)}"
                 "\n[S, rotary_dim] and [B, S, rotary_dim] tables need an axis for heads: cos.unsqueeze(-2)"

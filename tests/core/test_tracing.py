@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
+from torch.export import Dim
 
 import lpattn
 from lpattn import UnsupportedCallError
@@ -62,6 +64,63 @@ def test_no_graph_is_made_per_length(add_backend, qkv):
         run(*qkv(q_len=length))
     assert len(graphs) == 1
     assert [c.q_len for c in fake.calls] == [5, 6, 7, 33, 100]
+
+
+def sdpa_of(x):
+    q = x.transpose(1, 2)
+    return lpattn.low_precision_sdpa(q, q, q, backend="bf16_reference")
+
+
+def rope_sdpa_of(x):
+    # A table without a batch size, of the one length that there is.
+    table = torch.ones(7, 1, 16)
+    return lpattn.low_precision_rope_sdpa(x, x, x, table, table, backend="bf16_reference")
+
+
+@pytest.mark.parametrize("attend", [sdpa_of, rope_sdpa_of])
+def test_no_graph_is_made_per_batch_size(attend):
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    run = torch.compile(attend, backend=counter, dynamic=True, fullgraph=True)
+    for batch in range(2, 7):
+        x = torch.randn(batch, 7, 4, 16)
+        torch.testing.assert_close(run(x), attend(x))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("attend", [sdpa_of, rope_sdpa_of])
+def test_an_export_keeps_the_batch_size_dynamic(attend, strict):
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return attend(x)
+
+    x = torch.randn(3, 7, 4, 16)
+    exported = torch.export.export(Model(), (x,), dynamic_shapes=({0: Dim("b")},), strict=strict).module()
+    for batch in (2, 7):
+        x = torch.randn(batch, 7, 4, 16)
+        torch.testing.assert_close(exported(x), attend(x))
+
+
+def test_a_mask_fits_sizes_that_are_fixed_elsewhere():
+    """Of q [3, 3, ...] under dynamic=True, one symbol stands for both sizes until the code fixes one of them."""
+
+    def run(q, mask):
+        assert q.shape[0] in {3}
+        return lpattn.low_precision_sdpa(q, q, q, mask, backend="bf16_reference")
+
+    q, mask = torch.randn(3, 3, 2, 16), torch.randn(3, 1, 1, 1)
+    torch._dynamo.reset()
+    found = torch.compile(run, backend="eager", dynamic=True, fullgraph=True)(q, mask)
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(q, q, q, mask))
+
+
+def test_wrong_sizes_are_refused_by_name_where_they_are_dynamic():
+    q, mask = torch.randn(3, 3, 2, 16), torch.randn(4, 1, 1, 1)
+    torch._dynamo.reset()
+    run = torch.compile(lpattn.low_precision_sdpa, backend="eager", dynamic=True, fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"Observed exception[\s\S]*InvalidArgumentError"):
+        run(q, q, q, mask)
 
 
 def test_unsupported_calls_raise_when_the_graph_runs(add_backend, qkv):
