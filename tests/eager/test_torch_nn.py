@@ -109,6 +109,21 @@ def test_encoder_layer(norm_first, activation, mask, how, marked):
     assert lpattn.attention_report(layer)["self_attn"].low == {"marked": 1}
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_encoder_that_looks_whether_its_mask_is_causal(causal, how, marked):
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2).eval()
+    x, mask = torch.randn(3, 6, 32), nn.Transformer.generate_square_subsequent_mask(6)
+    if not causal:
+        mask[5, 2] = -torch.inf
+    expected = model(x, mask=mask)
+    lpattn.apply_low_precision_attention(model, "bf16_reference")
+    torch.testing.assert_close(compiled(model, how)(x, mask=mask), expected)
+    lpattn.apply_low_precision_attention(model, "marked")
+    assert not torch.allclose(compiled(model, how)(x, mask=mask), expected)
+    assert [dict(layer.low) for layer in lpattn.attention_report(model).values()] == [{"marked": 1}] * 2
+
+
 def test_layer_rules_name_the_attention_inside_of_the_fast_path(marked):
     torch.manual_seed(0)
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 3).eval()

@@ -230,8 +230,9 @@ def traced_multi_head_attention_forward(
     if add_zero_attn:
         k, v = F.pad(k, (0, 0, 0, 0, 0, 1)), F.pad(v, (0, 0, 0, 0, 0, 1))
         extra_keys += 1
-    # is_causal is a hint about attn_mask: where nothing else is masked, it stands for it.
-    only_causal = is_causal and key_padding_mask is None and not extra_keys
+    # is_causal is a hint about attn_mask: where nothing else is masked, it stands for it. Not where it is a SymBool, as
+    # what nn.TransformerEncoder finds out about its mask: a graph cannot branch on that.
+    only_causal = is_causal is True and key_padding_mask is None and not extra_keys
     mask = None if only_causal else _merged_mask(attn_mask, key_padding_mask, extra_keys, batch, num_heads, q)
     q, k, v = (x.reshape(x.shape[0], batch, num_heads, -1).permute(1, 2, 0, 3) for x in (q, k, v))
     dropout = dropout_p if training else 0.0
