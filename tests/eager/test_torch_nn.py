@@ -109,6 +109,67 @@ def test_encoder_layer(norm_first, activation, mask, how, marked):
     assert lpattn.attention_report(layer)["self_attn"].low == {"marked": 1}
 
 
+def outcome(run, x):
+    """What compiled code returns; the type of its error where it raises one."""
+    torch._dynamo.reset()
+    try:
+        return torch.compile(run, backend="aot_eager", fullgraph=True)(x, is_causal=True)
+    except Exception as error:
+        return type(error)
+
+
+def hooked(layer):
+    layer.linear1.register_forward_hook(lambda *args: None)
+
+
+def with_another_eps(layer):
+    layer.norm2.eps = 1e-3
+
+
+@pytest.mark.parametrize(
+    ("fast", "options", "change"),
+    [
+        (True, {}, None),
+        (True, {"norm_first": True, "activation": "gelu"}, None),
+        (False, {"batch_first": False}, None),
+        (False, {"bias": False}, None),
+        (False, {"nhead": 1}, None),
+        (False, {"activation": nn.functional.silu}, None),
+        (False, {}, nn.Module.train),
+        (False, {}, hooked),
+        (False, {}, with_another_eps),
+    ],
+)
+def test_a_compiled_encoder_layer_takes_the_causal_hint_without_a_mask_as_the_original_does(fast, options, change):
+    """The fast path ignores it, and the slow path refuses it."""
+    torch.manual_seed(0)
+    options = {"nhead": 4, "batch_first": True, "dropout": 0.0, **options}
+    layer = nn.TransformerEncoderLayer(32, dim_feedforward=64, **options).eval()
+    if change is not None:
+        change(layer)
+    x = torch.randn(3, 6, 32)
+    expected = outcome(layer, x)
+    assert isinstance(expected, torch.Tensor) is fast
+    lpattn.apply_low_precision_attention(layer, "bf16_reference")
+    found = outcome(layer, x)
+    if fast:
+        torch.testing.assert_close(found, expected)
+        assert lpattn.attention_report(layer)["self_attn"].exact == {"requested": 1}
+    else:
+        assert found is expected
+
+
+def test_compiled_multihead_attention_refuses_the_causal_hint_without_a_mask(marked):
+    model = lpattn.apply_low_precision_attention(Attend(batch_first=True).eval(), "marked")
+    x, mask = torch.randn(3, 6, 32), torch.ones(6, 6, dtype=torch.bool).triu(1)
+    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match="Need attn_mask if specifying the is_causal hint"):
+        run(x, x, x, need_weights=False, is_causal=True)
+    assert not marked.calls
+    run(x, x, x, need_weights=False, is_causal=True, attn_mask=mask)
+    assert [call.causal for call in marked.calls] == [lpattn.CausalKind.TOP_LEFT]
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_encoder_that_looks_whether_its_mask_is_causal(causal, how, marked):
     torch.manual_seed(0)

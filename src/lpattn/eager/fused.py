@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lpattn.active import active, current_settings, excluded
+from lpattn.calls import needs_grad
 from lpattn.execute import account_outside
 from lpattn.redirection import redirect
 from lpattn.types import Reason
@@ -166,6 +167,8 @@ def traced_encoder_layer_forward(
         target_type=src.dtype,
         check_other=False,
     )
+    if src_mask is None and is_causal and _has_fast_path(layer, src):
+        is_causal = False  # the fast path takes no hint, and on the slow path one without a mask is an error
     masks = (src_mask, src_key_padding_mask)
     x = src
     if layer.norm_first:
@@ -175,8 +178,29 @@ def traced_encoder_layer_forward(
     return layer.norm2(x + layer._ff_block(x))
 
 
+def _has_fast_path(layer: nn.TransformerEncoderLayer, src: torch.Tensor) -> bool:
+    """Whether nn.TransformerEncoderLayer.forward would take its fast path; the conditions are its own."""
+    attention = layer.self_attn
+    return (
+        torch.backends.mha.get_fastpath_enabled()
+        and src.dim() == 3
+        and not layer.training
+        and attention.batch_first
+        and attention.in_proj_bias is not None
+        and attention._qkv_same_embed_dim
+        and bool(layer.activation_relu_or_gelu)
+        and layer.norm1.eps == layer.norm2.eps
+        and attention.num_heads % 2 == 0
+        and not torch.is_autocast_enabled()
+        and not any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules())
+        and not needs_grad(src, *layer.parameters())
+    )
+
+
 def can_redirect(options: Mapping[str, Any]) -> bool:
     """Whether a call of F.multi_head_attention_forward with these keyword arguments attends through SDPA."""
+    if options.get("attn_mask") is None and options.get("is_causal", False) is not False:
+        return False  # a hint about no mask, which the original refuses
     statics = options.get("static_k"), options.get("static_v")
     return not options.get("need_weights", True) and statics == (None, None) and current_settings() is not None
 
