@@ -159,6 +159,39 @@ def test_graph_breaks_are_survived(classes, x, marked):
     assert low_calls(model) == dict.fromkeys(LAYERS, 2)
 
 
+class Breaks(torch.nn.Module):
+    """A graph ends in it before it attends."""
+
+    def forward(self, q):
+        q = q + 0.5
+        torch._dynamo.graph_break()
+        return F.scaled_dot_product_attention(q, q, q)
+
+
+class Twice(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = Breaks(), Breaks()
+
+    def forward(self, q):
+        return self.b(self.a(q))
+
+
+@pytest.mark.parametrize("how", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("regional", [False, True])
+def test_attention_behind_a_graph_break(marked, how, regional):
+    model = lpattn.apply_low_precision_attention(Twice(), "marked")
+    q = torch.randn(1, 2, 5, 8)
+    expected = model(q)
+    for part in (model.a, model.b) if regional else (model,):
+        part.compile(backend=how)
+    for run in (2, 3):
+        torch.testing.assert_close(model(q), expected)
+        assert low_calls(model) == {"a": run, "b": run}
+    lpattn.remove_low_precision_attention(model)
+    assert not torch.allclose(model(q), expected)
+
+
 def test_an_untouched_model_says_so_while_it_is_traced(x):
     model = torch.nn.Sequential(torch.nn.Linear(32, 32))
     lpattn.apply_low_precision_attention(model, "bf16_reference")

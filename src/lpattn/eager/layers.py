@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from lpattn import ops
 from lpattn.active import active, included
@@ -233,9 +234,11 @@ def _make_forward(cls: type[nn.Module], class_forward: Callable[..., Any]) -> Ca
                 if self.watched is not None and not active.attended:
                     warn_untouched(self.watched.scope)
                 return result
-            if outer is not None:
+            # Behind a graph break, Dynamo compiles what runs from here on: it sees a mode, and no dispatch key.
+            compiled_inside = get_eval_frame_callback()
+            if outer is not None and not compiled_inside:
                 return run(*all_args, **kwargs)
-            with included():
+            with RedirectMode() if compiled_inside else included():
                 result = run(*all_args, **kwargs)
             if self.watched is not None and not self.watched.checked:
                 self.watched.check_intercepted()
