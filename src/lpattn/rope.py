@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from lpattn.calls import fits
 from lpattn.errors import InvalidArgumentError
 
 
@@ -97,9 +96,12 @@ def check_rope(
             raise InvalidArgumentError(f"{name} must be on {x.device} as q and k are; got {table.device}")
         shape = (1,) * (4 - table.dim()) + tuple(table.shape)
         # Tables without an axis for heads would broadcast positions over heads: ask for the axis, do not guess.
-        # The batch size is compared last: an export would keep what it was compared with as a constraint.
-        headless = table.dim() < 3 or (table.dim() == 3 and shape[2] == full[1] != 1 and fits(shape[1:2], full[:1]))
-        if len(shape) != 4 or shape[3] != rotary_dim or headless or not fits(shape, full):
+        # The batch size is compared last: an export would keep what it was compared with as a constraint. And not by
+        # ``in``: for Dynamo a symbol is not in (1, 3) even where it stands for 3.
+        of_batch = table.dim() == 3 and shape[2] == full[1] != 1 and (shape[1] == 1 or shape[1] == full[0])
+        headless = table.dim() < 3 or of_batch
+        fit = len(shape) == 4 and all(size == 1 or size == limit for size, limit in zip(shape, full, strict=True))
+        if headless or not fit or shape[3] != rotary_dim:
             raise InvalidArgumentError(
                 f"{name} {list(table.shape)} must broadcast to [B, S, H, rotary_dim] = {list(full)}"
                 "\n[S, rotary_dim] and [B, S, rotary_dim] tables need an axis for heads: cos.unsqueeze(-2)"

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from lpattn.active import active, current_settings, excluded
-from lpattn.calls import needs_grad
 from lpattn.execute import account_outside
 from lpattn.redirection import redirect
 from lpattn.types import Reason
@@ -193,7 +192,7 @@ def _has_fast_path(layer: nn.TransformerEncoderLayer, src: torch.Tensor) -> bool
         and attention.num_heads % 2 == 0
         and not torch.is_autocast_enabled()
         and not any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules())
-        and not needs_grad(src, *layer.parameters())
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in (src, *layer.parameters())))
     )
 
 
