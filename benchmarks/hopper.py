@@ -103,6 +103,7 @@ def measure(shape: Shape, timer: DeviceTimer, rounds: int, seconds: float) -> di
         "best_exact": best,
         "milliseconds": {name: t * 1e3 for name, t in seen.items()},
         "spread": {name: round(spread(t), 4) for name, t in times.items()},
+        "raw_milliseconds": {name: [round(x * 1e3, 5) for x in t] for name, t in times.items()},
         "teraflops": {name: shape.flop / t / 1e12 for name, t in seen.items()},
         "over_fa3_fp8": {n: seen[FA3_FP8] / t for n, t in seen.items() if n.startswith(KERNEL)},
         "over_best_exact": {n: seen[best] / t for n, t in seen.items() if not n.startswith(EXACT)},
