@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -196,8 +197,8 @@ def check_scale(scale: float | None) -> None:
     if scale is None:
         return
     number = isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(scale, bool)
-    # Not by math.isfinite, which Dynamo does not trace where the scale is an input of the graph.
-    if not number or not -math.inf < scale < math.inf:
+    # Not by math.isfinite, which Dynamo does not trace where the scale is an input of the graph; and 10**400 is an int.
+    if not number or not -sys.float_info.max <= scale <= sys.float_info.max:
         raise InvalidArgumentError(
             f"scale must be a finite number, or None for 1/sqrt(head_dim); got {scale!r} ({type(scale).__name__})"
         )

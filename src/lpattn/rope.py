@@ -74,6 +74,8 @@ def check_rope(
         if not isinstance(tensor, torch.Tensor) or tensor.dim() != 4:
             got = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise InvalidArgumentError(f"{name} must be a [B, S, H, D] tensor; got {got}")
+        if tensor.is_nested:
+            raise InvalidArgumentError(f"{name} is a nested tensor; a rotation takes plain [B, S, H, D] tensors")
     tables = [("cos", cos, query), ("sin", sin, query)]
     if cos_k is not None and sin_k is not None:
         tables += [("cos_k", cos_k, key), ("sin_k", sin_k, key)]

@@ -33,6 +33,7 @@ SDPA = {
     "scale_nan": ((Q, Q, Q), {"scale": math.nan}, SCALE + "nan (float)"),
     "scale_inf": ((Q, Q, Q), {"scale": -math.inf}, SCALE + "-inf (float)"),
     "scale_bool": ((Q, Q, Q), {"scale": True}, SCALE + "True (bool)"),
+    "scale_huge": ((Q, Q, Q), {"scale": 10**400}, SCALE + f"{10**400} (int)"),
     "dtypes": (
         (Q, Q.half(), Q),
         {},
@@ -159,6 +160,11 @@ ROPE = {
         (QR, QR, QR, COS, x(1, 6, 1, 8, device="meta")),
         {},
         "sin must be on cpu as q and k are; got meta",
+    ),
+    "nested": (
+        (torch.nested.nested_tensor([x(5, 4, 8), x(6, 4, 8)], layout=torch.jagged), QR, QR, COS, COS),
+        {},
+        "query is a nested tensor; a rotation takes plain [B, S, H, D] tensors",
     ),
     "complex": (
         (QR, QR, QR, COS, COS),
