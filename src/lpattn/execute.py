@@ -61,9 +61,10 @@ def attend(
     plan = make_plan(
         query, key, value, attn_mask, dropout_p, is_causal, scale, settings, return_lse, gradient, check=check
     )
-    if plan.grouped and not (enable_gqa or check):
-        with outside_redirection():  # refuses the call
-            return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+    if plan.grouped and not (enable_gqa or check):  # which SDPA refuses
+        return _outside_sdpa(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse, plan.choice
+        )
     if ledger is not None or not plan.quiet:
         account(plan.call, plan.choice, settings, ledger)
     if plan.call is None:

@@ -45,7 +45,8 @@ def measured_speedup(backend: str, call: AttentionCall) -> float:
     """
     if call.capability is None or call.q_len <= 1:
         return 0.0
-    mask = {MaskKind.NONE: "none", MaskKind.BOOL: "none" if call.key_padding else "dense"}.get(call.mask, "additive")
+    additive, whole_keys = call.mask is MaskKind.ADDITIVE, call.mask is MaskKind.NONE or call.key_padding
+    mask = "additive" if additive else "none" if whole_keys else "dense"
     grouped = call.num_kv_heads != call.num_heads
     points = _tables().get(
         (

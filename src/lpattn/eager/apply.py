@@ -50,6 +50,11 @@ def apply_low_precision_attention(
         InvalidArgumentError: a wrong value, or options that contradict each other.
     """
     root = unwrapped(model)
+    if isinstance(root, torch.jit.ScriptModule):
+        raise InvalidArgumentError(
+            f"{type(root).__name__} is a module of torch.jit, which takes no other forward; apply to the module that "
+            "it was made from, or to one that calls it"
+        )
     application = Application(root)
     base = make_settings(backend, hadamard, on_unsupported, Provenance.MODEL)
     base = replace(base, scope=application.scope)
@@ -60,11 +65,6 @@ def apply_low_precision_attention(
         (module, _layer_settings(base, rule, on_unsupported))
         for (_, module), (_, rule) in zip(coverable, rules, strict=True)
     ]
-    if isinstance(root, torch.jit.ScriptModule):
-        raise InvalidArgumentError(
-            f"{type(root).__name__} is a module of torch.jit, which takes no other forward; apply to the module that "
-            "it was made from, or to one that calls it"
-        )
     if not covered:
         raise InvalidArgumentError(
             f"{type(model).__name__} has no module that could run attention; pass the model, not a layer of torch.nn "

@@ -55,11 +55,7 @@ class Tile(NamedTuple):
     across: int
 
 
-EXPONENTIALS = {
-    "linear": softmax.LINEAR.value,
-    "step": softmax.STEP.value,
-    "ex2": softmax.EX2.value,
-}
+EXPONENTIALS = {"linear": softmax.LINEAR.value, "step": softmax.STEP.value, "ex2": softmax.EX2.value}
 
 TILES = {
     64: Tile(
