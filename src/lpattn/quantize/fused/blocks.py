@@ -36,7 +36,7 @@ _TURNED_REGISTERS = 128
 """Per thread of 8 warps, up to 128 lanes: two programs run on a multiprocessor, at the price of a few spills. There
 would be many where q and k are also transformed, or partners are loaded once more."""
 _MOST_HEADS = 8
-_Q_PROGRAMS, _K_PROGRAMS = 8, 2
+_Q_PROGRAMS, _K_PROGRAMS = 4, 1
 """Programs per multiprocessor below which a program takes no more heads, up to the most."""
 
 _ROW_BYTES = 16

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from lpattn.quantize.fused import layout
-from lpattn.quantize.fused.tile import hadamard, store_tile
+from lpattn.quantize.fused.tile import NO_ROPE, hadamard, store_tile
 
 
 @triton.jit(do_not_specialize=["batch", "heads", "kv_heads", "q_len", "each", "limit"])
@@ -50,4 +50,4 @@ def restore(
                 low = tl.where(low == low, tl.clamp(low, -limit, limit), low)
                 high = tl.where(high == high, tl.clamp(high, -limit, limit), high)
             dtype: tl.constexpr = to.dtype.element_ty
-            store_tile(to + start, rows, rows < q_len, heads * D, low.to(dtype), high.to(dtype), D, HALF)
+            store_tile(to + start, rows, rows < q_len, heads * D, low.to(dtype), high.to(dtype), D, HALF, NO_ROPE)

@@ -20,7 +20,9 @@ from lpattn.quantize.fused.per_head import QK_FLOOR
 from lpattn.quantize.fused.sample import sampled_tokens
 from lpattn.quantize.fused.tile import (
     E4M3_MAX,
+    KEPT,
     NO_ROPE,
+    PASSING,
     V_UNIT,
     inverse_power_of_two,
     load_angles,
@@ -32,6 +34,7 @@ from lpattn.quantize.fused.tile import (
     store_tile,
     to_int8,
     transform_tile,
+    turns_whole,
     zero_bits_from,
 )
 
@@ -145,6 +148,7 @@ def quantize_blocks(
     q_all = batch * q_parts * q_tiles
     qk_all = q_all + batch * k_parts * blocks
     slots = tl.arange(0, BLOCK)
+    LINES: tl.constexpr = PASSING if turns_whole(ROPE) else KEPT
     HALF: tl.constexpr = LANES // 2
     WRITTEN: tl.constexpr = LANES if HADAMARD_QK else D
     lanes = tl.arange(0, HALF)
@@ -160,7 +164,8 @@ def quantize_blocks(
             cos_q, sin_q, q_rows, q_used, b, first, turn_q_b, turn_q_h, turn_q_s, turn_q_d,
             TURN_UNIT, TURN_DENSE, HALF, ROPE, ROTARY,
         )  # fmt: skip
-        low_next, high_next = load_tile(q + (b * q_b + first * q_h) * UNIT, q_rows, q_used, stride_s, stride_d, D, HALF)
+        start = q + (b * q_b + first * q_h) * UNIT
+        low_next, high_next = load_tile(start, q_rows, q_used, stride_s, stride_d, D, HALF, LINES)
         # Without angles, there is one head: this is no loop.
         for i in tl.range(0, 1 if ROPE == NO_ROPE else q_each, num_stages=1):
             # Where the last program has fewer heads, it takes its last one again, and writes the same.
@@ -171,7 +176,7 @@ def quantize_blocks(
                 # The next head is on its way while this one is turned.
                 follows = q + (b * q_b + tl.minimum(h + 1, heads - 1) * q_h) * UNIT
                 wanted = q_rows < q_len * tl.minimum(q_each - 1 - i, 1)
-                low_next, high_next = load_tile(follows, q_rows, wanted, stride_s, stride_d, D, HALF)
+                low_next, high_next = load_tile(follows, q_rows, wanted, stride_s, stride_d, D, HALF, LINES)
             q_low, q_high, times = transform_tile(
                 q_low, q_high, q + (b * q_b + h * q_h) * UNIT, q_rows, q_used, stride_s, stride_d,
                 weight_q, weight_low, weight_high, eps_q, angles, True, D, HALF, NORM, ROPE, ROTARY, HADAMARD_QK,
@@ -190,7 +195,8 @@ def quantize_blocks(
                 q_low, q_high, times, largest, _spoiled(q_low, q_high)[:, None], qk_max, q_out.dtype.element_ty,
                 WRITTEN, INTERPRETED,
             )  # fmt: skip
-            store_tile(q_out + row * q_len * D_OUT, q_rows, q_used, D_OUT, q_low_out, q_high_out, D_OUT, HALF)
+            q_at = q_out + row * q_len * D_OUT
+            store_tile(q_at, q_rows, q_used, D_OUT, q_low_out, q_high_out, D_OUT, HALF, ROPE)
             tl.store(q_scale + row * q_len + q_rows[:, None], of_rows, mask=q_used[:, None])
     elif program < qk_all:
         block, part = (program - q_all) % blocks, ((program - q_all) // blocks).to(tl.int64)
@@ -217,7 +223,8 @@ def quantize_blocks(
                 k_out.dtype.element_ty, WRITTEN, INTERPRETED,
             )  # fmt: skip
             # The last block is whole, its tail zeros.
-            store_tile(k_out + row * blocks * BLOCK * D_OUT, rows, rows >= 0, D_OUT, low_out, high_out, D_OUT, HALF)
+            k_at = k_out + row * blocks * BLOCK * D_OUT
+            store_tile(k_at, rows, rows >= 0, D_OUT, low_out, high_out, D_OUT, HALF, ROPE)
             tl.store(k_scale + row * blocks + block, scale)
     else:
         HALF_V: tl.constexpr = LANES_V // 2
@@ -250,7 +257,8 @@ def quantize_blocks(
             tl.store(v_at + HALF_V * BLOCK, tl.trans(round_e4m3(v_high, INTERPRETED)), mask=above)
         else:
             v_start = v_out + row * blocks * BLOCK * D_V_OUT
-            store_tile(v_start, rows, rows >= 0, D_V_OUT, v_low.to(tl.float16), v_high.to(tl.float16), D_V_OUT, HALF_V)
+            v_low, v_high = v_low.to(tl.float16), v_high.to(tl.float16)
+            store_tile(v_start, rows, rows >= 0, D_V_OUT, v_low, v_high, D_V_OUT, HALF_V, NO_ROPE)
 
 
 @triton.jit
@@ -294,7 +302,8 @@ def _qk_tile(
 ):  # fmt: skip
     """Tokens of a head of q or k, normalized, rotated and transformed: what :func:`transform_tile` returns."""
     stride_s, stride_d = stride_s * UNIT, 1 if DENSE else stride_d
-    low, high = load_tile(x, tokens, used, stride_s, stride_d, D, HALF)
+    LINES: tl.constexpr = PASSING if turns_whole(ROPE) else KEPT
+    low, high = load_tile(x, tokens, used, stride_s, stride_d, D, HALF, LINES)
     angles = _angles(
         cos, sin, tokens, used, b, h, turn_b, turn_h, turn_s, turn_d, TURN_UNIT, TURN_DENSE, HALF, ROPE, ROTARY
     )  # fmt: skip
@@ -324,7 +333,7 @@ def _v_tile(
 ):  # fmt: skip
     """Tokens of a head of v, transformed: two float32 tensors [BLOCK, HALF]."""
     stride_s, stride_d = stride_s * UNIT, 1 if DENSE else stride_d
-    low, high = load_tile(x, tokens, used, stride_s, stride_d, D, HALF)
+    low, high = load_tile(x, tokens, used, stride_s, stride_d, D, HALF, KEPT)
     low, high, _ = transform_tile(
         low, high, x, tokens, used, stride_s, stride_d, None, 1.0, 1.0, 0.0, (1.0, 1.0, 1.0, 1.0), True,
         D, HALF, False, NO_ROPE, 0, HADAMARD,

@@ -15,6 +15,7 @@ from lpattn.quantize.fused.layout import FEW, PART, part_size, sample_size
 from lpattn.quantize.fused.sample import estimated_scale, sampled_tokens, smoothing_constant
 from lpattn.quantize.fused.tile import (
     E4M3_MAX,
+    KEPT,
     NO_ROPE,
     inverse_power_of_two,
     load_angles,
@@ -136,7 +137,7 @@ def _sample_part(
         if keys is not None:
             if which > 0:
                 tokens = tl.load(keys + b * kv_len + tokens, mask=used, other=0).to(tl.int64)
-        low, high = load_tile(x, tokens, used, stride_s, stride_d, D, HALF)
+        low, high = load_tile(x, tokens, used, stride_s, stride_d, D, HALF, KEPT)
         low, high, of_rows = transform_tile(
             low, high, x, tokens, used, stride_s, stride_d, norm_weight, weight_low, weight_high, eps,
             load_angles(cos, sin, tokens, used, turn_s, turn_d, HALF, ROPE, ROTARY), True,
@@ -326,7 +327,7 @@ def _quantize_tiles(
                 low, high = tl.where(used[:, None], low, 0.0), tl.where(used[:, None], high, 0.0)
             store_tile(
                 out + head * room * D, rows, rows < room, D,
-                to_e4m3(low, INTERPRETED), to_e4m3(high, INTERPRETED), D, HALF,
+                to_e4m3(low, INTERPRETED), to_e4m3(high, INTERPRETED), D, HALF, ROPE,
             )  # fmt: skip
             # inf times 0 is NaN, which a maximum leaves out.
             finite_or_nan = tl.maximum(tl.abs(low + low * 0.0), tl.abs(high + high * 0.0))
@@ -371,5 +372,5 @@ def _load(
     used = rows < tl.where(index < end, length, 0)
     tokens = _tokens(keys, which, b, kv_len, rows, used)
     return load_tile(
-        x + (first_head + index // tiles).to(tl.int64) * stride_h, tokens, used, stride_s, stride_d, D, HALF
+        x + (first_head + index // tiles).to(tl.int64) * stride_h, tokens, used, stride_s, stride_d, D, HALF, KEPT
     )

@@ -16,7 +16,19 @@ INTERLEAVED = tl.constexpr(2)
 HALF_SPLIT_PARTIAL = tl.constexpr(3)
 """Half-split on some leading lanes, or on a head_dim that is no power of two: partners are loaded once more."""
 
+
+@triton.constexpr_function
+def turns_whole(rope):
+    """Whether there is a rotation for which a tile holds all that it needs."""
+    return rope in (HALF_SPLIT.value, INTERLEAVED.value)
+
+
 E4M3_MAX = tl.constexpr(448.0)
+
+KEPT = tl.constexpr("")
+"""For :func:`load_tile`: as the cache has it."""
+PASSING = tl.constexpr("evict_first")
+"""For :func:`load_tile`: they make room for the angles, which the next head turns by as well."""
 
 V_UNIT = tl.constexpr(2.0**0.5)
 """Scales of v are powers of two times this. Values of bfloat16 lie on e4m3's midpoints now and then; less a small
@@ -25,12 +37,16 @@ show it."""
 
 
 @triton.jit
-def load_tile(x, rows, used, stride_s, stride_d, D: tl.constexpr, HALF: tl.constexpr):
-    """Load tokens ``rows`` of a head, from its token 0 at x: two tensors [TOKENS, HALF], zero where not ``used``."""
+def load_tile(x, rows, used, stride_s, stride_d, D: tl.constexpr, HALF: tl.constexpr, LINES: tl.constexpr):
+    """Load tokens ``rows`` of a head, from its token 0 at x: two tensors [TOKENS, HALF], zero where not ``used``.
+
+    LINES says what becomes of their lines in the L1 cache: KEPT or PASSING.
+    """
     lanes = tl.arange(0, HALF)
     at = x + rows[:, None].to(tl.int64) * stride_s + lanes[None, :] * stride_d
-    low = tl.load(at, mask=used[:, None] & (lanes < D)[None, :], other=0.0)
-    high = tl.load(at + HALF * stride_d, mask=used[:, None] & (lanes < D - HALF)[None, :], other=0.0)
+    low_used, high_used = used[:, None] & (lanes < D)[None, :], used[:, None] & (lanes < D - HALF)[None, :]
+    low = tl.load(at, mask=low_used, other=0.0, eviction_policy=LINES)
+    high = tl.load(at + HALF * stride_d, mask=high_used, other=0.0, eviction_policy=LINES)
     return low, high
 
 
@@ -52,6 +68,8 @@ def load_angles(
 ):  # fmt: skip
     """What tokens ``rows`` of a head turn by, from its token 0 at cos and sin, for :func:`transform_tile`.
 
+    They stay in the L1 cache for as long as that can be had: other heads turn by the same.
+
     Returns:
         Of the lower and of the upper half, cos and sin, float32 [TOKENS, HALF], 1 and 0 where nothing turns; without a
         rotation, ones that nobody reads.
@@ -63,10 +81,11 @@ def load_angles(
         at = rows[:, None].to(tl.int64) * stride_s + lanes[None, :] * stride_d
         low_turns = used[:, None] & (lanes < ROTARY)[None, :]
         high_turns = used[:, None] & (lanes < ROTARY - HALF)[None, :]
-        cos_low = tl.load(cos + at, mask=low_turns, other=1.0).to(tl.float32)
-        sin_low = tl.load(sin + at, mask=low_turns, other=0.0).to(tl.float32)
-        cos_high = tl.load(cos + at + HALF * stride_d, mask=high_turns, other=1.0).to(tl.float32)
-        sin_high = tl.load(sin + at + HALF * stride_d, mask=high_turns, other=0.0).to(tl.float32)
+        cos_low = tl.load(cos + at, mask=low_turns, other=1.0, eviction_policy="evict_last").to(tl.float32)
+        sin_low = tl.load(sin + at, mask=low_turns, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        at += HALF * stride_d
+        cos_high = tl.load(cos + at, mask=high_turns, other=1.0, eviction_policy="evict_last").to(tl.float32)
+        sin_high = tl.load(sin + at, mask=high_turns, other=0.0, eviction_policy="evict_last").to(tl.float32)
         return cos_low, sin_low, cos_high, sin_high
 
 
@@ -241,9 +260,16 @@ def zero_bits_from(codes, lanes, D: tl.constexpr):
 
 
 @triton.jit
-def store_tile(out, rows, written, stride_s, low, high, D: tl.constexpr, HALF: tl.constexpr):
-    """Store two halves [TOKENS, HALF] as tokens ``rows`` of a head with contiguous lanes."""
+def store_tile(
+    out, rows, written, stride_s, low, high, D: tl.constexpr, HALF: tl.constexpr, ROPE: tl.constexpr
+):  # fmt: skip
+    """Store two halves [TOKENS, HALF] as tokens ``rows`` of a head with contiguous lanes, which ROPE turned."""
     lanes = tl.arange(0, HALF)
+    # A thread loads the lanes that it stores, 16 of 8 bits unless told otherwise. These are 64 bytes of a table of
+    # float32, which it would fetch 16 at a time, while its neighbours fetch from other lines.
+    AT_ONCE: tl.constexpr = 8 if turns_whole(ROPE) else 16
+    GROUP: tl.constexpr = AT_ONCE if AT_ONCE < HALF else HALF
     at = out + rows[:, None].to(tl.int64) * stride_s + lanes[None, :]
-    tl.store(at, low, mask=written[:, None] & (lanes < D)[None, :])
-    tl.store(at + HALF, high, mask=written[:, None] & (lanes < D - HALF)[None, :])
+    low_at, high_at = tl.max_contiguous(at, (1, GROUP)), tl.max_contiguous(at + HALF, (1, GROUP))
+    tl.store(low_at, low, mask=written[:, None] & (lanes < D)[None, :])
+    tl.store(high_at, high, mask=written[:, None] & (lanes < D - HALF)[None, :])
