@@ -1,7 +1,8 @@
 """Time and bandwidth of quantizing q, k and v, against a plain copy on the device that moves as many bytes.
 
-The bytes of a call are those that must move: every input (with RoPE its tables, too) read once, every e4m3 output
-written once. The copy reads half of them and writes the other half. Both are timed in the same rounds, in two ways:
+"per_head" has the scales that FlashAttention-3 reads, "per_block" those that lpattn's own kernels read. The bytes of a
+call are those that must move: every input (with RoPE its tables, too) read once, every e4m3 output written once. The
+copy reads half of them and writes the other half. Both are timed in the same rounds, in two ways:
 
 * events: GPU events around several calls in a row. Where the host launches more slowly than the GPU works, this is the
   host's time.

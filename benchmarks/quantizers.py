@@ -12,9 +12,10 @@ import torch
 from cases import Shape, Tensors, decibels
 from labels import name_of
 
+from lpattn.norm import normalize_both
 from lpattn.quantize import hadamard_transform
 from lpattn.rope import rotate
-from lpattn.types import HadamardMode
+from lpattn.types import HadamardMode, Norm
 
 LAYOUTS = ("bhsd", "bshd")
 """Memory layouts, as the dimensions from the slowest to the fastest; q, k and v are always seen as [B, H, S, D]."""
@@ -22,7 +23,7 @@ LAYOUTS = ("bhsd", "bshd")
 
 @dataclass(frozen=True)
 class Inputs:
-    """q, k, v [B, H, S, D] bfloat16, and tables [1, S, 1, D] that rotate q and k."""
+    """q, k, v [B, H, S, D] bfloat16, tables [1, S, 1, D] that rotate q and k, and the norm in front of that."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -30,6 +31,7 @@ class Inputs:
     cos: torch.Tensor
     sin: torch.Tensor
     interleaved: bool
+    norm: Norm
 
     def tables(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The tables as [B, S, H, D] of x: q or k."""
@@ -48,12 +50,13 @@ class Kind:
 
     mode: HadamardMode = HadamardMode.NONE
     rope: bool = False
+    norm: bool = False
 
     def name(self, quantizer: str) -> str:
-        return name_of(quantizer, self.mode) + ("+rope" if self.rope else "")
+        return name_of(quantizer, self.mode) + ("+norm" if self.norm else "") + ("+rope" if self.rope else "")
 
 
-KINDS = (Kind(), Kind(HadamardMode.QKV), Kind(HadamardMode.V_ONLY), Kind(rope=True))
+KINDS = (Kind(), Kind(HadamardMode.QKV), Kind(HadamardMode.V_ONLY), Kind(rope=True), Kind(rope=True, norm=True))
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Quantizer:
     """A quantization of q, k and v under test.
 
     Attributes:
-        run: takes q, k, v, and by keyword ``hadamard`` and ``rope``.
+        run: takes q, k, v, and by keyword ``hadamard``, ``rope`` and ``norm``.
         dequantized: what its result stands for: q, k and v as float32 [B, H, S, D], not transformed any more.
     """
 
@@ -72,7 +75,10 @@ class Quantizer:
 def quantizers() -> dict[str, Quantizer]:
     from lpattn.quantize import fused
 
-    return {"per_head": Quantizer(fused.quantize_per_head, dequantized_per_head)}
+    return {
+        "per_head": Quantizer(fused.quantize_per_head, dequantized_per_head),
+        "per_block": Quantizer(fused.quantize_per_block, dequantized_per_block),
+    }
 
 
 def dequantized_per_head(quantized: Any) -> Tensors:
@@ -83,6 +89,30 @@ def dequantized_per_head(quantized: Any) -> Tensors:
         _value(quantized.key, quantized.k_descale, k_constant, qk),
         _value(quantized.value, quantized.v_descale, v_constant, v),
     )
+
+
+def dequantized_per_block(quantized: Any) -> Tensors:
+    qk, v = quantized.hadamard is HadamardMode.QKV, quantized.hadamard is not HadamardMode.NONE
+    found = []
+    for data, scale, constant, transformed in (
+        (quantized.query, quantized.q_scale, None, qk),
+        (quantized.key, quantized.k_scale.repeat_interleave(128, -1), quantized.k_constant, qk),
+        (in_order(quantized.value), quantized.v_scale.repeat_interleave(128, -1), quantized.v_constant, v),
+    ):
+        x = data.float() * scale[..., None]
+        if constant is not None:
+            x = x[:, :, : quantized.kv_len] + constant[:, :, None, : x.shape[-1]]
+        found.append((hadamard_transform(x) if transformed else x)[..., : quantized.dim_v])
+    q, k, v_found = found
+    return q, k, v_found
+
+
+def in_order(value: torch.Tensor) -> torch.Tensor:
+    """V of :class:`lpattn.quantize.fused.memory.PerBlock`, e4m3, as [B, Hkv, blocks * 128, lanes]."""
+    order = [16 * g + 8 * b + 2 * c + e for g in range(8) for c in range(4) for b in range(2) for e in range(2)]
+    found = torch.empty_like(value)
+    found[..., order] = value
+    return found.transpose(3, 4).flatten(2, 3)
 
 
 def _value(data: torch.Tensor, descale: torch.Tensor, constant: torch.Tensor | None, transformed: bool) -> torch.Tensor:
@@ -104,7 +134,9 @@ def make(shape: Shape, layout: str, interleaved: bool, device: str) -> Inputs:
 
     angles = 2 * math.pi * torch.rand(1, shape.length, 1, shape.head_dim, device=device)
     cos, sin = (x if interleaved else x.bfloat16() for x in (angles.cos(), angles.sin()))
-    return Inputs(one(shape.num_heads), one(shape.num_kv_heads), one(shape.num_kv_heads), cos, sin, interleaved)
+    weights = 1 + torch.randn(2, shape.head_dim, device=device, dtype=torch.bfloat16) / 10
+    norm = Norm(1e-6, 1e-6, *weights)
+    return Inputs(one(shape.num_heads), one(shape.num_kv_heads), one(shape.num_kv_heads), cos, sin, interleaved, norm)
 
 
 def bound(quantizer: Quantizer, kind: Kind, inputs: Inputs) -> Callable[[], Any]:
@@ -114,18 +146,21 @@ def bound(quantizer: Quantizer, kind: Kind, inputs: Inputs) -> Callable[[], Any]
         from lpattn.quantize.fused import Rotation
 
         rope = Rotation(*inputs.tables(inputs.q), *inputs.tables(inputs.k), inputs.interleaved)
-    return functools.partial(quantizer.run, inputs.q, inputs.k, inputs.v, hadamard=kind.mode, rope=rope)
+    norm = inputs.norm if kind.norm else None
+    return functools.partial(quantizer.run, inputs.q, inputs.k, inputs.v, hadamard=kind.mode, rope=rope, norm=norm)
 
 
 def quality(quantizer: Quantizer, kind: Kind, inputs: Inputs) -> dict[str, float]:
-    """SQNR in dB of q, k and v after quantization, against what they are after rotation alone."""
+    """SQNR in dB of q, k and v after quantization, against what they are after norm and rotation alone."""
     found = quantizer.dequantized(bound(quantizer, kind, inputs)())
-    return {name: round(_sqnr(kind, inputs, name, x), 2) for name, x in zip("qkv", found, strict=True)}
+    q, k = normalize_both(inputs.q.float(), inputs.k.float(), inputs.norm if kind.norm else None)
+    if kind.rope:
+        tables = (inputs.cos, inputs.sin, inputs.interleaved)
+        q, k = (rotate(x.transpose(1, 2), *tables).transpose(1, 2) for x in (q, k))
+    wanted = (q, k, inputs.v.float())
+    return {name: round(_sqnr(*both), 2) for name, *both in zip("qkv", wanted, found, strict=True)}
 
 
-def _sqnr(kind: Kind, inputs: Inputs, name: str, found: torch.Tensor) -> float:
-    expected = getattr(inputs, name).float()
-    if kind.rope and name != "v":
-        expected = rotate(expected.transpose(1, 2), inputs.cos, inputs.sin, inputs.interleaved).transpose(1, 2)
+def _sqnr(expected: torch.Tensor, found: torch.Tensor) -> float:
     noise = (found - expected).square().sum(dtype=torch.float64)
     return decibels(float(expected.square().sum(dtype=torch.float64)), float(noise))

@@ -150,7 +150,8 @@ def items(budget: Budget, rounds: int) -> dict[str, Callable[[], Any]]:
         return lambda: attention.measure(shape, several, rounds, seconds, **changes)
 
     def quantize(layout: str) -> Callable[[], Any]:
-        return lambda: quantization.measure(FLUX, layout, quantizers(), timers, rounds, budget.per_item, cache=cache)
+        tested = {"per_head": quantizers()["per_head"]}
+        return lambda: quantization.measure(FLUX, layout, tested, timers, rounds, budget.per_item, cache=cache)
 
     both = {"modes": ("none", "qkv"), "extras": True}
     found: dict[str, Callable[[], Any]] = {

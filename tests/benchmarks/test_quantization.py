@@ -12,6 +12,7 @@ import torch
 from cases import Shape
 from common import host_timer
 
+from lpattn.norm import normalize_both
 from lpattn.quantize import Granularity, hadamard_transform, quantize_e4m3
 from lpattn.rope import rotate
 from lpattn.types import HadamardMode
@@ -19,8 +20,9 @@ from lpattn.types import HadamardMode
 SHAPE = Shape(2, 4, 2, 65, 32, False)
 
 
-def plain(query, key, value, *, hadamard, rope):
+def plain(query, key, value, *, hadamard, rope, norm):
     """quantize_per_head in plain PyTorch, with the mean as the constant of k and v."""
+    query, key = normalize_both(query, key, norm)
     if rope is not None:
         tables = ((query, rope.cos, rope.sin), (key, rope.cos_k, rope.sin_k))
         query, key = (rotate(x.transpose(1, 2), c, s, rope.interleaved).transpose(1, 2) for x, c, s in tables)
@@ -88,6 +90,19 @@ def test_a_right_quantization_passes(kind, layout, interleaved):
     assert min(quantizers.quality(PLAIN, kind, made).values()) > quantization.FLOOR
 
 
+@pytest.mark.parametrize("quantizer", ["per_head", "per_block"])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in quantizers.KINDS if kind.mode is HadamardMode.NONE], ids=lambda kind: kind.name("fused")
+)
+def test_the_fused_quantizations_pass(inputs, kind, quantizer):
+    pytest.importorskip("triton", reason="the fused quantizations are written in it")
+    from lpattn.quantize.fused.launcher import INTERPRETED
+
+    if not INTERPRETED:
+        pytest.skip("tensors are on the CPU: a GPU runs the benchmark itself, which looks first")
+    assert min(quantizers.quality(quantizers.quantizers()[quantizer], kind, inputs).values()) > quantization.FLOOR
+
+
 @pytest.mark.parametrize("name", "qkv")
 def test_each_operand_is_checked(inputs, name):
     def one_wrong(query, key, value, **options):
@@ -137,10 +152,10 @@ def test_variants_are_compared_with_copies_of_their_size():
     )
     found = measure({"plain": PLAIN})
     assert found["refused"] == {}
-    names = ["plain", "plain+hadamard_qkv", "plain+hadamard_v_only", "plain+rope"]
+    names = ["plain", "plain+hadamard_qkv", "plain+hadamard_v_only", "plain+rope", "plain+norm+rope"]
     assert list(found["variants"]) == names
     sizes = [variant["bytes"] for variant in found["variants"].values()]
-    assert sizes[0] == sizes[1] == sizes[2] < sizes[3]
+    assert sizes[0] == sizes[1] == sizes[2] < sizes[3] == sizes[4]
     assert found["variants"]["plain"]["over_plain"] == {"events": 1.0, "graph": 1.0}
     assert "plain+hadamard_v_only" in quantization.report([found])
 
