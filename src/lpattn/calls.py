@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Sequence
 
 import torch
 
 from lpattn.errors import InvalidArgumentError
+from lpattn.predicates import broadcasts, is_number
 from lpattn.types import AttentionCall, CausalKind, HadamardMode, MaskKind, Reason, Rope
 
 
@@ -107,15 +107,9 @@ def problem_with(
         return f"attn_mask must be bool, float32 or of q's dtype, {query.dtype}; got {attn_mask.dtype}"
     full = (batch, heads, q_len, kv_len)
     shape = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
-    if not fits(shape, full):
+    if not broadcasts(shape, full):
         return f"attn_mask {list(attn_mask.shape)} must broadcast to [B, H, q_len, kv_len] = {list(full)}"
     return None
-
-
-def fits(shape: Sequence[int], full: Sequence[int]) -> bool:
-    """Whether a shape of as many dimensions broadcasts to the full one."""
-    # Not by ``in``: for Dynamo a symbol is not in (1, 3) even where it stands for 3.
-    return all(size == 1 or size == limit for size, limit in zip(shape, full, strict=True))
 
 
 def usual_types(
@@ -196,9 +190,8 @@ def check_scale(scale: float | None) -> None:
     """
     if scale is None:
         return
-    number = isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(scale, bool)
     # Not by math.isfinite, which Dynamo does not trace where the scale is an input of the graph; and 10**400 is an int.
-    if not number or not -sys.float_info.max <= scale <= sys.float_info.max:
+    if not is_number(scale) or not -sys.float_info.max <= scale <= sys.float_info.max:
         raise InvalidArgumentError(
             f"scale must be a finite number, or None for 1/sqrt(head_dim); got {scale!r} ({type(scale).__name__})"
         )

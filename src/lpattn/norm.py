@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from lpattn.errors import InvalidArgumentError
+from lpattn.predicates import is_number
 from lpattn.types import Norm
 
 
@@ -54,8 +55,7 @@ def check_norm(query: torch.Tensor, norm: Norm | None) -> None:
     if not isinstance(norm, Norm):
         raise InvalidArgumentError(f"norm must be a lpattn.Norm; got {type(norm).__name__}")
     for name, eps, weight in (("q", norm.eps_q, norm.weight_q), ("k", norm.eps_k, norm.weight_k)):
-        number = isinstance(eps, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(eps, bool)
-        if eps is not None and not number:
+        if eps is not None and not is_number(eps):
             raise InvalidArgumentError(f"norm.eps_{name} must be a number, or None; got {eps!r} ({type(eps).__name__})")
         if eps is not None and not 0.0 <= eps < float("inf"):
             raise InvalidArgumentError(f"norm.eps_{name} must be at least 0 and finite, or None; got {eps}")

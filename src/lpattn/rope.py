@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from lpattn.errors import InvalidArgumentError
+from lpattn.predicates import broadcasts
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
@@ -98,11 +99,10 @@ def check_rope(
             raise InvalidArgumentError(f"{name} must be on {x.device} as q and k are; got {table.device}")
         shape = (1,) * (4 - table.dim()) + tuple(table.shape)
         # Tables without an axis for heads would broadcast positions over heads: ask for the axis, do not guess.
-        # The batch size is compared last: an export would keep what it was compared with as a constraint. And not by
-        # ``in``: for Dynamo a symbol is not in (1, 3) even where it stands for 3.
-        of_batch = table.dim() == 3 and shape[2] == full[1] != 1 and (shape[1] == 1 or shape[1] == full[0])
+        # The batch size is compared last: an export would keep what it was compared with as a constraint.
+        of_batch = table.dim() == 3 and shape[2] == full[1] != 1 and broadcasts(shape[1:2], full[:1])
         headless = table.dim() < 3 or of_batch
-        fit = len(shape) == 4 and all(size == 1 or size == limit for size, limit in zip(shape, full, strict=True))
+        fit = len(shape) == 4 and broadcasts(shape, full)
         if headless or not fit or shape[3] != rotary_dim:
             raise InvalidArgumentError(
                 f"{name} {list(table.shape)} must broadcast to [B, S, H, rotary_dim] = {list(full)}"

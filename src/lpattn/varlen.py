@@ -16,6 +16,7 @@ from lpattn.dispatch import choose
 from lpattn.errors import BackendError, InvalidArgumentError
 from lpattn.execute import account, no_autocast
 from lpattn.ledger import Ledger
+from lpattn.predicates import is_whole_number
 from lpattn.registry import registry
 from lpattn.settings import Settings, with_environment
 from lpattn.types import AttentionCall, Choice, HadamardMode, Varlen
@@ -161,9 +162,13 @@ def check_inputs(
             f"cu_seqlens_q and cu_seqlens_k must name as many sequences; got {list(cu_seqlens_q.shape)} and "
             f"{list(cu_seqlens_k.shape)}"
         )
-    if not all(_is_whole(n) and n >= 0 for n in (max_q, max_k)):
+    if not all(is_whole_number(n) and n >= 0 for n in (max_q, max_k)):
         raise InvalidArgumentError(f"max_q and max_k must be whole numbers, 0 or more; got {max_q!r} and {max_k!r}")
-    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2 or not all(map(_is_whole, window_size)):
+    if (
+        not isinstance(window_size, (tuple, list))
+        or len(window_size) != 2
+        or not all(map(is_whole_number, window_size))
+    ):
         raise InvalidArgumentError(
             f"window_size must be (left, right), two whole numbers, -1 for no limit; got {window_size!r}"
         )
@@ -189,7 +194,3 @@ def check_lengths(cu_seqlens: torch.Tensor, total: int, largest: int, name: str)
             f"max_{name} is {largest}, and sequence {lengths.index(max(lengths))} has {max(lengths)} tokens; pass the "
             "largest number of tokens of a sequence, or more"
         )
-
-
-def _is_whole(n: object) -> bool:
-    return isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool)

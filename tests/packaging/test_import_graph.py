@@ -17,12 +17,13 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "lpattn"
 
 ROOT = "__init__"
-WORDS = {"types", "errors"}
+WORDS = {"types", "errors", "predicates"}
 PUBLIC = {*WORDS, "backend", "hookspecs", "inventory", "registry", "policy", "dispatch", "functional", "eager"}
 
 # From the bottom up. No arrow leads to `backends`: `registry` loads them by name, in the same way as plugins.
 MAY_IMPORT: dict[str, set[str]] = {
     "types": set(),
+    "predicates": set(),
     "errors": {"types"},
     "rope": {*WORDS},
     "norm": {*WORDS},
