@@ -6,10 +6,7 @@
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,10 @@ from lpattn.kernels.hopper.attention import ROWS, attention
 from lpattn.kernels.hopper.launch import EXPONENTIALS, layout_of, tile_of
 from lpattn.quantize.fused.operands import lanes_of
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# Scripts have no package: what they share lies in the folder of all tests.
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from offline_tools import loops, tool
 
 
 def compile_kernel(dim: int, asked: set[str]) -> Any:
@@ -61,49 +61,23 @@ def compile_kernel(dim: int, asked: set[str]) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
-def run(tool: str | Path, *arguments: str, data: bytes, suffix: str) -> str:
-    """Output of one of the compiler's tools on a file."""
-    with tempfile.NamedTemporaryFile(suffix=suffix) as file:
-        file.write(data)
-        file.flush()
-        done = subprocess.run([tool, *arguments, file.name], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{tool} failed: {done.stderr[-2000:]}")
-    return done.stdout + done.stderr
-
-
 def main_loops(sass: str, consumers: int) -> list[list[str]]:
     """Instructions of the loop over key tiles that are seen whole, of each consumer: registers differ among them."""
-    rows = []
-    for line in sass.splitlines():
-        if found := re.match(r"\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)(.*)", line):
-            rows.append((int(found[1], 16), found[2], found[3]))
-    loops = []
-    for address, name, rest in rows:
-        target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
-        if target is not None and (start := int(target[1], 16)) < address:
-            body = [n for a, n, _ in rows if start <= a <= address]
-            # Packed arithmetic makes P; epilogues have none of it.
-            if sum(n.startswith("QGMMA") for n in body) >= 4 and sum(n.startswith("HFMA2") for n in body) >= 16:
-                loops.append(body)
-    # Loops over other tiles are longer, as are loops around these.
-    return sorted(loops, key=len)[:consumers]
+    # Packed arithmetic makes P; epilogues have none of it. Loops over other tiles are longer, and those around these.
+    return [
+        body
+        for body in loops(sass)
+        if sum(n.startswith("QGMMA") for n in body) >= 4 and sum(n.startswith("HFMA2") for n in body) >= 16
+    ][:consumers]
 
 
 def report(configuration: str) -> dict[str, Any]:
     """What is to be known of one configuration."""
     dim, asked = configuration.split(":")
     compiled = compile_kernel(int(dim), set(asked.split("-")))
-    ptxas = run(
-        get_ptxas(90).path,
-        "-v",
-        "--gpu-name=sm_90a",
-        "-o",
-        "/dev/null",
-        data=compiled.asm["ptx"].encode(),
-        suffix=".ptx",
-    )
-    sass = run(TOOLS / "cuobjdump", "--dump-sass", data=compiled.asm["cubin"], suffix=".cubin")
+    options = ("-v", "--gpu-name=sm_90a", "-o", "/dev/null")
+    ptxas = tool(get_ptxas(90).path, *options, data=compiled.asm["ptx"].encode(), suffix=".ptx")
+    sass = tool("cuobjdump", "--dump-sass", data=compiled.asm["cubin"])
     _, tile = tile_of(int(dim))
     bodies = main_loops(sass, tile.consumers)
     return {

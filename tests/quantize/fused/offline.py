@@ -10,16 +10,12 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from lpattn.quantize import fused
 from lpattn.quantize.fused import blocks, inputs, operands
@@ -27,24 +23,15 @@ from lpattn.quantize.fused.launcher import Launch
 from lpattn.quantize.fused.layout import PART
 from lpattn.types import HadamardMode, Norm
 
-TYPES = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.float8_e4m3fn: "*fp8e4nv",
-    torch.int8: "*i8",
-    torch.int32: "*i32",
-    torch.bool: "*i1",
-}
+# Scripts have no package: what they share lies in the folder of all tests.
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-Recorded = list[tuple[Launch, tuple[Any, ...]]]
+from offline_tools import Recorded, compile_launch, record, tool, usage
 
 
 def launches(capability: int, dim: int, *asked: str) -> Recorded:
     """Every launch with its tensors; nothing runs."""
-    recorded: Recorded = []
-    Launch.on = lambda launch, stream, pointers, tensors: recorded.append((launch, tensors()))  # type: ignore[method-assign]
-    operands.short_way = blocks.short_way = inputs.short_way = lambda device: None
+    recorded = record(operands, blocks, inputs)
     operands.overlaps_on = lambda device: capability >= 90
     blocks.overlaps_on = operands.overlaps_on
     operands._plan.cache_clear()
@@ -72,52 +59,32 @@ def launches(capability: int, dim: int, *asked: str) -> Recorded:
     return recorded
 
 
-def compile_for(capability: int, launch: Launch, tensors: tuple[Any, ...]) -> dict[str, Any]:
+def described(capability: int, launch: Launch, tensors: tuple[Any, ...]) -> dict[str, Any]:
     """What the compiler made of a launch."""
-    kernel = launch._kernel
-    values = dict(zip(kernel.arg_names, (*tensors, *launch._rest), strict=True))
-    types, constants, aligned = {}, {}, {}
-    for index, (name, value) in enumerate(values.items()):
-        if isinstance(value, torch.Tensor):
-            types[name] = TYPES[value.dtype]
-            aligned[(index,)] = [["tt.divisibility", 16]]
-        elif value is None or name.isupper():
-            types[name], constants[name] = "constexpr", value
-        else:
-            types[name] = "fp32" if isinstance(value, float) else "i32"
-    options = {name: value for name, value in launch._options.items() if value is not None}
+    name = launch._kernel.fn.__name__
     try:
-        compiled = triton.compile(
-            ASTSource(kernel, types, constants, aligned), target=GPUTarget("cuda", capability, 32), options=options
-        )
+        compiled = compile_launch(capability, launch, tensors)
     except triton.CompilationError as error:
-        return {"kernel": kernel.fn.__name__, "refused": str(error).strip().splitlines()[-1]}
+        return {"kernel": name, "refused": str(error).strip().splitlines()[-1]}
+    constants = dict(zip(launch._kernel.arg_names, (*tensors, *launch._rest), strict=True))
     ptx = compiled.asm["ptx"]
     loads = re.findall(r"\bld\.global[.\w:]*|\bcp\.async\.c.*\b0x10\b", ptx)
     cubin = compiled.asm["cubin"]
-    usage = tool("cuobjdump", "-res-usage", cubin)
     return {
-        "kernel": kernel.fn.__name__,
-        "registers": int(re.findall(r"\bREG:(\d+)", usage)[0]),
+        "kernel": name,
+        "registers": usage(cubin, "REG"),
         "shared": compiled.metadata.shared,
-        "stack": int(re.findall(r"\bSTACK:(\d+)", usage)[0]),
+        "stack": usage(cubin, "STACK"),
         # Casts of one register twice, in which ptxas 12.8 leaves half of the result undefined.
-        "twins": len(re.findall(r"E4M3\.F32\.PACK_AB_MERGE_C \w+, (\w+), \1,", tool("nvdisasm", "-c", cubin))),
+        "twins": len(re.findall(r"E4M3\.F32\.PACK_AB_MERGE_C \w+, (\w+), \1,", tool("nvdisasm", "-c", data=cubin))),
         # Of 16 bytes; of the 2 bytes of one element.
         "wide": sum(load.endswith((".v4.b32", ".v2.b64", "0x10")) for load in loads),
         "narrow": sum(load.endswith((".b16", ".u16")) and ".v" not in load for load in loads),
         # 16 bytes for each thread are so many loads of a tile.
-        "per_tile": constants.get("TOKENS", PART.value) * constants.get("D", 0) // (8 * 32 * options["num_warps"]),
+        "per_tile": constants.get("TOKENS", PART.value)
+        * constants.get("D", 0)
+        // (8 * 32 * launch._options["num_warps"]),
     }
-
-
-def tool(name: str, option: str, cubin: bytes) -> str:
-    """What one of CUDA's tools prints of a compiled kernel."""
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([path, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 if __name__ == "__main__":
@@ -125,5 +92,5 @@ if __name__ == "__main__":
         capability, asked = configuration.split(":")
         dim, *options = asked.split("-")
         for launch, tensors in launches(int(capability), int(dim), *options):
-            found = compile_for(int(capability), launch, tensors)
+            found = described(int(capability), launch, tensors)
             print(json.dumps({"configuration": configuration, **found}), flush=True)
