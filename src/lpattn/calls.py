@@ -168,18 +168,28 @@ def check_inputs(
         raise InvalidArgumentError(f"dropout_p must lie in [0, 1]; got {dropout_p}")
     query, key, value, attn_mask = cast_like_autocast(query, key, value, attn_mask)
     if query.dim() == key.dim() == value.dim() == 4 and (attn_mask is None or attn_mask.dim() <= 4):
-        batches = query.shape[0], key.shape[0], value.shape[0]
-        # Not by a set: Dynamo and export would have a graph for each size.
-        if not batches[0] == batches[1] == batches[2]:
-            others = [size for size in batches if size != 1]
-            if all(size == others[0] for size in others):
-                return  # PyTorch broadcasts them
+        if _broadcast_by_sdpa(query, key, value):
+            return
         if problem := problem_with(query, key, value, attn_mask):
             raise InvalidArgumentError(f"{problem}{_layout_hint(query, key)}")
     elif query.dim() < 2 or key.dim() < 2 or value.dim() < 2:
         raise InvalidArgumentError(
             f"q, k, v must be [B, H, S, D]; got {list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
         )
+
+
+def _broadcast_by_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether batch sizes or heads differ, but for some that are 1, so that PyTorch's own SDPA makes them equal."""
+    for dim in (0, 1):
+        q, k, v = query.shape[dim], key.shape[dim], value.shape[dim]
+        # One head of k and v for many of q is grouped attention. Not by a set: Dynamo and export would have a graph for
+        # each size.
+        if q == k == v or (dim == 1 and k == v == 1):
+            continue
+        others = [size for size in (q, k, v) if size != 1]
+        if all(size == others[0] for size in others):
+            return True
+    return False
 
 
 def check_scale(scale: float | None) -> None:

@@ -283,7 +283,7 @@ def explain(
 
     Raises:
         InvalidArgumentError: inputs that no attention could take, or that no backend but PyTorch's own SDPA is asked
-            about (three-dimensional or nested tensors, batch sizes that broadcast).
+            about (three-dimensional or nested tensors, batch sizes or heads that broadcast).
     """
     attn_mask, is_causal = without_causal_bias(attn_mask, is_causal, query)
     check_inputs(query, key, value, attn_mask, dropout_p, is_causal, scale)

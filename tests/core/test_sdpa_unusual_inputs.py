@@ -99,6 +99,18 @@ def test_nested_tensors_run_on_sdpa_with_a_warning(add_backend, layout):
     assert not fake.calls
 
 
+@pytest.mark.parametrize("heads", [(1, 4, 4), (1, 1, 4), (4, 4, 1), (1, 4, 1)])
+def test_heads_that_broadcast_run_on_sdpa_with_a_warning(add_backend, heads):
+    fake = add_backend()
+    q, k, v = (torch.randn(2, number, 6, 8) for number in heads)
+    with pytest.warns(LpattnWarning, match="heads"):
+        out = lpattn.low_precision_sdpa(q, k, v)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v))
+    with pytest.raises(UnsupportedCallError, match="heads"):
+        lpattn.low_precision_sdpa(q, k, v, backend="fake")
+    assert not fake.calls
+
+
 def test_fewer_kv_heads_are_understood_where_the_batch_broadcasts():
     q, k, v = torch.randn(2, 8, 6, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)
     expected = F.scaled_dot_product_attention(q, k.expand(2, -1, -1, -1), v.expand(2, -1, -1, -1), enable_gqa=True)
