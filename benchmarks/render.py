@@ -113,7 +113,8 @@ COMPILED = """## Compiled blocks
 Blocks with random weights, shaped as those of Llama 3 8B and FLUX.1, under `torch.compile`, as replayed CUDA graphs.
 "opaque": the compiler rotates (and normalizes) q and k, and lpattn's operator quantizes them; "fused": that operator
 does it all; "rope only": the compiler keeps the norm. "between" is what lies between the projections; "block" has
-these and the MLP, too, of which attention is a small part.
+these and the MLP, too, of which attention is a small part: fusion can save no more of a block than the time that the
+compiler's own rotation (and norm) would take, which is short in Llama's.
 """
 
 ROW_LOCAL = """### Scales per token by PyTorch's compiler

@@ -30,8 +30,8 @@ _WIDE_WARPS = 8
 """Where a tile has more than 128 lanes, or is rotated."""
 
 _TURNED_TOKENS = 32
-"""Tokens of q that a program rotates at a time. cos and sin of so many stay in the L1 cache from head to head; those of
-BLOCK tokens, four times as large as the tokens, would come from the L2 cache again and again."""
+"""Tokens of q that a program rotates at a time. cos and sin of so many stay in registers from head to head; those of
+BLOCK tokens, four times as large as the tokens, come from the caches again and again."""
 _TURNED_REGISTERS = 128
 """Per thread of 8 warps, up to 128 lanes: two programs run on a multiprocessor, at the price of a few spills. There
 would be many where q and k are also transformed, or partners are loaded once more."""
