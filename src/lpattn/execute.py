@@ -114,12 +114,11 @@ def attend_rope(
         query, key = normalize_both(query, key, norm)
         norm = None
         if ledger is not None:
-            ledger.norm = "autocast is enabled" if backend.capabilities.norm else f"{choice.backend} has no fused norm"
+            ledger.norm = _why_apart(call, choice, backend.capabilities.norm, "norm")
     if call is None or apart:
         q, k = rotate_heads_first(query, key, cos, sin, cos_k, sin_k, interleaved)
         if ledger is not None:
-            fused = backend.capabilities.rope
-            ledger.rope = "autocast is enabled" if fused else f"{choice.backend} has no fused rotation"
+            ledger.rope = _why_apart(call, choice, backend.capabilities.rope, "rotation")
         if call is None:
             grouped = query.shape[2] != key.shape[2]
             return _outside_sdpa(q, k, v, attn_mask, dropout_p, is_causal, scale, grouped, return_lse, choice)
@@ -134,6 +133,13 @@ def attend_rope(
     with outside_redirection():
         out = backend.rope_attention(query, key, value, cos, sin, call, attn_mask, dropout_p, **options)
     return _finish(out, plan)
+
+
+def _why_apart(call: AttentionCall | None, choice: Choice, can: bool, what: str) -> str:
+    """What reports say of a norm or rotation that is computed in plain PyTorch."""
+    if call is None:
+        return "the call is left to PyTorch's own SDPA"
+    return "autocast is enabled" if can else f"{choice.backend} has no fused {what}"
 
 
 def _run(

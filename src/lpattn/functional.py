@@ -154,7 +154,7 @@ def low_precision_rope_sdpa(
     Raises:
         As :func:`low_precision_sdpa`.
     """
-    check_rope(query, key, value, cos, sin, cos_k, sin_k)
+    check_rope(query, key, value, cos, sin, cos_k, sin_k, interleaved)
     check_norm(query, norm)
     attn_mask, is_causal = without_causal_bias(attn_mask, is_causal, query)
     check_inputs(

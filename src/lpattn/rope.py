@@ -21,7 +21,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: b
         [B, S, H, D] in the dtype of x.
 
     Precision:
-        Computed in the wider of the dtypes of x and cos, rounded once.
+        Computed in the widest of the dtypes of x, cos and sin, as models do it: in bfloat16, each product is rounded.
 
     Source:
         Su et al., RoFormer (2021), section 3.4.2; half-split as in GPT-NeoX.
@@ -63,12 +63,17 @@ def check_rope(
     sin: torch.Tensor,
     cos_k: torch.Tensor | None,
     sin_k: torch.Tensor | None,
+    interleaved: bool,
 ) -> None:
     """Refuse what cannot be rotated: q, k, v are to be [B, S, H, D], and tables to broadcast over that.
 
     Raises:
         InvalidArgumentError: names the value and the limit.
     """
+    if not isinstance(interleaved, bool):
+        raise InvalidArgumentError(
+            f"interleaved must be True or False; got {interleaved!r} ({type(interleaved).__name__})"
+        )
     if (cos_k is None) != (sin_k is None):
         raise InvalidArgumentError("cos_k and sin_k go together; got only one of them")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -83,8 +88,10 @@ def check_rope(
     for name, table, _ in tables:
         if not isinstance(table, torch.Tensor):
             raise InvalidArgumentError(f"{name} must be a tensor; got {table!r} ({type(table).__name__})")
-        if table.is_complex():
-            raise InvalidArgumentError(f"{name} must be real, a number for each lane; got {table.dtype}")
+        if table.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise InvalidArgumentError(
+                f"{name} must be float16, bfloat16, float32 or float64, a number for each lane; got {table.dtype}"
+            )
     rotary_dim = cos.shape[-1] if cos.dim() else 0
     if rotary_dim % 2 or not 0 < rotary_dim <= query.shape[-1]:
         raise InvalidArgumentError(

@@ -169,7 +169,22 @@ ROPE = {
     "complex": (
         (QR, QR, QR, COS, COS),
         {"cos_k": COS, "sin_k": COS.to(torch.complex64)},
-        "sin_k must be real, a number for each lane; got torch.complex64",
+        "sin_k must be float16, bfloat16, float32 or float64, a number for each lane; got torch.complex64",
+    ),
+    "integers": (
+        (QR, QR, QR, COS.long(), COS),
+        {},
+        "cos must be float16, bfloat16, float32 or float64, a number for each lane; got torch.int64",
+    ),
+    "float8": (
+        (QR, QR, QR, COS, COS.to(torch.float8_e4m3fn)),
+        {},
+        "sin must be float16, bfloat16, float32 or float64, a number for each lane; got torch.float8_e4m3fn",
+    ),
+    "interleaved": (
+        (QR, QR, QR, COS, COS),
+        {"interleaved": "yes"},
+        "interleaved must be True or False; got 'yes' (str)",
     ),
     "no_head_axis": (
         (QR, QR, QR, x(6, 8), x(6, 8)),

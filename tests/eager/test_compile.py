@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import lpattn
+from lpattn.eager.layers import Application
 
 LAYERS = ["blocks.0.attn", "blocks.1.attn", "blocks.2.attn"]
 
@@ -190,6 +191,134 @@ def test_attention_behind_a_graph_break(marked, how, regional):
         assert low_calls(model) == {"a": run, "b": run}
     lpattn.remove_low_precision_attention(model)
     assert not torch.allclose(model(q), expected)
+
+
+def attend(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Attribute(torch.nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.run = torch.compile(F.scaled_dot_product_attention, backend=how)
+
+    def forward(self, q, k, v):
+        return self.run(q, k, v)
+
+
+class Method(torch.nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.run = torch.compile(self.attend, backend=how)
+
+    def attend(self, q, k, v):
+        return attend(q, k, v)
+
+    def forward(self, q, k, v):
+        return self.run(q, k, v)
+
+
+class Forward(torch.nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.forward = torch.compile(self.forward, backend=how)
+
+    def forward(self, q, k, v):
+        return attend(q, k, v)
+
+
+def decorated(how):
+    class Decorated(torch.nn.Module):
+        @torch.compile(backend=how)
+        def forward(self, q, k, v):
+            return attend(q, k, v)
+
+    return Decorated()
+
+
+attend_apart = torch.compile(attend, backend="aot_eager")
+
+
+class Named(torch.nn.Module):
+    def __init__(self, how=None):
+        super().__init__()
+
+    def forward(self, q, k, v):
+        return attend_apart(q, k, v)
+
+
+class Around(torch.nn.Module):
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, q, k, v):
+        return self.part(q, k, v)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize("how", ["eager", "aot_eager"])
+@pytest.mark.parametrize("make", [Attribute, Method, Forward, decorated, Named])
+def test_code_that_is_compiled_by_itself_is_redirected(marked, make, how, around, warm):
+    model = Around(make(how)) if around else make(how)
+    q, k, v = (torch.randn(1, 2, 5, 8) for _ in range(3))
+    expected = attend(q, k, v)
+    if warm:
+        torch.testing.assert_close(model(q, k, v), expected)
+    lpattn.apply_low_precision_attention(model, "marked")
+    for _ in range(2):
+        torch.testing.assert_close(model(q, k, v), 2 * expected)
+    assert low_calls(model) == {"part" if around else "": 2}
+    lpattn.remove_low_precision_attention(model)
+    torch.testing.assert_close(model(q, k, v), expected)
+
+
+def test_models_share_code_that_is_compiled_by_itself(marked):
+    low, reference, exact = Named(), Named(), Named()
+    lpattn.apply_low_precision_attention(low, "marked")
+    lpattn.apply_low_precision_attention(reference, "bf16_reference")
+    q = torch.randn(1, 2, 5, 8)
+    expected = attend(q, q, q)
+    for _ in range(2):
+        for model, factor in ((low, 2), (exact, 1), (reference, 1)):
+            torch.testing.assert_close(model(q, q, q), factor * expected)
+    assert low_calls(low) == {"": 2}
+    assert sum(lpattn.attention_report(reference)[""].exact.values()) == 2
+
+
+class Unseen(torch.nn.Module):
+    """Compiled code where nobody looks for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.box = [torch.compile(lambda q: F.scaled_dot_product_attention(q, q, q), backend="aot_eager")]
+
+    def forward(self, q):
+        return self.box[0](q)
+
+
+def test_compiled_code_that_nobody_saw_is_redirected_from_the_next_run_on(marked, monkeypatch):
+    monkeypatch.setattr(Application, "unseen_code", False)
+    q = torch.randn(1, 2, 5, 8)
+    expected = F.scaled_dot_product_attention(q, q, q)
+    model = lpattn.apply_low_precision_attention(Unseen(), "marked", on_unsupported="fallback")
+    with pytest.warns(lpattn.LpattnWarning, match="compiled by itself"):
+        torch.testing.assert_close(model(q), expected)
+    torch.testing.assert_close(model(q), 2 * expected)
+    report = lpattn.attention_report(model)[""]
+    assert (report.low, report.exact) == ({"marked": 1}, {"compiled_by_itself": 1})
+    another = lpattn.apply_low_precision_attention(Unseen(), "marked")
+    torch.testing.assert_close(another(q), 2 * expected)
+
+
+def test_strict_settings_refuse_compiled_code_that_nobody_saw_once(marked, monkeypatch):
+    monkeypatch.setattr(Application, "unseen_code", False)
+    q = torch.randn(1, 2, 5, 8)
+    strict = lpattn.apply_low_precision_attention(Unseen(), "marked")
+    with pytest.raises(Exception, match="compiled by itself"):  # Dynamo's own, around ours
+        strict(q)
+    torch.testing.assert_close(strict(q), 2 * F.scaled_dot_product_attention(q, q, q))
 
 
 def test_an_untouched_model_says_so_while_it_is_traced(x):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lpattn.dispatch import REFERENCE
+from lpattn.eager.compiled import calls_compiled_code
 from lpattn.eager.layers import Application, LayerState, attach, detach, state_of
 from lpattn.errors import InvalidArgumentError, UnknownBackendError, warn
 from lpattn.policy import AUTO, EXACT, LayerRules, rule_for
@@ -55,7 +56,7 @@ def apply_low_precision_attention(
             f"{type(root).__name__} is a module of torch.jit, which takes no other forward; apply to the module that "
             "it was made from, or to one that calls it"
         )
-    application = Application(root)
+    application = Application(root, calls_compiled_code(root))
     base = make_settings(backend, hadamard, on_unsupported, Provenance.MODEL)
     base = replace(base, scope=application.scope)
     _check_rules(layers)

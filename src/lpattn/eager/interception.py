@@ -17,17 +17,25 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from torch._guards import TracingContext
 from torch.overrides import TorchFunctionMode
 
 from lpattn.active import REDIRECTION_KEY, active, current_settings, excluded
 from lpattn.eager import fused
+from lpattn.execute import account_outside
 from lpattn.redirection import redirect
+from lpattn.settings import Settings
 from lpattn.types import Reason
 
 _fallthrough = torch.library.Library("_", "IMPL")
 _fallthrough.fallback(torch.library.fallthrough_kernel, REDIRECTION_KEY)
 _kernels = torch.library.Library("aten", "IMPL")
 
+_COMPILED = Reason(
+    "compiled_by_itself",
+    "code that is compiled by itself, in a model that is not: lpattn saw it when it was compiled",
+    "run the model again, which redirects it",
+)
 _MODULE_CALL = torch.nn.Module._call_impl.__code__
 wrapper_codes: set[CodeType] = set()
 """Code objects of the forwards that lpattn installs: where the walk up the stack ends."""
@@ -44,7 +52,7 @@ def _sdpa(
     enable_gqa: bool = False,
 ) -> Any:
     settings = current_settings()
-    if settings is None or _belongs_elsewhere():
+    if settings is None or _belongs_elsewhere() or _is_compiled_by_itself(settings):
         with excluded():
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -75,6 +83,24 @@ def _belongs_elsewhere() -> bool:
                 return True
         frame = frame.f_back
     return False
+
+
+def _is_compiled_by_itself(settings: Settings) -> bool:
+    """Whether this is code that is being compiled, inside of a model that runs eagerly, unseen until now.
+
+    What is compiled now would run with these settings whatever is in force then. The next time that the model runs, a
+    mode redirects, by which Dynamo guards.
+
+    Raises:
+        UnsupportedCallError: strict settings.
+    """
+    layer = active.layer
+    if layer is None or TracingContext.try_get() is None:
+        return False
+    layer.note_unseen_code()
+    if not layer.ledger.exact.get(_COMPILED.code):
+        account_outside(_COMPILED, settings, layer.ledger)
+    return True
 
 
 _kernels.impl("scaled_dot_product_attention", _sdpa, REDIRECTION_KEY)

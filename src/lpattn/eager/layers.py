@@ -44,9 +44,14 @@ class Application:
         checked: whether it is known that the root attends, or said that it does not.
     """
 
-    def __init__(self, root: nn.Module | None) -> None:
+    unseen_code = False
+    """Whether there is compiled code that no look at a model found. It may be anybody's: Dynamo keeps it by its source,
+    and would run it again without asking."""
+
+    def __init__(self, root: nn.Module | None, compiles: bool = False) -> None:
         self._root = None if root is None else weakref.ref(root)
         self.scope = new_scope()
+        self._compiles = compiles
         self.checked = False
         _applications[self.scope] = self
 
@@ -54,6 +59,11 @@ class Application:
     def root(self) -> nn.Module | None:
         """The module it was applied to; None when that is gone."""
         return None if self._root is None else self._root()
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the model may call code that is compiled by itself when it runs eagerly."""
+        return self._compiles or Application.unseen_code
 
     def check_intercepted(self) -> None:
         """Warn if no layer under the root has seen a call: then the model's attention does not go through SDPA."""
@@ -70,12 +80,12 @@ class Application:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Application:
         root = self.root
-        clone = Application(memo.get(id(root), root))
+        clone = Application(memo.get(id(root), root), self._compiles)
         memo[id(self)] = clone
         return clone
 
     def __reduce__(self) -> Any:
-        return Application, (self.root,)
+        return Application, (self.root, self._compiles)
 
 
 @constant_while_tracing
@@ -130,6 +140,10 @@ class LayerState:
     def forward(self) -> Callable[..., Any]:
         """The bound method that the module carries; pickle looks it up by this name."""
         return types.MethodType(installed_forward(type(self.module)), self)
+
+    def note_unseen_code(self) -> None:
+        """Note that there is compiled code that no look at a model found."""
+        Application.unseen_code = True
 
     def child(self, name: str) -> LayerState | None:
         """The state of a submodule; None if it has none."""
@@ -238,7 +252,7 @@ def _make_forward(cls: type[nn.Module], class_forward: Callable[..., Any]) -> Ca
             compiled_inside = get_eval_frame_callback()
             if outer is not None and not compiled_inside:
                 return run(*all_args, **kwargs)
-            with RedirectMode() if compiled_inside else included():
+            with RedirectMode() if compiled_inside or self.entries[-1][0].compiles else included():
                 result = run(*all_args, **kwargs)
             if self.watched is not None and not self.watched.checked:
                 self.watched.check_intercepted()

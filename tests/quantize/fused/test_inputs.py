@@ -64,3 +64,16 @@ def test_any_combination(
     if padded:
         options["used"] = torch.rand(batch, kv_len, generator=torch.Generator().manual_seed(seed)) < 0.6
     fused.check(q, k, v, factor=factor, with_lse_shift=True, **options)
+
+
+def test_tables_of_several_dtypes_become_one(fused) -> None:
+    q, k, v = fused.make(heads=4, kv_heads=2, q_len=5, kv_len=5, dim=32)
+    tables = [torch.randn(5, 1, 32, dtype=dtype, device=fused.device) for dtype in (F32, F32, BF16, BF16)]
+    from lpattn.quantize.fused import rotation_of
+
+    rope = rotation_of(q, k, tables, False)
+    assert {table.dtype for table in (rope.cos, rope.sin, rope.cos_k, rope.sin_k)} == {F32}
+    assert rope.cos_k.stride(2) == 0  # not written out for each head
+    alike = rotation_of(q, k, [table.float() for table in tables], False)
+    found, expected = (fused.quantize_per_head(q, k, v, rope=one) for one in (rope, alike))
+    assert torch.equal(found.key.float(), expected.key.float())

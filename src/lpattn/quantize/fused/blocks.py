@@ -93,10 +93,12 @@ def quantize_per_block(
         constants are means of a sample of 256 tokens, or of a sixteenth of them up to 4096. Scales of e4m3 are powers
         of two (for v, times sqrt(2)) that map the largest magnitude to at most ``qk_max`` (448 for v): at least 2^-56
         for q and k; for v at least 2^-60 of what the largest sampled value would get. An inf or NaN becomes NaN, alone
-        (with a Hadamard transform: its whole token), and enters neither scale nor constant. Magnitudes above about 1e36
-        may overflow in the transform. int8 has no NaN: there, the scale of its token (of its block, in k) becomes NaN.
-        The scales of int8 map the largest magnitude to 127; v in float16 is scaled like v in e4m3. The oracle is
-        :func:`lpattn.quantize.quantize_e4m3` with ``power_of_two=True``, given the constants.
+        (with a rotation: with the other lane of its pair; with a Hadamard transform: with its whole token; what a norm
+        makes of it comes first), and enters neither scale nor constant. Magnitudes above about 1e36 may overflow in the
+        transform. int8 has no NaN: there, the scale of its token (of its block, in k) becomes NaN, but for a token of q
+        whose zeros a norm without eps divides by zero: it stays zeros. The scales of int8 map the largest magnitude to
+        127; v in float16 is scaled like v in e4m3. The oracle is :func:`lpattn.quantize.quantize_e4m3` with
+        ``power_of_two=True``, given the constants.
     """
     if keys is not None and used is not None:
         raise ValueError("keys packs the keys, and used keeps them where they are: pass one of the two")

@@ -39,11 +39,15 @@ def rotation_of(query: torch.Tensor, key: torch.Tensor, tables: Sequence[torch.T
 
     Args:
         query, key: [B, H, q_len, D] and [B, Hkv, kv_len, D], of which only sizes matter.
-        tables: cos and sin of q, then of k, broadcastable to [B, S, H, rotary_dim].
+        tables: cos and sin of q, then of k, broadcastable to [B, S, H, rotary_dim], of any dtypes.
         interleaved: which lanes form a pair.
     """
     (batch, heads, q_len, _), (_, kv_heads, kv_len, _) = query.shape, key.shape
     rotary_dim = tables[0].shape[-1]
+    dtypes = [table.dtype for table in tables]
+    if any(dtype != dtypes[0] for dtype in dtypes):
+        # A pass has one place for those of q and of k. Before they are expanded, which a cast would write out.
+        tables = [table.to(functools.reduce(torch.promote_types, dtypes)) for table in tables]
     cos, sin = (table.expand(batch, q_len, heads, rotary_dim) for table in tables[:2])
     cos_k, sin_k = (table.expand(batch, kv_len, kv_heads, rotary_dim) for table in tables[2:])
     return Rotation(cos, sin, cos_k, sin_k, interleaved)

@@ -107,7 +107,8 @@ def quantize_per_head(
         query: [B, H, q_len, D], float16, bfloat16 or float32, any strides.
         key, value: [B, Hkv, kv_len, D] in the same dtype.
         factor: what q is multiplied by.
-        hadamard: which operands are transformed along head_dim, after rotation. D must then be a power of two.
+        hadamard: which operands are transformed along head_dim, after rotation. D must then be a power of two, 32 or
+            more.
         rope: rotates q and k first.
         norm: normalizes q and k before that.
         keys: which tokens of k and v are used: these come first, in their order, and are followed by zeros.
@@ -117,8 +118,9 @@ def quantize_per_head(
         Norm and rotation are float32, as are the transform (inputs rounded to their own dtype) and smoothing. Scales
         are powers of two, at least 2^-56 (2^-126 for v). They map a bound of the sampled magnitudes (the largest, plus
         the largest constant) to at most 448, with a headroom of 16 where not all tokens were sampled: e4m3 is floating
-        point, and loses precision only below 2^-6. An inf or NaN becomes NaN, alone (with a Hadamard transform: its
-        whole token), and enters neither scale nor constant. Magnitudes above about 1e36 may overflow in the transform.
+        point, and loses precision only below 2^-6. An inf or NaN becomes NaN, alone (with a rotation: with
+        the other lane of its pair; with a Hadamard transform: with its whole token; what a norm makes of it comes
+        first), and enters neither scale nor constant. Magnitudes above about 1e36 may overflow in the transform.
     """
     more = more_of(rope, keys, norm)
     at = (query.data_ptr(), key.data_ptr(), value.data_ptr())
