@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -14,7 +15,9 @@ _MARK = "_torchdynamo_orig_callable"
 
 def calls_compiled_code(root: nn.Module) -> bool:
     """Whether a module of a model has, or names, a function that torch.compile made, as far as can be seen."""
-    return any(_class_calls(type(module)) or any(map(_is_compiled, vars(module).values())) for module in root.modules())
+    classes: set[Any] = {type(module) for module in root.modules()}
+    own = (value for module in root.modules() for value in vars(module).values())
+    return any(map(_class_calls, classes)) or any(map(_is_compiled, own))
 
 
 @functools.cache
