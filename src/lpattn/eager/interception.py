@@ -52,7 +52,9 @@ def _sdpa(
     enable_gqa: bool = False,
 ) -> Any:
     settings = current_settings()
-    if settings is None or _belongs_elsewhere() or _is_compiled_by_itself(settings):
+    # The compiler's tensors are of types of their own.
+    compiled = settings is not None and type(query) is not torch.Tensor and _is_compiled_by_itself(settings)
+    if settings is None or compiled or _belongs_elsewhere():
         with excluded():
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa

@@ -41,6 +41,7 @@ class Application:
 
     Attributes:
         scope: number under which warnings are given once.
+        compiles: whether the model may call code that is compiled by itself when it runs eagerly.
         checked: whether it is known that the root attends, or said that it does not.
     """
 
@@ -51,7 +52,7 @@ class Application:
     def __init__(self, root: nn.Module | None, compiles: bool = False) -> None:
         self._root = None if root is None else weakref.ref(root)
         self.scope = new_scope()
-        self._compiles = compiles
+        self.compiles = compiles or Application.unseen_code
         self.checked = False
         _applications[self.scope] = self
 
@@ -59,11 +60,6 @@ class Application:
     def root(self) -> nn.Module | None:
         """The module it was applied to; None when that is gone."""
         return None if self._root is None else self._root()
-
-    @property
-    def compiles(self) -> bool:
-        """Whether the model may call code that is compiled by itself when it runs eagerly."""
-        return self._compiles or Application.unseen_code
 
     def check_intercepted(self) -> None:
         """Warn if no layer under the root has seen a call: then the model's attention does not go through SDPA."""
@@ -80,12 +76,12 @@ class Application:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Application:
         root = self.root
-        clone = Application(memo.get(id(root), root), self._compiles)
+        clone = Application(memo.get(id(root), root), self.compiles)
         memo[id(self)] = clone
         return clone
 
     def __reduce__(self) -> Any:
-        return Application, (self.root, self._compiles)
+        return Application, (self.root, self.compiles)
 
 
 @constant_while_tracing
@@ -144,6 +140,8 @@ class LayerState:
     def note_unseen_code(self) -> None:
         """Note that there is compiled code that no look at a model found."""
         Application.unseen_code = True
+        for application in _applications.values():
+            application.compiles = True
 
     def child(self, name: str) -> LayerState | None:
         """The state of a submodule; None if it has none."""
