@@ -48,6 +48,7 @@ SDPA = {
     ),
     "batch": ((Q, x(3, 4, 6, 8), Q), {}, "q, k, v must have one batch size; got 2, 3, 2"),
     "head_dim": ((Q, x(2, 4, 6, 9), Q), {}, "q and k must have one head_dim; got 8 and 9"),
+    "head_dim_of_one_head": ((Q, x(2, 1, 6, 9), x(2, 1, 6, 8)), {}, "q and k must have one head_dim; got 8 and 9"),
     "kv_len": (
         (Q, x(2, 4, 7, 8), Q),
         {},
