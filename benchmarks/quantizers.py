@@ -84,44 +84,42 @@ def quantizers() -> dict[str, Quantizer]:
 def dequantized_per_head(quantized: Any) -> Tensors:
     k_constant, v_constant = quantized.constants
     qk, v = quantized.hadamard is HadamardMode.QKV, quantized.hadamard is not HadamardMode.NONE
+    dim, kv_heads = quantized.query.shape[-1], quantized.key.shape[2]
+
+    def value(data: torch.Tensor, descale: torch.Tensor, constant: torch.Tensor | None, transformed: bool) -> Any:
+        descale = descale.repeat_interleave(data.shape[2] // kv_heads, 1)
+        return _value(data.transpose(1, 2), descale[..., None], constant, transformed, dim)
+
     return (
-        _value(quantized.query, quantized.q_descale, None, qk),
-        _value(quantized.key, quantized.k_descale, k_constant, qk),
-        _value(quantized.value, quantized.v_descale, v_constant, v),
+        value(quantized.query, quantized.q_descale, None, qk),
+        value(quantized.key, quantized.k_descale, k_constant, qk),
+        value(quantized.value, quantized.v_descale, v_constant, v),
     )
 
 
 def dequantized_per_block(quantized: Any) -> Tensors:
+    from lpattn.kernels.hopper.emulation import unpermuted
+    from lpattn.quantize.fused import BLOCK
+
     qk, v = quantized.hadamard is HadamardMode.QKV, quantized.hadamard is not HadamardMode.NONE
-    found = []
-    for data, scale, constant, transformed in (
-        (quantized.query, quantized.q_scale, None, qk),
-        (quantized.key, quantized.k_scale.repeat_interleave(128, -1), quantized.k_constant, qk),
-        (in_order(quantized.value), quantized.v_scale.repeat_interleave(128, -1), quantized.v_constant, v),
-    ):
-        x = data.float() * scale[..., None]
-        if constant is not None:
-            x = x[:, :, : quantized.kv_len] + constant[:, :, None, : x.shape[-1]]
-        found.append((hadamard_transform(x) if transformed else x)[..., : quantized.dim_v])
-    q, k, v_found = found
-    return q, k, v_found
+    # All three have the head_dim of v here.
+    kv_len, dim = quantized.kv_len, quantized.dim_v
+    k_scale, v_scale = (scale.repeat_interleave(BLOCK, -1) for scale in (quantized.k_scale, quantized.v_scale))
+    return (
+        _value(quantized.query, quantized.q_scale, None, qk, dim),
+        _value(quantized.key, k_scale, quantized.k_constant, qk, dim)[:, :, :kv_len],
+        _value(unpermuted(quantized.value), v_scale, quantized.v_constant, v, dim)[:, :, :kv_len],
+    )
 
 
-def in_order(value: torch.Tensor) -> torch.Tensor:
-    """V of :class:`lpattn.quantize.fused.memory.PerBlock`, e4m3, as [B, Hkv, blocks * 128, lanes]."""
-    order = [16 * g + 8 * b + 2 * c + e for g in range(8) for c in range(4) for b in range(2) for e in range(2)]
-    found = torch.empty_like(value)
-    found[..., order] = value
-    return found.transpose(3, 4).flatten(2, 3)
-
-
-def _value(data: torch.Tensor, descale: torch.Tensor, constant: torch.Tensor | None, transformed: bool) -> torch.Tensor:
-    dim = data.shape[-1]
-    descale = descale.repeat_interleave(data.shape[2] // descale.shape[1], 1)
-    x = data.transpose(1, 2).float() * descale[..., None, None]
+def _value(
+    data: torch.Tensor, scale: torch.Tensor, constant: torch.Tensor | None, transformed: bool, dim: int
+) -> torch.Tensor:
+    """What [B, H, S, lanes] stands for: ``dim`` lanes, with scales that broadcast to [B, H, S]."""
+    x = data.float() * scale[..., None]
     if constant is not None:
-        x += constant[:, :, None, :dim]
-    return hadamard_transform(x)[..., :dim] if transformed else x
+        x += constant[:, :, None, : x.shape[-1]]
+    return (hadamard_transform(x) if transformed else x)[..., :dim]
 
 
 def make(shape: Shape, layout: str, interleaved: bool, device: str) -> Inputs:

@@ -68,9 +68,12 @@ def tool(path: str | Path, *options: str, data: bytes, suffix: str = ".cubin") -
     return done.stdout + done.stderr
 
 
-def usage(cubin: bytes, what: str) -> int:
-    """How much of something a kernel uses, such as REG or STACK."""
-    return int(re.findall(rf"\b{what}:(\d+)", tool("cuobjdump", "-res-usage", data=cubin))[0])
+def usage(cubin: bytes) -> dict[str, int]:
+    """The registers of a thread, and the bytes of its stack, where spilled ones lie."""
+    said = tool("cuobjdump", "-res-usage", data=cubin)
+    return {
+        name: int(re.findall(rf"\b{key}:(\d+)", said)[0]) for name, key in (("registers", "REG"), ("stack", "STACK"))
+    }
 
 
 def loops(sass: str) -> list[list[str]]:

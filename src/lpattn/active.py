@@ -53,9 +53,6 @@ class Layer(Protocol):
     def child(self, name: str) -> Layer | None:
         """The layer of a submodule; None if it has none."""
 
-    def note_unseen_code(self) -> None:
-        """Note that there is compiled code that no look at a model found."""
-
 
 class Scope(Protocol):
     """An entered context manager."""

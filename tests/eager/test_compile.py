@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import lpattn
-from lpattn.eager.layers import Application
+from lpattn.eager import compiled as compiled_code
 
 LAYERS = ["blocks.0.attn", "blocks.1.attn", "blocks.2.attn"]
 
@@ -299,7 +301,7 @@ class Unseen(torch.nn.Module):
 
 
 def test_compiled_code_that_nobody_saw_is_redirected_from_the_next_run_on(marked, monkeypatch):
-    monkeypatch.setattr(Application, "unseen_code", False)
+    monkeypatch.setattr(compiled_code, "unseen_code", threading.Event())
     q = torch.randn(1, 2, 5, 8)
     expected = F.scaled_dot_product_attention(q, q, q)
     model = lpattn.apply_low_precision_attention(Unseen(), "marked", on_unsupported="fallback")
@@ -313,7 +315,7 @@ def test_compiled_code_that_nobody_saw_is_redirected_from_the_next_run_on(marked
 
 
 def test_strict_settings_refuse_compiled_code_that_nobody_saw_once(marked, monkeypatch):
-    monkeypatch.setattr(Application, "unseen_code", False)
+    monkeypatch.setattr(compiled_code, "unseen_code", threading.Event())
     q = torch.randn(1, 2, 5, 8)
     strict = lpattn.apply_low_precision_attention(Unseen(), "marked")
     with pytest.raises(Exception, match="compiled by itself"):  # Dynamo's own, around ours

@@ -71,8 +71,7 @@ def described(compiled: Any) -> dict[str, Any]:
     code = tool("cuobjdump", "-sass", data=cubin)
     exponential = loops_of_exponentials(code)
     return {
-        "registers": usage(cubin, "REG"),
-        "stack": usage(cubin, "STACK"),
+        **usage(cubin),
         "shared": compiled.metadata.shared,
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
         "spills_in_loops": sum(name in ("STL", "LDL") for loop in exponential for name in loop),

@@ -21,7 +21,7 @@ from torch._guards import TracingContext
 from torch.overrides import TorchFunctionMode
 
 from lpattn.active import REDIRECTION_KEY, active, current_settings, excluded
-from lpattn.eager import fused
+from lpattn.eager import compiled, fused
 from lpattn.execute import account_outside
 from lpattn.redirection import redirect
 from lpattn.settings import Settings
@@ -53,8 +53,8 @@ def _sdpa(
 ) -> Any:
     settings = current_settings()
     # The compiler's tensors are of types of their own.
-    compiled = settings is not None and type(query) is not torch.Tensor and _is_compiled_by_itself(settings)
-    if settings is None or compiled or _belongs_elsewhere():
+    traced = settings is not None and type(query) is not torch.Tensor and _is_compiled_by_itself(settings)
+    if settings is None or traced or _belongs_elsewhere():
         with excluded():
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -99,7 +99,7 @@ def _is_compiled_by_itself(settings: Settings) -> bool:
     layer = active.layer
     if layer is None or TracingContext.try_get() is None:
         return False
-    layer.note_unseen_code()
+    compiled.unseen_code.set()
     if not layer.ledger.exact.get(_COMPILED.code):
         account_outside(_COMPILED, settings, layer.ledger)
     return True

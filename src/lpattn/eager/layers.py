@@ -20,7 +20,7 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from lpattn import ops
 from lpattn.active import active, included
-from lpattn.eager import fused
+from lpattn.eager import compiled, fused
 from lpattn.eager.interception import RedirectMode, wrapper_codes
 from lpattn.errors import warn
 from lpattn.ledger import Ledger
@@ -41,18 +41,14 @@ class Application:
 
     Attributes:
         scope: number under which warnings are given once.
-        compiles: whether the model may call code that is compiled by itself when it runs eagerly.
+        compiles: whether the model, when it runs eagerly, was seen to call code that is compiled by itself.
         checked: whether it is known that the root attends, or said that it does not.
     """
-
-    unseen_code = False
-    """Whether there is compiled code that no look at a model found. It may be anybody's: Dynamo keeps it by its source,
-    and would run it again without asking."""
 
     def __init__(self, root: nn.Module | None, compiles: bool = False) -> None:
         self._root = None if root is None else weakref.ref(root)
         self.scope = new_scope()
-        self.compiles = compiles or Application.unseen_code
+        self.compiles = compiles
         self.checked = False
         _applications[self.scope] = self
 
@@ -136,12 +132,6 @@ class LayerState:
     def forward(self) -> Callable[..., Any]:
         """The bound method that the module carries; pickle looks it up by this name."""
         return types.MethodType(installed_forward(type(self.module)), self)
-
-    def note_unseen_code(self) -> None:
-        """Note that there is compiled code that no look at a model found."""
-        Application.unseen_code = True
-        for application in _applications.values():
-            application.compiles = True
 
     def child(self, name: str) -> LayerState | None:
         """The state of a submodule; None if it has none."""
@@ -250,7 +240,8 @@ def _make_forward(cls: type[nn.Module], class_forward: Callable[..., Any]) -> Ca
             compiled_inside = get_eval_frame_callback()
             if outer is not None and not compiled_inside:
                 return run(*all_args, **kwargs)
-            with RedirectMode() if compiled_inside or self.entries[-1][0].compiles else included():
+            compiled_inside = compiled_inside or self.entries[-1][0].compiles or compiled.unseen_code.is_set()
+            with RedirectMode() if compiled_inside else included():
                 result = run(*all_args, **kwargs)
             if self.watched is not None and not self.watched.checked:
                 self.watched.check_intercepted()

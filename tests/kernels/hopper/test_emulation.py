@@ -51,7 +51,7 @@ def on_operands(found: PerBlock, kv_len: int) -> torch.Tensor:
     """Attention over what was quantized, in float64: what scores in float16 and P in e4m3 are judged by."""
     q = found.query.double() * found.q_scale[..., None]
     k = found.key.double() * found.k_scale.repeat_interleave(128, -1)[..., None]
-    v = emulation._unpermuted(found.value).double() * found.v_scale.repeat_interleave(128, -1)[..., None]
+    v = emulation.unpermuted(found.value).double() * found.v_scale.repeat_interleave(128, -1)[..., None]
     weights = ((q @ k.mT)[..., :kv_len] * math.log(2)).softmax(-1)
     return weights @ v[:, :, :kv_len] + found.v_constant[:, :, None, : v.shape[-1]]
 
@@ -145,7 +145,7 @@ def test_rounding_v_has_no_direction() -> None:
     v = normal(1, 1, 4608, 64).bfloat16()
     found = quantized(v[:, :, :1], v, v)
     scale = found.v_scale.repeat_interleave(128, -1)[..., None]
-    error = emulation._unpermuted(found.value) * scale + found.v_constant[:, :, None] - v.float()
+    error = emulation.unpermuted(found.value) * scale + found.v_constant[:, :, None] - v.float()
     by_chance = float(error.std()) / 4608**0.5
     assert float(error.mean(2).square().mean().sqrt()) < 1.4 * by_chance
 

@@ -66,24 +66,21 @@ def described(capability: int, launch: Launch, tensors: tuple[Any, ...]) -> dict
         compiled = compile_launch(capability, launch, tensors)
     except triton.CompilationError as error:
         return {"kernel": name, "refused": str(error).strip().splitlines()[-1]}
-    constants = dict(zip(launch._kernel.arg_names, (*tensors, *launch._rest), strict=True))
+    values = dict(zip(launch._kernel.arg_names, (*tensors, *launch._rest), strict=True))
     ptx = compiled.asm["ptx"]
     loads = re.findall(r"\bld\.global[.\w:]*|\bcp\.async\.c.*\b0x10\b", ptx)
     cubin = compiled.asm["cubin"]
     return {
         "kernel": name,
-        "registers": usage(cubin, "REG"),
+        **usage(cubin),
         "shared": compiled.metadata.shared,
-        "stack": usage(cubin, "STACK"),
         # Casts of one register twice, in which ptxas 12.8 leaves half of the result undefined.
         "twins": len(re.findall(r"E4M3\.F32\.PACK_AB_MERGE_C \w+, (\w+), \1,", tool("nvdisasm", "-c", data=cubin))),
         # Of 16 bytes; of the 2 bytes of one element.
         "wide": sum(load.endswith((".v4.b32", ".v2.b64", "0x10")) for load in loads),
         "narrow": sum(load.endswith((".b16", ".u16")) and ".v" not in load for load in loads),
         # 16 bytes for each thread are so many loads of a tile.
-        "per_tile": constants.get("TOKENS", PART.value)
-        * constants.get("D", 0)
-        // (8 * 32 * launch._options["num_warps"]),
+        "per_tile": values.get("TOKENS", PART.value) * values.get("D", 0) // (8 * 32 * launch._options["num_warps"]),
     }
 
 

@@ -43,7 +43,7 @@ def emulate(
     group = heads // quantized.key.shape[1]
     blocks = quantized.k_scale.shape[2]
     k = quantized.key.float().repeat_interleave(group, 1)
-    v = _unpermuted(quantized.value).repeat_interleave(group, 1)
+    v = unpermuted(quantized.value).repeat_interleave(group, 1)
     k_scale, v_scale = (x.double().repeat_interleave(group, 1) for x in (quantized.k_scale, quantized.v_scale))
     rows = torch.arange(q_len, device=q.device)
     seen = torch.full((batch, 1, q_len), quantized.kv_len, device=q.device)
@@ -114,7 +114,7 @@ def _half(x: torch.Tensor) -> torch.Tensor:
     return x.half().double()
 
 
-def _unpermuted(value: torch.Tensor) -> torch.Tensor:
+def unpermuted(value: torch.Tensor) -> torch.Tensor:
     """V in e4m3 as it is stored, [B, Hkv, blocks, D, 128], as float32 [B, Hkv, blocks * 128, D]."""
     slots = torch.arange(_KEYS, device=value.device)
     keys = slots // 16 * 16 + slots // 2 % 2 * 8 + slots // 4 % 4 * 2 + slots % 2

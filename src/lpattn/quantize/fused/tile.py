@@ -268,8 +268,7 @@ def store_tile(
     # A thread loads the lanes that it stores, 16 of 8 bits unless told otherwise. These are 64 bytes of a table of
     # float32, which it would fetch 16 at a time, while its neighbours fetch from other lines.
     AT_ONCE: tl.constexpr = 8 if turns_whole(ROPE) else 16
-    GROUP: tl.constexpr = AT_ONCE if AT_ONCE < HALF else HALF
     at = out + rows[:, None].to(tl.int64) * stride_s + lanes[None, :]
-    low_at, high_at = tl.max_contiguous(at, (1, GROUP)), tl.max_contiguous(at + HALF, (1, GROUP))
+    low_at, high_at = tl.max_contiguous(at, (1, AT_ONCE)), tl.max_contiguous(at + HALF, (1, AT_ONCE))
     tl.store(low_at, low, mask=written[:, None] & (lanes < D)[None, :])
     tl.store(high_at, high, mask=written[:, None] & (lanes < D - HALF)[None, :])
