@@ -1,4 +1,4 @@
-"""Transformer blocks with random weights, shaped as those of Llama-3-8B and FLUX.1, for measuring compiled code."""
+"""Transformer blocks with random weights, shaped as Llama-3-8B's, FLUX.1's and Wan 14B's, to measure compiled code."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class Sizes:
 
 LLAMA = Sizes(32, 8, 128, 14336)
 FLUX = Sizes(24, 24, 128, 12288)
-SMALL = {"llama": Sizes(4, 2, 16, 96), "flux": Sizes(4, 4, 16, 96)}
+WAN = Sizes(40, 40, 128, 13824)
+SMALL = {"llama": Sizes(4, 2, 16, 96), "flux": Sizes(4, 4, 16, 96), "wan": Sizes(4, 4, 16, 96)}
 
 
 class Between(nn.Module):
@@ -39,23 +40,29 @@ class Between(nn.Module):
 
     Args:
         sizes: of the block.
-        normed: q and k are RMS-normalized per head, as in FLUX.
+        norm: what q and k are RMS-normalized over: a "head", as in FLUX, all "heads", as in Wan, or nothing.
         interleaved: how lanes pair up.
         causal: causal attention.
     """
 
-    def __init__(self, sizes: Sizes, normed: bool, interleaved: bool, causal: bool) -> None:
+    def __init__(self, sizes: Sizes, norm: str | None, interleaved: bool, causal: bool) -> None:
         super().__init__()
-        self.sizes, self.interleaved, self.causal = sizes, interleaved, causal
-        self.normed = normed
-        self.q_norm, self.k_norm = (nn.RMSNorm(sizes.head_dim, EPS) if normed else nn.Identity() for _ in range(2))
+        self.sizes, self.norm, self.interleaved, self.causal = sizes, norm, interleaved, causal
+        widths = (sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim)
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(sizes.head_dim if norm == "head" else width, EPS) if norm else nn.Identity() for width in widths
+        )
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
         """q, k, v are [B, S, H * D] as projections write them, cos and sin [S, D]; the result is [B, S, H * D]."""
+        if self.norm == "heads":
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (x.unflatten(-1, (-1, self.sizes.head_dim)).transpose(1, 2) for x in (q, k, v))
-        q, k = self.rotate(self.q_norm(q), cos, sin), self.rotate(self.k_norm(k), cos, sin)
+        if self.norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.rotate(q, cos, sin), self.rotate(k, cos, sin)
         grouped = self.sizes.heads != self.sizes.kv_heads
         out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=grouped)
         return out.transpose(1, 2).flatten(2)
@@ -102,7 +109,8 @@ def tables(length: int, dim: int, interleaved: bool, device: str) -> Tables:
 
 
 BETWEEN: dict[str, Callable[[Sizes], Between]] = {
-    "llama": lambda sizes: Between(sizes, normed=False, interleaved=False, causal=True),
-    "flux": lambda sizes: Between(sizes, normed=True, interleaved=True, causal=False),
+    "llama": lambda sizes: Between(sizes, norm=None, interleaved=False, causal=True),
+    "flux": lambda sizes: Between(sizes, norm="head", interleaved=True, causal=False),
+    "wan": lambda sizes: Between(sizes, norm="heads", interleaved=True, causal=False),
 }
-SHAPES = {"llama": LLAMA, "flux": FLUX}
+SHAPES = {"llama": LLAMA, "flux": FLUX, "wan": WAN}

@@ -1,7 +1,8 @@
 """Compiled blocks: the best exact kernel, FP8 behind an opaque operator, FP8 with RoPE fused into its quantization.
 
-A Llama-3-8B-shaped block (causal, grouped heads, half-split RoPE in bfloat16) and a FLUX-shaped one (normalized q and
-k, interleaved RoPE in float32), with random weights, under torch.compile. Measured are the whole block, and what lies
+A Llama-3-8B-shaped block (causal, grouped heads, half-split RoPE in bfloat16), a FLUX-shaped one (each head of q and k
+normalized, interleaved RoPE in float32) and one shaped as Wan's 14B (the same, all heads normalized at a time), with
+random weights, under torch.compile. Measured are the whole block, and what lies
 between its projections. Every variant is compared with the untouched module before it is timed, and the report must say
 that RoPE, and the norm, were fused where that is what is measured; the variants of one item are timed in turn. Every
 item has a process of its own; these compile side by side, and are timed one after another. Needs a CUDA device.
@@ -140,7 +141,7 @@ def low(
 ) -> dict[str, Run]:
     """A backend with and without fusion, each on a module of its own, whose report says which it was."""
     found = {}
-    normed = any(isinstance(part, Between) and part.normed for part in build().modules())
+    normed = any(isinstance(part, Between) and part.norm is not None for part in build().modules())
     contexts: dict[str, contextlib.AbstractContextManager[None]] = {
         OPAQUE: without_fusion(),
         FUSED: contextlib.nullcontext(),
@@ -178,7 +179,7 @@ def measure(
     """Times and quality of one block, or of what lies between its projections.
 
     Args:
-        name: ``"llama"`` or ``"flux"``.
+        name: ``"llama"``, ``"flux"`` or ``"wan"``.
         part: ``"block"`` or ``"between"``.
         length: tokens.
         timer: seconds per call.

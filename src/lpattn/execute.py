@@ -101,8 +101,8 @@ def attend_rope(
     """
     rope = Rope(interleaved, cos.shape[-1])
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    weights = () if norm is None else (norm.weight_q, norm.weight_k)
-    gradient = needs_grad(query, key, value, attn_mask, cos, sin, cos_k, sin_k, *weights)
+    of_norm = () if norm is None else norm.tensors
+    gradient = needs_grad(query, key, value, attn_mask, cos, sin, cos_k, sin_k, *of_norm)
     plan = make_plan(q, k, v, attn_mask, dropout_p, is_causal, scale, settings, return_lse, gradient, rope)
     call, choice, backend = plan.call, plan.choice, plan.backend
     account(call, choice, settings, ledger)

@@ -144,7 +144,7 @@ def low_precision_rope_sdpa(
             halves need not be equal, and cos^2 + sin^2 need not be 1.
         interleaved: rot(x) is (-x[2i+1], x[2i]) if True, else [-x2, x1] with the halves x1, x2 of the rotated lanes.
         cos_k, sin_k: tables of the keys, where their positions differ from those of the queries.
-        norm: normalizes q and k over D first, as :class:`lpattn.Norm` says; None does not.
+        norm: normalizes q and k first, over D or over all heads, as :class:`lpattn.Norm` says; None does not.
         attn_mask, dropout_p, is_causal, scale, enable_gqa, backend, hadamard, on_unsupported, return_lse: as in
             :func:`low_precision_sdpa`.
 
@@ -155,7 +155,7 @@ def low_precision_rope_sdpa(
         As :func:`low_precision_sdpa`.
     """
     check_rope(query, key, value, cos, sin, cos_k, sin_k, interleaved)
-    check_norm(query, norm)
+    check_norm(query, key, norm)
     attn_mask, is_causal = without_causal_bias(attn_mask, is_causal, query)
     check_inputs(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask, dropout_p, is_causal, scale
@@ -163,7 +163,7 @@ def low_precision_rope_sdpa(
     settings = settings_of_call(backend, hadamard, on_unsupported)
     layer = active.layer
     if is_traced():
-        given = () if norm is None else (norm.weight_q, norm.weight_k)
+        given = () if norm is None else norm.tensors
         gradient = needs_grad(query, key, value, attn_mask, cos, sin, cos_k, sin_k, *given)
         # Autocast casts after the rotation, and while the graph is traced: it is off where compiled code runs.
         if gradient or dropout_p > 0.0 or autocast_dtype(query.device) is not None:
@@ -177,7 +177,7 @@ def low_precision_rope_sdpa(
         tag = None if layer is None else layer.tag
         tables = (cos, sin, cos_k, sin_k, interleaved)
         options = (attn_mask, dropout_p, is_causal, scale, tag, settings.text)
-        of_norm = () if norm is None else (norm.eps_q, norm.eps_k, norm.weight_q, norm.weight_k)
+        of_norm = () if norm is None else (norm.eps_q, norm.eps_k, *norm.tensors)
         return operator(query, key, value, *tables, *options, *of_norm)
     return attend_rope(
         query,

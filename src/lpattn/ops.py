@@ -20,7 +20,8 @@ _OPTIONS = "Tensor? attn_mask, float dropout_p, bool is_causal, float? scale"
 _SETTINGS = "Tensor? layer, str settings"
 _REASON = "str rope=''"
 _ROPE = "Tensor cos, Tensor sin, Tensor? cos_k, Tensor? sin_k, bool interleaved"
-_NORM = "float? eps_q=None, float? eps_k=None, Tensor? weight_q=None, Tensor? weight_k=None, str norm=''"
+_OF_NORM = "Tensor? weight_q=None, Tensor? weight_k=None, Tensor? rstd_q=None, Tensor? rstd_k=None"
+_NORM = f"float? eps_q=None, float? eps_k=None, {_OF_NORM}, str norm=''"
 _QKV = "Tensor query, Tensor key, Tensor value"
 
 _NOT_LOOKED_FOR = "not looked for: the graph was not compiled by inductor, or not with lpattn's pass"
@@ -86,9 +87,12 @@ def _rope_sdpa_with(return_lse: bool):  # type: ignore[no-untyped-def]
         eps_k=None,
         weight_q=None,
         weight_k=None,
+        rstd_q=None,
+        rstd_k=None,
         norm="",
     ):
         ledger = _ledger(layer)
+        given = Norm(eps_q, eps_k, weight_q, weight_k, rstd_q, rstd_k)
         result = attend_rope(
             query,
             key,
@@ -102,7 +106,7 @@ def _rope_sdpa_with(return_lse: bool):  # type: ignore[no-untyped-def]
             interleaved=interleaved,
             cos_k=cos_k,
             sin_k=sin_k,
-            norm=None if eps_q is None and eps_k is None else Norm(eps_q, eps_k, weight_q, weight_k),
+            norm=None if eps_q is None and eps_k is None and rstd_q is None else given,
             settings=from_text(settings),
             ledger=ledger,
             return_lse=return_lse,

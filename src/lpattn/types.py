@@ -107,20 +107,33 @@ class Rope:
 class Norm:
     """The RMS norm of q and k that a fused call applies in front of the rotation: see :func:`lpattn.norm.normalize`.
 
+    Either over head_dim, with ``eps``, or over all heads of a token, with ``rstd``, which the caller computes: for
+    ``x`` [B, S, H, D] in float32, ``x.flatten(2).square().mean(-1).add(eps).rsqrt()``.
+
     Attributes:
         eps_q, eps_k: what is added to the mean square over head_dim, at least 0; None leaves that tensor as it is.
-        weight_q, weight_k: [head_dim], floating point, on the device of q; None is ones.
+        weight_q, weight_k: floating point, on the device of q; None is ones. [head_dim] beside ``eps``. Beside ``rstd``
+            [H, head_dim] and [Hkv, head_dim], contiguous or not, both or none.
+        rstd_q, rstd_k: floating point [B, S] and [B, S_kv]: one over the root mean square of each token. Both or none,
+            and none beside ``eps``.
     """
 
-    eps_q: float | None
-    eps_k: float | None
+    eps_q: float | None = None
+    eps_k: float | None = None
     weight_q: torch.Tensor | None = None
     weight_k: torch.Tensor | None = None
+    rstd_q: torch.Tensor | None = None
+    rstd_k: torch.Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """Weights of q and of k, and what their tokens are multiplied with."""
+        return (self.weight_q, self.weight_k, self.rstd_q, self.rstd_k)
 
     @property
     def said(self) -> str:
         """What reports say where it was fused."""
-        if self.eps_q is not None and self.eps_k is not None:
+        if self.rstd_q is not None or (self.eps_q is not None and self.eps_k is not None):
             return "fused"
         return "fused in q" if self.eps_q is not None else "fused in k"
 

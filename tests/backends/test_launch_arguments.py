@@ -175,6 +175,9 @@ class Case:
             eps_q, eps_k, dtype = self.norm
             weight = None if dtype is None else torch.ones(self.dim, dtype=dtype)
             options["norm"] = Norm(eps_q, eps_k, weight, weight)
+            if eps_q is None:
+                of_q, of_k = (None if weight is None else weight.expand(x.shape[2], -1) for x in (q, k))
+                options["norm"] = Norm(None, None, of_q, of_k, *(torch.ones(x.shape[:2]) for x in (q, k)))
         backend.rope_attention(q, k, v, tables[0], tables[0], call, mask, **options)
 
 
@@ -197,6 +200,8 @@ cases = st.builds(
         [
             None,
             (1e-6, 1e-6, None),
+            (None, None, None),
+            (None, None, torch.bfloat16),
             (1e-5, 1e-6, torch.bfloat16),
             (1e-5, 1e-6, torch.float32),
             (1e-5, None, torch.float32),

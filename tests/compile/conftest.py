@@ -47,8 +47,12 @@ def spy(monkeypatch):
             sin = -sin
         if spy.skewed and norm is not None:
             other = torch.linspace(3, 0, query.shape[-1])
-            eps_q, eps_k = (1e-6 if eps is None else eps for eps in (norm.eps_q, norm.eps_k))
-            kwargs["norm"] = lpattn.Norm(eps_q, eps_k, other, other)
+            if norm.rstd_q is None:
+                eps_q, eps_k = (1e-6 if eps is None else eps for eps in (norm.eps_q, norm.eps_k))
+                kwargs["norm"] = lpattn.Norm(eps_q, eps_k, other, other)
+            else:
+                weights = (other.expand(x.shape[2:]) for x in (query, key))
+                kwargs["norm"] = lpattn.Norm(None, None, *weights, norm.rstd_q, norm.rstd_k)
         inside.append(True)
         try:
             return rope_attention(self, query, key, value, cos, sin, call, *args, **kwargs)

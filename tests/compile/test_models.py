@@ -221,14 +221,11 @@ CASES = {
 
 
 # Calls of which the norm of q and k is fused, too. What the report says where there is one that is not.
-NORMED = {"qwen3": 2, "gemma3": 2, "flux": 1}
+NORMED = {"qwen3": 2, "gemma3": 2, "flux": 1, "olmo2": 2, "wan": 1, "ltx": 1}
 NOT_NORMED = {
     "flux": "puts streams of tokens together that are normalized apart",
-    "olmo2": "is normalized over 64 elements; a head has 16",
-    "wan": "is normalized over 24 elements; a head has 12",
     "qwen_image": "streams of tokens are normalized and rotated apart",
     "hunyuan_video": "streams of tokens are normalized and rotated apart",
-    "ltx": "is normalized over 16 elements; a head has 8",
 }
 
 

@@ -117,6 +117,59 @@ FUSED = {
 } | {"each_its_own": (llama, other_eps)}
 
 
+# Over all heads of a token. w: [H * D].
+
+
+def as_tokens(x):
+    return x.transpose(1, 2).flatten(2)
+
+
+def as_heads(x):
+    return x.unflatten(2, (-1, D)).transpose(1, 2)
+
+
+def over_heads(x, w):
+    x = as_tokens(x)
+    return as_heads(F.rms_norm(x, x.shape[-1:], w, EPS))
+
+
+def over_heads_in_float32(x, w):
+    wide = as_tokens(x).float()
+    return as_heads((w * (wide * inverse(wide))).to(x.dtype))
+
+
+def over_heads_divided(x, w):
+    x = as_tokens(x)
+    return as_heads(x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * w)
+
+
+def over_heads_by_rows(x, w):
+    rows = as_tokens(x).flatten(0, 1)
+    return as_heads((rows * torch.rsqrt(rows.pow(2).mean(1) + EPS).unsqueeze(1) * w).unflatten(0, (B, -1)))
+
+
+def over_heads_unweighted(x, w):
+    return as_heads(unweighted(as_tokens(x), w))
+
+
+def over_heads_apart(x, w):
+    """Weighted when heads are apart."""
+    return over_heads_unweighted(x, w) * w.view(-1, 1, D)
+
+
+OVER_HEADS = {
+    form.__name__: form
+    for form in (
+        over_heads,
+        over_heads_in_float32,
+        over_heads_divided,
+        over_heads_by_rows,
+        over_heads_unweighted,
+        over_heads_apart,
+    )
+}
+
+
 @pytest.fixture
 def attend(spy, compiled, reasons):
     """``attend(model, *inputs)``: eager and compiled outputs, and what the report says of the norm."""
@@ -149,6 +202,41 @@ def test_fused(name, dynamic, attend, spy):
     eps = {"without_eps": (0.0, 0.0), "each_its_own": (EPS, 0.3)}.get(name, (EPS, EPS))
     assert (taken.eps_q, taken.eps_k) == pytest.approx(eps)
     assert (taken.weight_q is None) == (name == "unweighted")
+
+
+def make_over_heads(length=S, dtype=torch.float32):
+    """As :func:`make`, with a weight for each lane of all heads."""
+    return [*make(length, dtype)[:5], *((1.5 + 0.5 * torch.randn(h * D)).to(dtype) for h in (H, HKV))]
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", OVER_HEADS)
+def test_over_all_heads(name, dynamic, attend, spy):
+    want, got, norm = attend(Attention(OVER_HEADS[name]), *make_over_heads(), dynamic=dynamic)
+    assert norm == "fused"
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+    (taken,) = spy.norms
+    assert (taken.eps_q, taken.eps_k) == (None, None)
+    assert [tuple(t.shape) for t in (taken.rstd_q, taken.rstd_k)] == [(B, S), (B, S)]
+    if name == "over_heads_unweighted":
+        assert (taken.weight_q, taken.weight_k) == (None, None)
+    else:
+        assert [tuple(w.shape) for w in (taken.weight_q, taken.weight_k)] == [(H, D), (HKV, D)]
+
+
+@pytest.mark.parametrize(
+    ("k", "reason"),
+    [
+        (plain, "q is normalized over all heads, and k is not"),
+        (lambda x, w: function(x, w[:D]), "fused in k; q is normalized over all heads, and k is not"),
+        (over_heads_unweighted, "the norm over all heads of q has a weight, and that of k has none"),
+    ],
+    ids=["none", "of_a_head", "unweighted"],
+)
+def test_norms_over_all_heads_go_together(k, reason, attend):
+    want, got, norm = attend(Attention(over_heads, k), *make_over_heads())
+    assert norm == reason
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("form", [function, llama, gemma], ids=lambda form: form.__name__)
@@ -217,7 +305,7 @@ def test_a_backend_without_a_norm_leaves_it_to_the_compiler(attend, spy, monkeyp
     assert len(spy.fused) == 1
 
 
-# What must not be fused as a norm of a head's lanes. By name: the function, and what the report must say; None where
+# What must not be fused as a norm. By name: the function, and what the report must say; None where
 # it does not matter whether something is fused, only the numbers do.
 
 
@@ -229,9 +317,24 @@ def over_heads_and_lanes(x, w):
     return x * inverse(x, dim=(1, 3)) * w
 
 
-def over_all_heads(x, w):
-    flat = x.transpose(1, 2).flatten(2)
-    return (flat * inverse(flat)).unflatten(2, (-1, D)).transpose(1, 2) * w
+def over_heads_with_one_weight(x, w):
+    return over_heads_unweighted(x, w) * w
+
+
+def over_two_heads(x, w):
+    pairs = x.transpose(1, 2).unflatten(2, (-1, 2)).flatten(3)
+    return (pairs * inverse(pairs)).unflatten(3, (2, D)).flatten(2, 3).transpose(1, 2) * w
+
+
+def over_heads_of_the_next_token(x, w):
+    flat = as_tokens(x)
+    return as_heads(flat * inverse(torch.cat((flat[:, 1:], flat[:, :1]), 1)))
+
+
+def over_heads_tokens_first(x, w):
+    """Right, but what tokens are multiplied with is [S, B]."""
+    flat = as_tokens(x).transpose(0, 1)
+    return as_heads((flat * inverse(flat).contiguous()).transpose(0, 1))
 
 
 def over_half_the_lanes(x, w):
@@ -356,7 +459,10 @@ def of_twice_as_much(x, w):
 NEAR = {
     "over_tokens": (over_tokens, "is the mean over dimensions [2], not over the last one"),
     "over_heads_and_lanes": (over_heads_and_lanes, "is the mean over dimensions [1, 3]"),
-    "over_all_heads": (over_all_heads, "elements; a head has 16"),
+    "over_heads_with_one_weight": (over_heads_with_one_weight, "is no weight of a lane"),
+    "over_two_heads": (over_two_heads, "is normalized over 32 elements; a head has 16, all heads 64"),
+    "over_heads_of_the_next_token": (over_heads_of_the_next_token, "by the root mean square of another"),
+    "over_heads_tokens_first": (over_heads_tokens_first, "lies in another order than tokens of q and k do"),
     "over_half_the_lanes": (over_half_the_lanes, "is normalized over 8 elements; a head has 16"),
     "halves_apart": (halves_apart, "is normalized over 8 elements; a head has 16"),
     "layer_norm": (layer_norm, "is no mean of squares"),

@@ -19,7 +19,8 @@ from lpattn.types import Provenance
 
 REFERENCE = Settings("bf16_reference", provenance=Provenance.MODEL).text
 EPS_Q = 14
-"""Position of the first argument of a norm."""
+"""Position of the first argument of a norm, and of those for norms over all heads."""
+RSTD_Q = 18
 
 
 def mean_square(x, p):
@@ -45,7 +46,11 @@ def mean_square(x, p):
 
 
 def normalized(x, weight, eps, p):
-    """x [B, H, S, D] by the program p."""
+    """x [B, H, S, D] by the program p; over all heads, they are one head of as many lanes."""
+    if p["over"] == "heads":
+        heads = x.shape[1]
+        x = normalized(x.transpose(1, 2).flatten(2).unsqueeze(1), weight, eps, p | {"over": "head"})
+        return x.squeeze(1).unflatten(2, (heads, -1)).transpose(1, 2)
     near = p["near"]
     total = mean_square(x, p) + (weight[0] if near == "eps_tensor" else eps)
     if near == "no_root":
@@ -86,6 +91,7 @@ NEAR = [
 @st.composite
 def programs(draw):
     near = draw(st.sampled_from(["nothing", "nothing", *NEAR]))
+    over = draw(st.sampled_from(["head", "heads"]))
     which = draw(st.sampled_from(["q", "k", "both"]))
     squares = draw(st.sampled_from(["product", "power", "flat"]))
     root = draw(st.sampled_from(["rsqrt", "power", "division"]))
@@ -124,7 +130,8 @@ def make(p):
     size = torch.logspace(-0.5, 0.5, length)[:, None]
     q, k, v = (2 * torch.randn(2, h, length, dim) * size for h in (2 * p["groups"], 2, 2))
     one = torch.randn(2, 1, 1, length, dim // 2)
-    return q, k, v, *torch.cat((one, one), -1).unbind(0), 0.5 + torch.rand(dim), 0.5 + torch.rand(dim)
+    weights = [0.5 + torch.rand(dim if p["over"] == "head" else x.shape[1] * dim) for x in (q, k)]
+    return q, k, v, *torch.cat((one, one), -1).unbind(0), *weights
 
 
 def check(p):
@@ -141,19 +148,23 @@ def check(p):
     traced.recompile()
     torch.testing.assert_close(traced(*inputs), want, rtol=3e-5, atol=3e-5)
     calls = [n for n in traced.graph.nodes if n.target in (ops.rope_sdpa, ops.rope_sdpa_lse)]
-    return [n.args[EPS_Q : EPS_Q + 2] for n in calls]
+    return [(*n.args[EPS_Q : EPS_Q + 2], *n.args[RSTD_Q : RSTD_Q + 2]) for n in calls]
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(programs())
 def test_the_numbers_stay(p):
-    ((eps_q, eps_k),) = check(p)
-    if p["near"] == "nothing":
+    ((eps_q, eps_k, *rstd),) = check(p)
+    if p["near"] == "nothing" and p["over"] == "head":
         assert (eps_q, eps_k) == (p["eps"], 2 * p["eps"])
+    elif p["near"] == "nothing":
+        assert eps_q is eps_k is None
+        assert None not in rstd
 
 
 EXAMPLE = {
     "near": "nothing",
+    "over": "head",
     "which": "q",
     "squares": "power",
     "root": "rsqrt",
@@ -167,8 +178,12 @@ EXAMPLE = {
 }
 
 
-@pytest.mark.parametrize("near", NEAR)
-def test_every_change_shows_in_the_numbers(near):
+@pytest.mark.parametrize(
+    ("over", "near"),
+    [(over, near) for over in ("head", "heads") for near in NEAR if (over, near) != ("heads", "next_head")],
+)
+def test_every_change_shows_in_the_numbers(over, near):
     """What makes a norm a near-norm changes the output, so that fusing it as one would fail the test above."""
-    outputs = [build(EXAMPLE | {"near": which})(*make(EXAMPLE)) for which in ("nothing", near)]
+    example = EXAMPLE | {"over": over}
+    outputs = [build(example | {"near": which})(*make(example)) for which in ("nothing", near)]
     assert not torch.allclose(*outputs, rtol=1e-2, atol=1e-2)

@@ -105,7 +105,10 @@ class FakeRopeBackend(FakeBackend):
         assert bool(norm) <= self.capabilities.norm
         if norm:
             of = norm["norm"]
-            query, key = plain_norm(query, of.eps_q, of.weight_q), plain_norm(key, of.eps_k, of.weight_k)
+            if of.rstd_q is None:
+                query, key = plain_norm(query, of.eps_q, of.weight_q), plain_norm(key, of.eps_k, of.weight_k)
+            else:
+                query, key = plain_scaling(query, of.rstd_q, of.weight_q), plain_scaling(key, of.rstd_k, of.weight_k)
         pairs = call.rope.interleaved
         q = plain_rotation(query, cos, sin, pairs)
         k = plain_rotation(key, cos if cos_k is None else cos_k, sin if sin_k is None else sin_k, pairs)
@@ -120,6 +123,12 @@ def plain_norm(x, eps, weight=None):
         return x
     rows = [row / (sum(v * v for v in row.tolist()) / len(row) + eps) ** 0.5 for row in x.reshape(-1, x.shape[-1])]
     return torch.stack(rows).reshape(x.shape) * (1.0 if weight is None else weight.double())
+
+
+def plain_scaling(x, rstd, weight=None):
+    """Each token times its number, token by token in float64; x is [B, S, H, D]."""
+    tokens = [token.double() * number for token, number in zip(x.flatten(0, 1), rstd.flatten().tolist(), strict=True)]
+    return torch.stack(tokens).reshape(x.shape) * (1.0 if weight is None else weight.double())
 
 
 def plain_rotation(x, cos, sin, interleaved):
@@ -186,6 +195,11 @@ def plain():
 @pytest.fixture
 def normal():
     return plain_norm
+
+
+@pytest.fixture
+def scaled():
+    return plain_scaling
 
 
 @pytest.fixture

@@ -33,11 +33,14 @@ def backends(add_backend):
 
 
 @pytest.fixture
-def expected(plain, rotation, normal):
+def expected(plain, rotation, normal, scaled):
     """By the formulas in float64: output and log-sum-exp."""
 
     def attend(q, k, v, cos, sin, norm, **options):
-        q, k = normal(q, norm.eps_q, norm.weight_q), normal(k, norm.eps_k, norm.weight_k)
+        if norm.rstd_q is None:
+            q, k = normal(q, norm.eps_q, norm.weight_q), normal(k, norm.eps_k, norm.weight_k)
+        else:
+            q, k = scaled(q, norm.rstd_q, norm.weight_q), scaled(k, norm.rstd_k, norm.weight_k)
         q, k = (rotation(x, cos, sin, False).transpose(1, 2) for x in (q, k))
         return plain(q, k, v.transpose(1, 2), **options)
 
@@ -59,6 +62,41 @@ def test_each_tensor_has_a_norm_of_its_own(backends, expected, backend, eps_q, e
     assert all(torch.equal(t, c) for t, c in zip(given, copies, strict=True))
     if backend in ("rotating", "normalizing"):
         assert backends[backend].norms == [norm if backend == "normalizing" else None]
+
+
+def over_heads(weighted=True):
+    """A norm over all heads, of no tensor that there is: numbers and weights are taken as they come."""
+    torch.manual_seed(1)
+    rstd = (0.5 + torch.rand(2, 6), 0.5 + torch.rand(2, 6))
+    return Norm(None, None, *((torch.randn(4, 8), torch.randn(2, 8)) if weighted else (None, None)), *rstd)
+
+
+@BACKENDS
+@pytest.mark.parametrize("weighted", [True, False])
+def test_over_all_heads(backends, expected, backend, weighted):
+    given, _ = inputs()
+    norm = over_heads(weighted)
+    out, lse = lpattn.low_precision_rope_sdpa(*given, norm=norm, backend=backend, return_lse=True, is_causal=True)
+    want, want_lse = expected(*given, norm, is_causal=True)
+    torch.testing.assert_close(out, want.float(), atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(lse, want_lse.float(), atol=2e-5, rtol=2e-5)
+    if backend in ("rotating", "normalizing"):
+        assert backends[backend].norms == [norm if backend == "normalizing" else None]
+
+
+def test_over_all_heads_as_the_docstring_computes_it(backends):
+    """What PyTorch makes of [B, S, H * D]."""
+    (q, k, v, cos, sin), _ = inputs()
+    weights = [torch.randn(x.shape[2:]) for x in (q, k)]
+    rstd = [x.flatten(2).square().mean(-1).add(EPS).rsqrt() for x in (q, k)]
+    out = lpattn.low_precision_rope_sdpa(
+        q, k, v, cos, sin, norm=Norm(None, None, *weights, *rstd), backend="normalizing"
+    )
+    q, k = (
+        torch.nn.functional.rms_norm(x.flatten(2), [x[0, 0].numel()], w.flatten(), EPS).view(x.shape)
+        for x, w in zip((q, k), weights, strict=True)
+    )
+    torch.testing.assert_close(out, lpattn.low_precision_rope_sdpa(q, k, v, cos, sin, backend="rotating"))
 
 
 @BACKENDS
@@ -86,6 +124,16 @@ def test_what_pytorch_means_by_it():
     torch.testing.assert_close(normalize(x, 1e-3, weight), torch.nn.functional.rms_norm(x, (64,), weight, 1e-3))
 
 
+@pytest.mark.parametrize("which", ["rstd_q", "rstd_k"])
+def test_what_tokens_are_multiplied_with_is_not_detached(backends, which):
+    given, norm = inputs()[0], over_heads()
+    getattr(norm, which).requires_grad_()
+    with pytest.warns(LpattnWarning, match="require grad"):
+        out = lpattn.low_precision_rope_sdpa(*given, norm=norm)
+    out.sum().backward()
+    assert getattr(norm, which).grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("which", ["weight_q", "weight_k"])
 def test_a_weight_that_requires_grad_is_not_detached(backends, which):
     given, weights = inputs()
@@ -110,6 +158,7 @@ def test_the_report_says_who_normalized(backends):
         ("normalizing", Norm(EPS, EPS, *weights), "fused"),
         ("normalizing", Norm(EPS, None), "fused in q"),
         ("normalizing", Norm(None, EPS), "fused in k"),
+        ("normalizing", over_heads(), "fused"),
         ("rotating", Norm(EPS, EPS), "rotating has no fused norm"),
         ("plain", Norm(EPS, EPS), "plain has no fused norm"),
         ("normalizing", None, None),
@@ -145,6 +194,29 @@ def test_the_report_says_who_normalized(backends):
             "norm.weight_k must be floating point of shape [head_dim] = [8]; got torch.int64 [8]",
         ),
         (Norm(EPS, EPS, torch.ones(8, device="meta")), "norm.weight_q must be on cpu as q is; got meta"),
+        (Norm(), "norm has neither eps nor rstd, of q or of k: it normalizes nothing; pass norm=None"),
+        (
+            Norm(rstd_k=torch.ones(2, 6)),
+            "norm.rstd_q must be a tensor (rstd_q and rstd_k go together); got NoneType",
+        ),
+        (
+            Norm(rstd_q=torch.ones(2, 6), rstd_k=torch.ones(2, 6, 1)),
+            "norm.rstd_k must be floating point of shape [B, S] = [2, 6]; got torch.float32 [2, 6, 1]",
+        ),
+        (
+            Norm(None, EPS, rstd_q=torch.ones(2, 6), rstd_k=torch.ones(2, 6)),
+            "norm.eps_k is given beside norm.rstd_q or norm.rstd_k: eps belongs to a norm over head_dim, and where a "
+            "norm spans heads, to the computation of rstd",
+        ),
+        (
+            Norm(None, None, torch.ones(8), torch.ones(8), torch.ones(2, 6), torch.ones(2, 6)),
+            "norm.weight_q must be floating point of shape [H, head_dim] = [4, 8]; got torch.float32 [8]",
+        ),
+        (
+            Norm(None, None, None, torch.ones(2, 8), torch.ones(2, 6), torch.ones(2, 6)),
+            "norm.weight_q and norm.weight_k go together beside norm.rstd_q; got only one of them: pass ones for the "
+            "other",
+        ),
     ],
 )
 def test_wrong_norms(norm, text):
@@ -167,12 +239,13 @@ def arguments(settings, *norm, layer=None):
 
 @OPERATORS
 @pytest.mark.parametrize("settings", [FAKE, EXACT], ids=["fake", "exact"])
-@pytest.mark.parametrize("which", ["both", "q", "unweighted"])
+@pytest.mark.parametrize("which", ["both", "q", "over_heads", "unweighted"])
 def test_opcheck(backends, operator, settings, which):
     _, (of_q, of_k) = inputs()
     norm = {
         "both": (EPS, 0.2, of_q, of_k),
-        "q": (EPS, None, of_q, None, "k: no"),
+        "q": (EPS, None, of_q, None, None, None, "k: no"),
+        "over_heads": (None, None, *over_heads().tensors),
         "unweighted": (0.0, 0.0),
     }[which]
     torch.library.opcheck(operator, arguments(settings, *norm), test_utils=("test_schema", "test_faketensor"))
@@ -182,6 +255,10 @@ def test_opcheck(backends, operator, settings, which):
 def test_operators_compute_what_the_function_computes(backends, operator):
     given, weights = inputs()
     lse = operator is ops.rope_sdpa_lse
+    spanning = over_heads()
+    want = lpattn.low_precision_rope_sdpa(*given, norm=spanning, backend="normalizing", return_lse=lse)
+    torch.testing.assert_close(operator(*arguments(FAKE, None, None, *spanning.tensors)), want)
+    del backends["normalizing"].norms[:]
     want = lpattn.low_precision_rope_sdpa(*given, norm=Norm(EPS, 0.2, *weights), backend="normalizing", return_lse=lse)
     torch.testing.assert_close(operator(*arguments(FAKE, EPS, 0.2, *weights)), want)
     one, two = backends["normalizing"].norms
@@ -192,18 +269,18 @@ def test_why_a_norm_was_not_fused_reaches_the_report(backends):
     ledger = Ledger()
     tag = torch.tensor(ledger.id)
     for norm, said in (
-        ((EPS, EPS, None, None, ""), "fused"),
-        ((EPS, None, None, None, "k: no norm"), "fused in q; k: no norm"),
-        ((None, None, None, None, "q: no; k: no"), "q: no; k: no"),
+        ((EPS, EPS, None, None, None, None, ""), "fused"),
+        ((EPS, None, None, None, None, None, "k: no norm"), "fused in q; k: no norm"),
+        ((None, None, None, None, None, None, "q: no; k: no"), "q: no; k: no"),
         ((), None),
     ):
         ops.rope_sdpa(*arguments(FAKE, *norm, layer=tag))
         assert ledger.norm == said
 
 
-def test_it_is_traced(backends, expected):
-    given, weights = inputs()
-    norm = Norm(EPS, 0.2, *weights)
+@pytest.mark.parametrize("norm", [Norm(EPS, 0.2, *inputs()[1]), over_heads()], ids=["of_a_head", "over_heads"])
+def test_it_is_traced(backends, expected, norm):
+    given, _ = inputs()
     run = torch.compile(
         lambda *given: lpattn.low_precision_rope_sdpa(*given, norm=norm, backend="normalizing"),
         backend="aot_eager",

@@ -20,16 +20,23 @@ pytestmark = [
 
 
 class Attention(nn.Module):
-    """RoPE as Llama (half-split, in bfloat16, grouped heads) or FLUX (interleaved, in float32, normalized) has it."""
+    """RoPE as Llama (half-split, in bfloat16, grouped heads), FLUX (interleaved, in float32, heads normalized) or Wan
+    (the same, all heads normalized at a time) has it.
+    """
 
     def __init__(self, like: str) -> None:
         super().__init__()
         self.like = like
-        self.norm = nn.RMSNorm(128) if like == "flux" else nn.Identity()
+        self.norm = {"flux": nn.RMSNorm(128), "wan": nn.RMSNorm(8 * 128)}.get(like, nn.Identity())
+        if isinstance(self.norm, nn.RMSNorm):
+            nn.init.normal_(self.norm.weight, 1.0, 0.3)
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        x = self.norm(x)
-        if self.like == "flux":
+        if self.like == "wan":
+            x = self.norm(x.transpose(1, 2).flatten(2)).unflatten(2, (8, 128)).transpose(1, 2)
+        else:
+            x = self.norm(x)
+        if self.like != "llama":
             a, b = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
             return (x.float() * cos + torch.stack((-b, a), -1).flatten(3).float() * sin).to(x.dtype)
         a, b = x.chunk(2, -1)
@@ -47,7 +54,7 @@ def make(like: str, length: int) -> tuple[torch.Tensor, ...]:
     kv_heads = 2 if like == "llama" else 8
     qkv = [torch.randn(1, length, h, 128, device="cuda", dtype=torch.bfloat16) for h in (8, kv_heads, kv_heads)]
     angle = torch.arange(length, device="cuda")[:, None] * 10000.0 ** -(torch.arange(64, device="cuda") / 64)
-    full = angle.repeat_interleave(2, -1) if like == "flux" else torch.cat((angle, angle), -1)
+    full = angle.repeat_interleave(2, -1) if like != "llama" else torch.cat((angle, angle), -1)
     return (*qkv, full.cos(), full.sin())
 
 
@@ -59,7 +66,7 @@ def fresh() -> object:
     torch._dynamo.reset()
 
 
-@pytest.fixture(params=["llama", "flux"])
+@pytest.fixture(params=["llama", "flux", "wan"])
 def like(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -93,7 +100,7 @@ def test_fused_is_as_exact_as_not_fused(fa3, tools, like, mode) -> None:
         torch.compiler.cudagraph_mark_step_begin()
         got = under(*inputs).clone()
     assert rope(model) == "fused"
-    assert norm(model) == ("fused" if like == "flux" else None)
+    assert norm(model) == ("fused" if like != "llama" else None)
     assert apart > 18
     assert tools.sqnr(exact, got) > apart - 1.0
 
@@ -145,7 +152,7 @@ def test_ten_lengths_are_one_graph(fa3, tools, like) -> None:
         assert tools.sqnr(plain(*inputs), under(*inputs)) > 17
     assert counter.frame_count == 1
     assert rope(model) == "fused"
-    assert norm(model) == ("fused" if like == "flux" else None)
+    assert norm(model) == ("fused" if like != "llama" else None)
 
 
 def test_models_of_transformers(tools) -> None:

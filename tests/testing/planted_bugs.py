@@ -917,6 +917,20 @@ class KeysAreNormalizedWhereQueriesAre(Honest):
         return super().rope_attention(*args, norm=norm, **tables)
 
 
+@bug("fused_norm", "norm in q and k over all heads, half-split rotation")
+class NormOverAllHeadsIsForgotten(Honest):
+    def rope_attention(self, *args, norm=None, **tables):
+        return super().rope_attention(*args, norm=norm if norm and norm.rstd_q is None else None, **tables)
+
+
+@bug("fused_norm", "norm in q and k over all heads, half-split rotation")
+class AllHeadsHaveTheWeightsOfTheFirst(Honest):
+    def rope_attention(self, *args, norm=None, **tables):
+        if norm and norm.rstd_q is not None and norm.weight_q is not None:
+            norm = replace(norm, weight_q=norm.weight_q[:1], weight_k=norm.weight_k[:1])
+        return super().rope_attention(*args, norm=norm, **tables)
+
+
 @bug("fused_norm", "norm in q and k, half-split rotation")
 class NormIsTakenAndForgotten(Honest):
     def rope_attention(self, *args, norm=None, **tables):

@@ -21,6 +21,8 @@ from lpattn.compile.sizes import Sizes, UnknownSizeError, assignments, value_of
 from lpattn.compile.terms import RefusedError
 from lpattn.compile.worth import reason_against, reason_against_norm
 
+aten = torch.ops.aten
+
 log = logging.getLogger(__name__)
 
 _FUSED = {ops.sdpa: ops.rope_sdpa, ops.sdpa_lse: ops.rope_sdpa_lse}
@@ -142,7 +144,22 @@ def _add_norms(call: fx.Node, found: _Found, sizes: Sequence[Sizes]) -> None:
             found.norms[number] = norm
         except (RefusedError, UnknownSizeError) as refused:
             reasons.append(f"{'qk'[number]}: {refused}")
+    if (reason := _apart(*found.norms)) is not None:
+        found.norms = [None if norm is None or norm.rstd is not None else norm for norm in found.norms]
+        reasons.append(reason)
     found.unfused = "; ".join(reasons)
+
+
+def _apart(q: Normalized | None, k: Normalized | None) -> str | None:
+    """Why norms over all heads cannot be handed over, which go together; None where they can, or there are none."""
+    of_q, of_k = (norm is not None and norm.rstd is not None for norm in (q, k))
+    if of_q != of_k:
+        one, other = "qk" if of_q else "kq"
+        return f"{one} is normalized over all heads, and {other} is not"
+    if q is not None and k is not None and of_q and (q.weight is None) != (k.weight is None):
+        one, other = "kq" if q.weight is None else "qk"
+        return f"the norm over all heads of {one} has a weight, and that of {other} has none"
+    return None
 
 
 def _rotations_otherwise(keys: Prover, groups: int, refused: RefusedError) -> list[Rotation]:
@@ -186,11 +203,12 @@ def _replace(call: fx.Node, found: _Found, emitter: Emitter) -> None:
     v = emitter.heads_last(found.value, _shape(value, found.value.groups))
     operands = (_joined(emitter, q), _joined(emitter, k), v)
     eps = [None if norm is None else norm.eps for norm in found.norms]
-    weights = [None if norm is None or norm.weight is None else emitter.flat(norm.weight) for norm in found.norms]
+    of_norms = [_of_norm(emitter, norm, x) for norm, x in zip(found.norms, (q[0], k[0]), strict=True)]
+    weights, rstd = zip(*of_norms, strict=True)
     with call.graph.inserting_before(call):
         fused = call.graph.call_function(
             _FUSED[call.target],  # type: ignore[index]
-            (*operands, *tables, found.interleaved, *rest[: _REASON - 3], *eps, *weights, found.unfused),
+            (*operands, *tables, found.interleaved, *rest[: _REASON - 3], *eps, *weights, *rstd, found.unfused),
         )
     fused.meta = dict(call.meta)
     _keep_strides(fused)
@@ -227,8 +245,21 @@ def _streams(emitter: Emitter, operand: fx.Node, rotations: Sequence[Rotation]) 
     ]
 
 
+def _of_norm(emitter: Emitter, norm: Normalized | None, x: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+    """The weight of a norm of x [B, S, H, D], and one over the root mean squares, as :class:`lpattn.Norm` has them."""
+    if norm is None:
+        return None, None
+    weight = None if norm.weight is None else emitter.flat(norm.weight)
+    if norm.rstd is None:
+        return weight, None
+    if weight is not None:
+        weight = emitter.call(aten.reshape.default, weight, [emitter.size(x, 2), emitter.size(x, 3)])
+    rstd = emitter.call(aten.reshape.default, norm.rstd, [emitter.size(x, 0), emitter.size(x, 1)])
+    return weight, emitter.call(aten.reciprocal.default, rstd) if norm.divides else rstd
+
+
 def _joined(emitter: Emitter, streams: Sequence[fx.Node]) -> fx.Node:
-    return streams[0] if len(streams) == 1 else emitter.call(torch.ops.aten.cat.default, list(streams), 1)
+    return streams[0] if len(streams) == 1 else emitter.call(aten.cat.default, list(streams), 1)
 
 
 def _tables(

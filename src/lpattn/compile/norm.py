@@ -1,8 +1,9 @@
-"""Proves that what is rotated is an RMS norm of an earlier tensor over the lanes of each head, or says what it is.
+"""Proves that what is rotated is an RMS norm of an earlier tensor, over each head or all of them, or says what it is.
 
 A norm is a product: of the tensor before it, of one number per row, and of a weight per lane. The number is read off
 the graph as one over the root of a mean of squares plus a constant. That it is of the very row that it scales, and that
-the weight is the same for all tokens and heads, is shown by where elements come from, as for rotations.
+the weight is the same for all tokens (and heads, where each is normalized by itself), is shown by where elements come
+from, as for rotations.
 """
 
 from __future__ import annotations
@@ -47,14 +48,18 @@ class Normalized:
     Attributes:
         source: the tensor before the norm, in the dtype of what it makes.
         order: how its elements, read as contiguous, hold [B, S, H, D].
-        eps: what is added to the mean square.
-        weight: a tensor of D elements; None is ones.
+        eps: what is added to the mean square of each head; None where the norm spans all heads.
+        weight: a tensor of D elements, of all heads where it spans them; None is ones.
+        rstd: where the norm spans all heads, one over the root mean square of each token, read as [B, S]; or the root
+            mean square itself, where ``divides``.
     """
 
     source: fx.Node
     order: tuple[int, ...]
-    eps: float
+    eps: float | None
     weight: fx.Node | None
+    rstd: fx.Node | None = None
+    divides: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,12 @@ def prove_norm(
     orders = {_check(operand, rotation, steps, scale, source, s) for s in sizes}
     if len(orders) > 1:
         raise RefusedError(f"{source.name} lies in another order at other lengths")
-    return Normalized(source, orders.pop(), scale.eps, weights[0] if weights else None)
+    order, spans_heads = orders.pop()
+    by_lane = weights[0] if weights else None
+    if not spans_heads:
+        return Normalized(source, order, scale.eps, by_lane)
+    last = steps[-1]
+    return Normalized(source, order, None, by_lane, last.factor, last.node.target is aten.div.Tensor)
 
 
 def is_of_norm(node: fx.Node) -> bool:
@@ -239,16 +249,20 @@ def _scale(step: _Step) -> _Scale:
 
 def _check(
     operand: fx.Node, rotation: Rotation, steps: Sequence[_Step], scale: _Scale, source: fx.Node, sizes: Sizes
-) -> tuple[int, ...]:
-    """Follow the elements of what is rotated: the order of [B, S, H, D] in the source.
+) -> tuple[tuple[int, ...], bool]:
+    """Follow the elements of what is rotated: the order of [B, S, H, D] in the source; whether the norm spans heads.
 
     Raises:
         RefusedError: some element is scaled by another row's number, or by another lane's weight.
     """
     batch, heads, rows, dim = sizes.shape(operand)
     heads //= rotation.groups
-    if (width := sizes.shape(scale.averaged)[-1]) != dim:
-        raise RefusedError(f"{scale.squared.name} is normalized over {width} elements; a head has {dim}")
+    width = sizes.shape(scale.averaged)[-1]
+    if width not in (dim, heads * dim):
+        raise RefusedError(
+            f"{scale.squared.name} is normalized over {width} elements; a head has {dim}, all heads {heads * dim}"
+        )
+    spans_heads = width != dim
     for node in (rotation.source, source):
         if torch.Size(sizes.shape(node)).numel() != batch * heads * rows * dim:
             raise RefusedError(f"{source.name} is not all of what is normalized")
@@ -256,6 +270,8 @@ def _check(
     def checked(blocks: list[Block]) -> tuple[int, ...]:
         row, lanes, counts = elements(blocks, dim)
         b, h, s = unravel(row, (batch, heads, rows))
+        # Of what is normalized at a time.
+        within = h * dim + lanes if spans_heads else lanes
         extents, coordinates = (batch, rows, heads, dim), (b, s, h, lanes)
         at = ravel([coordinates[o] for o in rotation.order], tuple(extents[o] for o in rotation.order))
         points = Points(torch.arange(len(row), device="cpu"), at, counts)
@@ -266,7 +282,10 @@ def _check(
             of_factor = PullBack(step.node, set(), sizes).broadcast(points, step.node, step.factor)
             if step is steps[-1]:
                 of_row = of_factor
-            elif torch.Size(sizes.shape(step.factor)).numel() != dim or not torch.equal(of_factor.flat, lanes):
+                in_order = torch.Size(sizes.shape(step.factor)).numel() == batch * rows
+                if spans_heads and not (in_order and torch.equal(of_row.flat, b * rows + s)):
+                    raise RefusedError(f"{step.factor.name} lies in another order than tokens of q and k do")
+            elif torch.Size(sizes.shape(step.factor)).numel() != width or not torch.equal(of_factor.flat, within):
                 raise RefusedError(f"{step.factor.name}, by which {step.node.name} multiplies, is no weight of a lane")
             points, node = PullBack(step.node, set(), sizes).broadcast(points, step.node, step.carrier), step.carrier
         points = _followed(node, source, points, sizes)
@@ -276,7 +295,7 @@ def _check(
             if number and sizes.shape(scale.hops[number - 1][1]) != sizes.shape(begin):
                 raise RefusedError(f"{begin.name} is broadcast under the root")
             of_row = _followed(begin, end, of_row, sizes)
-        squared = _followed(scale.averaged, scale.square, of_row.at(of_row.flat * dim + lanes), sizes)
+        squared = _followed(scale.averaged, scale.square, of_row.at(of_row.flat * width + within), sizes)
         squared = _followed(scale.squared, source, squared, sizes)
         if not torch.equal(squared.flat, points.flat):
             raise RefusedError(f"{steps[-1].node.name} scales a row by the root mean square of another one")
@@ -288,7 +307,7 @@ def _check(
         return order
 
     whole = block_of(0, [(batch, heads * rows), (heads, rows), (rows, 1)])
-    return Partition(whole, dim).prove(checked)
+    return Partition(whole, dim).prove(checked), spans_heads
 
 
 def _followed(begin: fx.Node, end: fx.Node, points: Points, sizes: Sizes) -> Points:

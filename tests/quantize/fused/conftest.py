@@ -74,8 +74,9 @@ def operands(
     dtype = q.dtype
     q, k, v = (x.cpu().float() for x in (q, k, v))
     if norm is not None:
-        weights = (None if w is None else w.cpu().float() for w in (norm.weight_q, norm.weight_k))
-        q, k = normalize_both(q, k, Norm(norm.eps_q, norm.eps_k, *weights))
+        tensors = (None if t is None else t.cpu().float() for t in norm.tensors)
+        both = normalize_both(q.transpose(1, 2), k.transpose(1, 2), Norm(norm.eps_q, norm.eps_k, *tensors))
+        q, k = (x.transpose(1, 2) for x in both)
     if rope is not None:
         cos, sin, cos_k, sin_k = (x.cpu().float() for x in (rope.cos, rope.sin, rope.cos_k, rope.sin_k))
         q = rotate(q.transpose(1, 2), cos, sin, rope.interleaved).transpose(1, 2)
@@ -195,6 +196,16 @@ class Fused:
         view = memory.permute(order)[tuple(cut)][..., lanes]
         view.copy_(x[:, : view.shape[1], : view.shape[2]])
         return view.expand_as(x)
+
+    def norm_over_heads(self, q: torch.Tensor, k: torch.Tensor, *dtypes: torch.dtype) -> Norm:
+        """With numbers that differ between tokens, and weights of these dtypes, if any, between heads and lanes."""
+        generator = torch.Generator().manual_seed(7)
+        made = [
+            (1 + torch.randn(x.shape[1], x.shape[3], generator=generator)).to(dtype).to(self.device)
+            for x, dtype in zip((q, k), dtypes, strict=False)
+        ]
+        rstd = [0.5 + torch.rand(x.shape[0], x.shape[2], generator=generator).to(self.device) for x in (q, k)]
+        return Norm(None, None, *(made or (None, None)), *rstd)
 
     def rotation(
         self, q: torch.Tensor, k: torch.Tensor, tables: Sequence[torch.Tensor], interleaved: bool = False

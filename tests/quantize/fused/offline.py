@@ -2,8 +2,9 @@
 
 `python offline.py 90:128-half 100:64 ...` prints a line of JSON for every kernel that these launch, compiled with the
 arguments, constants and options that it would be launched with. A configuration is a compute capability, a head_dim,
-and what is asked for: a rotation (half, interleaved, partial), norm, a Hadamard mode (qkv, v_only), keys, a padding
-mask with lse, and blocks, the passes for scales per token and block. Where Triton refuses a kernel, the line says so.
+and what is asked for: a rotation (half, interleaved, partial), norm or span (a norm of all heads; bare: without
+weights), a Hadamard mode (qkv, v_only), keys, a padding mask with lse, and blocks, the passes for scales per token and
+block. Where Triton refuses a kernel, the line says so.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ def launches(capability: int, dim: int, *asked: str) -> Recorded:
         options["rope"] = fused.rotation_of(q, k, [table] * 4, "interleaved" in asked)
     if "norm" in asked:
         options["norm"] = Norm(1e-6, 1e-6, *torch.zeros(2, dim, dtype=torch.bfloat16))
+    if "span" in asked:
+        weights = [torch.zeros(x.shape[1], dim, dtype=torch.bfloat16) for x in (q, k)]
+        bare = "bare" in asked
+        options["norm"] = Norm(None, None, *((None, None) if bare else weights), *torch.zeros(2, 2, 1024))
     for mode in HadamardMode:
         if mode.value in asked:
             options["hadamard"] = mode

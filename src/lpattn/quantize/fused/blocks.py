@@ -12,7 +12,18 @@ from typing import NamedTuple
 
 import torch
 
-from lpattn.quantize.fused.inputs import NO_MORE, Keys, More, Rotation, Turns, addresses_of, more_of, used_keys
+from lpattn.quantize.fused.inputs import (
+    NO_EPS,
+    NO_MORE,
+    Keys,
+    More,
+    Norms,
+    Rotation,
+    Turns,
+    addresses_of,
+    more_of,
+    used_keys,
+)
 from lpattn.quantize.fused.launcher import INTERPRETED, Launch, short_way
 from lpattn.quantize.fused.memory import Layout, PerBlock, laid_out, part_of, round_up
 from lpattn.quantize.fused.operands import check_device, how_to_read, kind_of, lanes_of, multiprocessors, overlaps_on
@@ -161,7 +172,7 @@ def plan_per_block(
         key.stride(),
         value.stride(),
         None if more is None else more.turns,
-        None if more is None else more.eps,
+        None if more is None else more.norms,
         hadamard,
         factor,
         qk_max,
@@ -211,8 +222,8 @@ class Quantization(NamedTuple):
         # Each launch by the addresses of what it takes, and by the tensors themselves, in the same order.
         sample.on(
             stream,
-            (*at[1:], *extra_at[:2], *extra_at[4:6], extra_at[7], k_constant, v_constant),
-            lambda: (key, value, *extra[:2], *extra[4:6], extra[7], found.k_constant, found.v_constant),
+            (*at[1:], *extra_at[:2], *extra_at[4:6], extra_at[7], extra_at[9], k_constant, v_constant),
+            lambda: (key, value, *extra[:2], *extra[4:6], extra[7], extra[9], found.k_constant, found.v_constant),
         )
         quantize.on(
             stream,
@@ -258,7 +269,7 @@ def _plan(
     k_strides: tuple[int, ...],
     v_strides: tuple[int, ...],
     turns: Turns | None,
-    eps: tuple[float, float] | None,
+    norms: Norms | None,
     hadamard: HadamardMode,
     factor: float,
     qk_max: float,
@@ -318,9 +329,9 @@ def _plan(
     q_each = _heads_each(batch * q_tiles, heads, _Q_PROGRAMS, device) if shares else 1
     k_each = _heads_each(batch * blocks, kv_heads, _K_PROGRAMS, device) if turned else 1
 
-    strides, reading = how_to_read(dim, q_strides, k_strides, v_strides, turns, eps, hadamard)
+    strides, reading = how_to_read(dim, q_strides, k_strides, v_strides, turns, norms, hadamard)
     unit, dense, turn_unit, turn_dense, _, _, *transforms = reading
-    eps_q, eps_k = eps or (0.0, 0.0)
+    eps_q, eps_k = NO_EPS if norms is None else norms.eps
     factors = (float(factor), float(qk_max))
     constants = (unit, dense, turn_unit, turn_dense, dim, lanes, dim_v, lanes_v, *transforms)
     wide = max(lanes, lanes_v) > 128

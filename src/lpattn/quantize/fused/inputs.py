@@ -1,4 +1,4 @@
-"""What the passes read besides q, k and v: RoPE tables, lists of keys, and the weights of norms."""
+"""What the passes read besides q, k and v: RoPE tables, lists of keys, and what norms multiply with."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from lpattn.quantize.fused.keys import list_used
 from lpattn.quantize.fused.launcher import Launch, kinds_of, short_way
+from lpattn.quantize.fused.tile import OF_HEAD, OF_TOKEN
 from lpattn.types import Norm
 
 Turns = tuple[bool, int, tuple[int, ...], tuple[int, ...]]
@@ -53,8 +54,20 @@ def rotation_of(query: torch.Tensor, key: torch.Tensor, tables: Sequence[torch.T
     return Rotation(cos, sin, cos_k, sin_k, interleaved)
 
 
-Weights = tuple[torch.Tensor | None, torch.Tensor | None]
-"""Of the norms of q and of k, [D], contiguous and of one dtype: both, or none."""
+Both = tuple[torch.Tensor | None, torch.Tensor | None]
+"""Of the norms of q and of k, contiguous and of one dtype: both, or none."""
+
+
+class Norms(NamedTuple):
+    """The norms of q and of k.
+
+    Attributes:
+        kind: OF_HEAD or OF_TOKEN, for both.
+        eps: OF_HEAD: of each; negative where that tensor has no norm.
+    """
+
+    kind: int
+    eps: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -100,20 +113,23 @@ class More(NamedTuple):
 
     Attributes:
         tensors: indices and counts of the keys that are used, cos and sin of q and of k, then the weights of their
-            norms; None for what there is not.
+            norms, and what their tokens are multiplied with; None for what there is not.
         turns: what is to be known of the tables; None without any.
-        eps: of the norms of q and of k, as :func:`weights_of` has it; None without a norm.
+        norms: what is to be known of the norms; None without any.
         kinds: of the tensors, as kernels are compiled for them.
     """
 
     tensors: tuple[torch.Tensor | None, ...]
     turns: Turns | None
-    eps: tuple[float, float] | None
+    norms: Norms | None
     kinds: Hashable
 
 
-NO_MORE = (None,) * 8
+NO_MORE = (None,) * 10
 """In place of :attr:`More.tensors`."""
+
+NO_EPS = (0.0, 0.0)
+"""In place of :attr:`Norms.eps`."""
 
 
 def more_of(rope: Rotation | None, keys: Keys | None, norm: Norm | None = None) -> More | None:
@@ -126,9 +142,9 @@ def more_of(rope: Rotation | None, keys: Keys | None, norm: Norm | None = None) 
         cos_q, sin_q = _alike(rope.cos, rope.sin)
         cos_k, sin_k = _alike(rope.cos_k, rope.sin_k)
         turns = (rope.interleaved, cos_q.shape[-1], cos_q.stride(), cos_k.stride())
-    weights, eps = weights_of(norm)
-    tensors = (indices, counts, cos_q, sin_q, cos_k, sin_k, *weights)
-    return More(tensors, turns, eps, kinds_of(tensors))
+    norms, weights, rstd = (None, (None, None), (None, None)) if norm is None else _norms_of(norm)
+    tensors = (indices, counts, cos_q, sin_q, cos_k, sin_k, *weights, *rstd)
+    return More(tensors, turns, norms, kinds_of(tensors))
 
 
 def alike(
@@ -148,7 +164,7 @@ def alike(
         at[0] % 16,
         at[1] % 16,
         at[2] % 16,
-        None if more is None else (more.turns, more.eps, more.kinds),
+        None if more is None else (more.turns, more.norms, more.kinds),
     )
 
 
@@ -157,20 +173,25 @@ def addresses_of(tensors: Sequence[torch.Tensor | None]) -> tuple[int | None, ..
     return tuple([None if t is None else t.data_ptr() for t in tensors])
 
 
-def weights_of(norm: Norm | None) -> tuple[Weights, tuple[float, float] | None]:
-    """Weights of the norms of q and of k, and their eps: negative where that tensor has no norm."""
-    if norm is None:
-        return (None, None), None
-    eps = tuple([-1.0 if number is None else float(number) for number in (norm.eps_q, norm.eps_k)])
-    q, k = norm.weight_q, norm.weight_k
-    if q is not None or k is not None:
-        # One is missing hardly ever: a kernel without it would be another one to compile.
-        q = torch.ones_like(k) if q is None else q  # type: ignore[arg-type]
-        k = torch.ones_like(q) if k is None else k
-        if q.dtype != k.dtype:
-            q, k = q.float(), k.float()
-        q, k = q.contiguous(), k.contiguous()
-    return (q, k), (eps[0], eps[1])
+def _norms_of(norm: Norm) -> tuple[Norms, Both, Both]:
+    """Of which kind they are, the weights of q and of k, and what their tokens are multiplied with."""
+    weights, rstd = (norm.weight_q, norm.weight_k), (norm.rstd_q, norm.rstd_k)
+    if rstd == (None, None):
+        eps = tuple([-1.0 if number is None else float(number) for number in (norm.eps_q, norm.eps_k)])
+        return Norms(OF_HEAD.value, (eps[0], eps[1])), _both(weights), rstd
+    return Norms(OF_TOKEN.value, NO_EPS), _both(weights), _both([None if r is None else r.float() for r in rstd])
+
+
+def _both(tensors: Sequence[torch.Tensor | None]) -> Both:
+    """The two as a pass takes them. Where one is missing, ones: a kernel without it would be another one to compile."""
+    q, k = tensors
+    if q is None and k is None:
+        return None, None
+    q = torch.ones_like(k) if q is None else q  # type: ignore[arg-type]
+    k = torch.ones_like(q) if k is None else k
+    if q.dtype != k.dtype:
+        q, k = q.float(), k.float()
+    return q.contiguous(), k.contiguous()
 
 
 def _alike(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,11 +10,11 @@ import torch
 
 from lpattn.errors import InvalidArgumentError
 from lpattn.quantize.fused import layout
-from lpattn.quantize.fused.inputs import NO_MORE, Keys, More, Rotation, Turns, addresses_of, more_of
+from lpattn.quantize.fused.inputs import NO_EPS, NO_MORE, Keys, More, Norms, Rotation, Turns, addresses_of, more_of
 from lpattn.quantize.fused.launcher import INTERPRETED, Launch, short_way
 from lpattn.quantize.fused.output import restore
 from lpattn.quantize.fused.per_head import quantize_heads, sample_heads
-from lpattn.quantize.fused.tile import HALF_SPLIT, HALF_SPLIT_PARTIAL, INTERLEAVED, NO_ROPE
+from lpattn.quantize.fused.tile import HALF_SPLIT, HALF_SPLIT_PARTIAL, INTERLEAVED, NO_NORM, NO_ROPE
 from lpattn.types import HadamardMode, Norm
 
 # Tile shapes and programs per multiprocessor that were the fastest on an H200.
@@ -31,7 +31,6 @@ _RESTORE_PROGRAMS = 3
 _MANY_TILES = 16
 """Tiles per program where there are more heads than programs."""
 
-_NO_EPS = (0.0, 0.0)
 
 E4M3_FROM = (8, 9)
 """Compute capability from which on Triton casts to e4m3."""
@@ -156,7 +155,7 @@ def plan_per_head(
         key.stride(),
         value.stride(),
         None if more is None else more.turns,
-        None if more is None else more.eps,
+        None if more is None else more.norms,
         hadamard,
         factor,
         with_lse_shift,
@@ -236,7 +235,7 @@ def _plan(
     k_strides: tuple[int, ...],
     v_strides: tuple[int, ...],
     turns: Turns | None,
-    eps: tuple[float, float] | None,
+    norms: Norms | None,
     hadamard: HadamardMode,
     factor: float,
     with_lse_shift: bool,
@@ -256,10 +255,11 @@ def _plan(
     v_parts = layout.parts(kv_len, layout.ALL.value) if kv_len >= layout.EXACT_FROM else k_parts
     parts = batch * heads * q_parts + groups * (k_parts + v_parts)
 
-    strides, constants = how_to_read(dim, q_strides, k_strides, v_strides, turns, eps, hadamard)
-    numbers = (batch, heads, kv_heads, q_len, kv_len, q_parts, k_parts, v_parts, *strides, *(eps or _NO_EPS))
+    eps = NO_EPS if norms is None else norms.eps
+    strides, constants = how_to_read(dim, q_strides, k_strides, v_strides, turns, norms, hadamard)
+    numbers = (batch, heads, kv_heads, q_len, kv_len, q_parts, k_parts, v_parts, *strides, *eps)
     overlaps = overlaps_on(device)
-    light = turns is None and eps is None and hadamard is HadamardMode.NONE and lanes <= 128
+    light = turns is None and norms is None and hadamard is HadamardMode.NONE and lanes <= 128
     sample = Launch(
         sample_heads,
         parts,
@@ -271,7 +271,7 @@ def _plan(
         device,
     )
     # Rotated or normalized values take more registers, a transform 16 tokens at least.
-    tokens = _TILE // lanes if turns is None and eps is None else max(_TILE // 2 // lanes, 16)
+    tokens = _TILE // lanes if turns is None and norms is None else max(_TILE // 2 // lanes, 16)
     q_tiles, kv_tiles = -(-q_len // tokens), -(-kv_len // tokens)
     each = _tiles_per_program(max(q_tiles, kv_tiles), batch * heads + 2 * groups, _PROGRAMS, device)
     q_rows = _power_of_two(heads // kv_heads * q_parts)
@@ -309,7 +309,7 @@ def how_to_read(
     k_strides: tuple[int, ...],
     v_strides: tuple[int, ...],
     turns: Turns | None,
-    eps: tuple[float, float] | None,
+    norms: Norms | None,
     hadamard: HadamardMode,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """How inputs are read: the strides, and what is compiled in."""
@@ -321,7 +321,8 @@ def how_to_read(
         _, rotary, turn_q, turn_k = turns
         (q_b, q_s, q_h, q_d), (k_b, k_s, k_h, k_d) = turn_q, turn_k
         turn_strides, turn_unit, turn_dense = _in_units((q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d))
-    norm, transforms = eps is not None, (hadamard is HadamardMode.QKV, hadamard is not HadamardMode.NONE)
+    norm = NO_NORM.value if norms is None else norms.kind
+    transforms = (hadamard is HadamardMode.QKV, hadamard is not HadamardMode.NONE)
     read = (unit, dense, turn_unit, turn_dense, dim, lanes, kind_of(turns, dim), rotary, norm, *transforms)
     return (*strides, *turn_strides), read
 

@@ -21,7 +21,9 @@ from lpattn.quantize.fused.sample import sampled_tokens
 from lpattn.quantize.fused.tile import (
     E4M3_MAX,
     KEPT,
+    NO_NORM,
     NO_ROPE,
+    OF_TOKEN,
     PASSING,
     V_UNIT,
     inverse_power_of_two,
@@ -57,7 +59,7 @@ _VARYING = [
 
 @triton.jit(do_not_specialize=_VARYING)
 def sample_blocks(
-    k, v, keys, key_counts, cos_k, sin_k, weight_k, k_constant, v_constant, batch, kv_heads, kv_len,
+    k, v, keys, key_counts, cos_k, sin_k, weight_k, rstd_k, k_constant, v_constant, batch, kv_heads, kv_len,
     k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, turn_k_b, turn_k_h, turn_k_s, turn_k_d, eps_k,
     UNIT: tl.constexpr, DENSE: tl.constexpr, TURN_UNIT: tl.constexpr, TURN_DENSE: tl.constexpr,
     D: tl.constexpr, LANES: tl.constexpr, D_V: tl.constexpr, LANES_V: tl.constexpr,
@@ -87,11 +89,13 @@ def sample_blocks(
         HALF: tl.constexpr = LANES // 2
         x = k + (b * k_b + h * k_h) * UNIT
         low_sum, high_sum = tl.zeros((HALF,), tl.float32), tl.zeros((HALF,), tl.float32)
-        weight_low, weight_high = load_weights(weight_k, D, HALF, NORM)
+        head_weight = weight_k + h * D if NORM == OF_TOKEN and weight_k is not None else weight_k
+        weight_low, weight_high = load_weights(head_weight, D, HALF, NORM)
+        rstd = rstd_k + b * kv_len if NORM == OF_TOKEN else None
         for first in tl.range(0, size, PART, num_stages=1):
             tokens, used = _sampled(keys, b, kv_len, first, size, length)
             low, high, of_rows = _qk_tile(
-                x, tokens, used, k_s, k_d, weight_k, weight_low, weight_high, eps_k, cos_k, sin_k, b, h,
+                x, tokens, used, k_s, k_d, head_weight, weight_low, weight_high, eps_k, rstd, cos_k, sin_k, b, h,
                 turn_k_b, turn_k_h, turn_k_s, turn_k_d,
                 UNIT, DENSE, TURN_UNIT, TURN_DENSE, D, HALF, NORM, ROPE, ROTARY, HADAMARD_QK,
             )  # fmt: skip
@@ -122,8 +126,8 @@ def sample_blocks(
 
 @triton.jit(do_not_specialize=_VARYING)
 def quantize_blocks(
-    q, k, v, keys, key_counts, cos_q, sin_q, cos_k, sin_k, weight_q, weight_k, flags, k_constant, v_constant,
-    q_out, k_out, v_out, q_scale, k_scale, v_scale, lse_shift,
+    q, k, v, keys, key_counts, cos_q, sin_q, cos_k, sin_k, weight_q, weight_k, rstd_q, rstd_k,
+    flags, k_constant, v_constant, q_out, k_out, v_out, q_scale, k_scale, v_scale, lse_shift,
     batch, heads, kv_heads, q_len, kv_len, q_each, k_each,
     q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d,
     turn_q_b, turn_q_h, turn_q_s, turn_q_d, turn_k_b, turn_k_h, turn_k_s, turn_k_d,
@@ -158,6 +162,7 @@ def quantize_blocks(
         q_rows = tile * Q_TOKENS + tl.arange(0, Q_TOKENS)
         q_used = q_rows < q_len
         weight_low, weight_high = load_weights(weight_q, D, HALF, NORM)
+        rstd = rstd_q + b * q_len if NORM == OF_TOKEN else None
         stride_s, stride_d = q_s * UNIT, 1 if DENSE else q_d
         first = part % q_parts * q_each
         angles = _angles(
@@ -172,6 +177,9 @@ def quantize_blocks(
             h = tl.minimum(first + i, heads - 1)
             row = b * heads + h
             q_low, q_high = low_next, high_next
+            head_weight = weight_q + h * D if NORM == OF_TOKEN and weight_q is not None else weight_q
+            if NORM == OF_TOKEN:
+                weight_low, weight_high = load_weights(head_weight, D, HALF, NORM)
             if ROPE != NO_ROPE:
                 # The next head is on its way while this one is turned.
                 follows = q + (b * q_b + tl.minimum(h + 1, heads - 1) * q_h) * UNIT
@@ -179,7 +187,8 @@ def quantize_blocks(
                 low_next, high_next = load_tile(follows, q_rows, wanted, stride_s, stride_d, D, HALF, LINES)
             q_low, q_high, times = transform_tile(
                 q_low, q_high, q + (b * q_b + h * q_h) * UNIT, q_rows, q_used, stride_s, stride_d,
-                weight_q, weight_low, weight_high, eps_q, angles, True, D, HALF, NORM, ROPE, ROTARY, HADAMARD_QK,
+                head_weight, weight_low, weight_high, eps_q, rstd, angles, True,
+                D, HALF, NORM, ROPE, ROTARY, HADAMARD_QK,
             )  # fmt: skip
             times *= factor
             if lse_shift is not None:
@@ -203,13 +212,18 @@ def quantize_blocks(
         b = part // k_parts
         rows = block * BLOCK + slots
         weight_low, weight_high = load_weights(weight_k, D, HALF, NORM)
+        rstd = rstd_k + b * kv_len if NORM == OF_TOKEN else None
         for i in tl.range(0, 1 if ROPE == NO_ROPE else k_each, num_stages=1):
             h = tl.minimum(part % k_parts * k_each + i, kv_heads - 1)
             row = b * kv_heads + h
             tokens, used = _used(keys, key_counts, flags, b, h, kv_len, rows, flag_b, flag_h, flag_s, PACKED)
+            head_weight = weight_k + h * D if NORM == OF_TOKEN and weight_k is not None else weight_k
+            if NORM == OF_TOKEN:
+                weight_low, weight_high = load_weights(head_weight, D, HALF, NORM)
             low, high, times = _qk_tile(
                 k + (b * k_b + h * k_h) * UNIT, tokens, used, k_s, k_d,
-                weight_k, weight_low, weight_high, eps_k, cos_k, sin_k, b, h, turn_k_b, turn_k_h, turn_k_s, turn_k_d,
+                head_weight, weight_low, weight_high, eps_k, rstd, cos_k, sin_k, b, h,
+                turn_k_b, turn_k_h, turn_k_s, turn_k_d,
                 UNIT, DENSE, TURN_UNIT, TURN_DENSE, D, HALF, NORM, ROPE, ROTARY, HADAMARD_QK,
             )  # fmt: skip
             if OVERLAPS:
@@ -294,7 +308,7 @@ def _round_rows(
 
 @triton.jit
 def _qk_tile(
-    x, tokens, used, stride_s, stride_d, weight, weight_low, weight_high, eps, cos, sin, b, h,
+    x, tokens, used, stride_s, stride_d, weight, weight_low, weight_high, eps, rstd, cos, sin, b, h,
     turn_b, turn_h, turn_s, turn_d,
     UNIT: tl.constexpr, DENSE: tl.constexpr, TURN_UNIT: tl.constexpr, TURN_DENSE: tl.constexpr,
     D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr,
@@ -308,7 +322,7 @@ def _qk_tile(
         cos, sin, tokens, used, b, h, turn_b, turn_h, turn_s, turn_d, TURN_UNIT, TURN_DENSE, HALF, ROPE, ROTARY
     )  # fmt: skip
     return transform_tile(
-        low, high, x, tokens, used, stride_s, stride_d, weight, weight_low, weight_high, eps, angles, True,
+        low, high, x, tokens, used, stride_s, stride_d, weight, weight_low, weight_high, eps, rstd, angles, True,
         D, HALF, NORM, ROPE, ROTARY, HADAMARD,
     )  # fmt: skip
 
@@ -335,8 +349,8 @@ def _v_tile(
     stride_s, stride_d = stride_s * UNIT, 1 if DENSE else stride_d
     low, high = load_tile(x, tokens, used, stride_s, stride_d, D, HALF, KEPT)
     low, high, _ = transform_tile(
-        low, high, x, tokens, used, stride_s, stride_d, None, 1.0, 1.0, 0.0, (1.0, 1.0, 1.0, 1.0), True,
-        D, HALF, False, NO_ROPE, 0, HADAMARD,
+        low, high, x, tokens, used, stride_s, stride_d, None, 1.0, 1.0, 0.0, None, (1.0, 1.0, 1.0, 1.0), True,
+        D, HALF, NO_NORM, NO_ROPE, 0, HADAMARD,
     )  # fmt: skip
     return low, high
 

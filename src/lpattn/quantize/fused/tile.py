@@ -17,6 +17,13 @@ HALF_SPLIT_PARTIAL = tl.constexpr(3)
 """Half-split on some leading lanes, or on a head_dim that is no power of two: partners are loaded once more."""
 
 
+NO_NORM = tl.constexpr(0)
+OF_HEAD = tl.constexpr(1)
+"""A token of a head is divided by its root mean square, and weights are the same for all heads."""
+OF_TOKEN = tl.constexpr(2)
+"""A token is multiplied with a number that is given, and every head has weights of its own."""
+
+
 @triton.constexpr_function
 def turns_whole(rope):
     """Whether there is a rotation for which a tile holds all that it needs."""
@@ -91,7 +98,7 @@ def load_angles(
 
 @triton.jit
 def transform_tile(
-    low, high, x, rows, used, stride_s, stride_d, weight, weight_low, weight_high, eps, angles, transforms,
+    low, high, x, rows, used, stride_s, stride_d, weight, weight_low, weight_high, eps, rstd, angles, transforms,
     D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr,
     HADAMARD: tl.constexpr,
 ):  # fmt: skip
@@ -103,8 +110,9 @@ def transform_tile(
 
     Args:
         low, high, x, rows, used, stride_s, stride_d: of :func:`load_tile`.
-        weight, eps: of the norm, where NORM compiles it. A negative eps leaves the rows as they are; weight may be
-            None.
+        weight: of this head, or None, where NORM compiles a norm.
+        eps: OF_HEAD: of the norm; a negative one leaves the rows as they are.
+        rstd: OF_TOKEN: what tokens are multiplied with, from token 0 on.
         weight_low, weight_high: of :func:`load_weights`.
         angles: of :func:`load_angles`.
         transforms: whether this tensor is transformed, where HADAMARD compiles that.
@@ -115,9 +123,12 @@ def transform_tile(
     TOKENS: tl.constexpr = low.shape[0]
     of_rows = tl.full((TOKENS, 1), 1.0, tl.float32)
     if NORM:
-        # Lanes past D are zeros.
-        mean_square = tl.sum(low * low + high * high, 1) * (1.0 / D)
-        of_rows = tl.where(eps < 0.0, 1.0, tl.rsqrt(mean_square + eps))[:, None]
+        if NORM == OF_TOKEN:
+            of_rows = tl.load(rstd + rows[:, None], mask=used[:, None], other=0.0)
+        else:
+            # Lanes past D are zeros.
+            mean_square = tl.sum(low * low + high * high, 1) * (1.0 / D)
+            of_rows = tl.where(eps < 0.0, 1.0, tl.rsqrt(mean_square + eps))[:, None]
         low, high = low * weight_low, high * weight_high
     if ROPE != NO_ROPE:
         cos_low, sin_low, cos_high, sin_high = angles

@@ -44,7 +44,10 @@ def fused_rotation(subject: Subject) -> str:
 
 @check
 def fused_norm(subject: Subject) -> str:
-    """rope_attention with a norm: of q and k or of one of them, with weights and without, each with its own eps."""
+    """rope_attention with a norm: of q and k or of one of them, with weights and without, each with its own eps.
+
+    Also with one over all heads of a token, whose reciprocals are given.
+    """
     if not (subject.capabilities.rope and subject.capabilities.norm):
         raise NotApplicable("declares no fused norm")
     (plain,) = subject.accepted([subject.problem(length=subject.fitting(60), head_dim=_even_head_dim(subject))])
@@ -56,6 +59,11 @@ def fused_norm(subject: Subject) -> str:
     plain = plain.changed(query=(plain.query * size).to(plain.query), key=(plain.key / size).to(plain.key))
     of_q, of_k = ((1 + torch.randn(dim, generator=generator) / 2).to(plain.query) for _ in range(2))
     norms = [Norm(1e-6, 0.5, of_q, of_k), Norm(0.5, None, of_q), Norm(None, 1e-6, None, of_k), Norm(0.5, 1e-6)]
+    rstd = [x.float().square().mean((1, 3)).rsqrt() for x in (plain.query, plain.key)]
+    of_heads = [
+        (1 + torch.randn(x.shape[1], dim, generator=generator) / 2).to(plain.query) for x in (plain.query, plain.key)
+    ]
+    norms += [Norm(None, None, *of_heads, *rstd), Norm(rstd_q=rstd[0], rstd_k=rstd[1])]
     for interleaved in (False, True):
         for norm in norms:
             _require_rotation(subject, plain, tables, interleaved, norm)
@@ -80,7 +88,8 @@ def _require_rotation(
     label = f"{'interleaved' if interleaved else 'half-split'} rotation of {tables['cos'].shape[-1]} lanes"
     label += ", own tables for the keys" if "cos_k" in tables else ""
     if norm is not None:
-        label = f"norm {norm.said.removeprefix('fused').strip() or 'in q and k'}, {label}"
+        over = "" if norm.rstd_q is None else " over all heads"
+        label = f"norm {norm.said.removeprefix('fused').strip() or 'in q and k'}{over}, {label}"
     options: dict[str, Any] = {"is_causal": problem.is_causal, "interleaved": interleaved, "backend": subject.name}
     options.update(tables, norm=norm, enable_gqa=True, on_unsupported="raise")
     try:
