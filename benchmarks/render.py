@@ -80,7 +80,8 @@ have another normal number of standard deviation 10 added; "bias": as in the sec
 
 QUANTIZATION = """## Quantization
 
-q, k and v to e4m3, beside a copy on the device in the same run. The bytes are each input read once and each output
+q, k and v to e4m3, beside a copy on the device in the same run: "per_head" with the scales that FlashAttention-3 reads,
+"per_block" with those that lpattn's own kernels read. The bytes are each input read once and each output
 written once, and the copy moves as many. "GPU" is the time in a replayed CUDA graph, "in a row" that of several calls
 from the host, whose launches may be the limit. "against plain" is the GPU time relative to no rotation.
 """
@@ -110,7 +111,8 @@ products wait while a tile of q is rounded.
 
 COMPILED = """## Compiled blocks
 
-Blocks with random weights, shaped as those of Llama 3 8B and FLUX.1, under `torch.compile`, as replayed CUDA graphs.
+Blocks with random weights, shaped as those of Llama 3 8B, FLUX.1 (each head of q and k is normalized) and Wan 14B (all
+heads of a token are, at a time), under `torch.compile`, as replayed CUDA graphs.
 "opaque": the compiler rotates (and normalizes) q and k, and lpattn's operator quantizes them; "fused": that operator
 does it all; "rope only": the compiler keeps the norm. "between" is what lies between the projections; "block" has
 these and the MLP, too, of which attention is a small part: fusion can save no more of a block than the time that the

@@ -29,7 +29,8 @@ class Attention(nn.Module):
         self.like = like
         self.norm = {"flux": nn.RMSNorm(128), "wan": nn.RMSNorm(8 * 128)}.get(like, nn.Identity())
         if isinstance(self.norm, nn.RMSNorm):
-            nn.init.normal_(self.norm.weight, 1.0, 0.3)
+            # The same for all of them: one is compared with another.
+            nn.init.normal_(self.norm.weight, 1.0, 0.3, generator=torch.Generator().manual_seed(0))
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         if self.like == "wan":
