@@ -143,13 +143,14 @@ class DeviceTimer:
         return float(start.elapsed_time(end)) / 1e3 / self.calls / self.each
 
 
-def captured(runs: Sequence[Callable[[], object]]) -> Callable[[], None]:
+def captured(runs: Sequence[Callable[[], object]], pool: Any = None) -> Callable[[], None]:
     """The calls, one after another, as one CUDA graph: a replay takes the GPU's time, and next to none of the host's.
 
-    Every call must have run before, and what it reads must stay alive.
+    Every call must have run before, and what it reads must stay alive. Graphs that are given one ``pool``, of
+    ``torch.cuda.graph_pool_handle()``, write to the same memory.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         for run in runs:
             run()
     return graph.replay

@@ -117,8 +117,14 @@ def compiled(module: nn.Module, inputs: tuple[torch.Tensor, ...], how: str | Non
 
 
 def as_graphs(runs: Mapping[str, Run], device: str) -> dict[str, Callable[[], object]]:
-    """The runs as replays of CUDA graphs: what is fused saves work of the GPU, which the host's launches would hide."""
-    return {name: captured([run]) for name, run in runs.items()} if device == "cuda" else dict(runs)
+    """The runs as replays of CUDA graphs: what is fused saves work of the GPU, which the host's launches would hide.
+
+    They share their memory: how fast a product of matrices is depends on where these lie.
+    """
+    if device != "cuda":
+        return dict(runs)
+    pool = torch.cuda.graph_pool_handle()
+    return {name: captured([run], pool) for name, run in runs.items()}
 
 
 def exact(module: nn.Module, inputs: tuple[torch.Tensor, ...], how: str | None, device: str) -> dict[str, Run]:
@@ -141,12 +147,13 @@ def low(
 ) -> dict[str, Run]:
     """A backend with and without fusion, each on a module of its own, whose report says which it was."""
     found = {}
-    normed = any(isinstance(part, Between) and part.norm is not None for part in build().modules())
+    (norm,) = {part.norm for part in build().modules() if isinstance(part, Between)}
     contexts: dict[str, contextlib.AbstractContextManager[None]] = {
         OPAQUE: without_fusion(),
         FUSED: contextlib.nullcontext(),
     }
-    if normed:
+    # Where the compiler normalizes all heads of a token, it keeps the rotation.
+    if norm == "head":
         contexts[ROPE_ONLY] = without_norm(backend)
     for kind, context in contexts.items():
         module = lpattn.apply_low_precision_attention(build(), backend, on_unsupported="raise")
@@ -155,7 +162,7 @@ def low(
         (layer,) = lpattn.attention_report(module).values()
         if (layer.rope == FUSED) is not (kind != OPAQUE):
             raise RuntimeError(f"{backend} {kind}: the report says of RoPE: {layer.rope}")
-        if (layer.norm == FUSED) is not (normed and kind == FUSED):
+        if (layer.norm == FUSED) is not (norm is not None and kind == FUSED):
             raise RuntimeError(f"{backend} {kind}: the report says of the norm: {layer.norm}")
     return found
 
@@ -198,15 +205,23 @@ def measure(
         module: nn.Module = between if part == "between" else Block(sizes, between)
         return module.to(device, dtype).eval()
 
+    untouched = build()
+
+    def again() -> nn.Module:
+        """One more, with the same memory for its weights."""
+        module = build()
+        for own, shared in zip(module.parameters(), untouched.parameters(), strict=True):
+            own.data = shared.data
+        return module
+
     torch.manual_seed(1)
     widths = (sizes.heads, sizes.kv_heads, sizes.kv_heads) if part == "between" else (sizes.heads,)
     xs = [torch.randn(1, length, heads * sizes.head_dim, device=device, dtype=dtype) for heads in widths]
     inputs = (*xs, *tables(length, sizes.head_dim, BETWEEN[name](sizes).interleaved, device))
-    untouched = build()
     want = untouched(*inputs).double()
-    runs = {**exact(untouched, inputs, how, device), **low(build, inputs, backend, how)}
+    runs = {**exact(untouched, inputs, how, device), **low(again, inputs, backend, how)}
     if fa3_function() is not None and device == "cuda":
-        module = lpattn.apply_low_precision_attention(build(), FA3Exact.name)
+        module = lpattn.apply_low_precision_attention(again(), FA3Exact.name)
         runs[f"{EXACT}fa3_bf16"] = compiled(module, inputs, how)
     quality = {
         n: decibels(float(want.square().sum()), float((want - run().double()).square().sum()))

@@ -37,6 +37,8 @@ class Capabilities:
         hadamard: modes that can be applied. HadamardMode.NONE belongs in it.
         rope: whether ``rope_attention`` is implemented. Elsewhere lpattn rotates q and k first.
         norm: whether ``rope_attention`` takes the keyword ``norm``. Elsewhere lpattn normalizes q and k first.
+        norm_over_heads: whether that may be one over all heads, with ``rstd``. Elsewhere lpattn normalizes q and k
+            first, and compiled graphs rotate them where they are normalized.
         varlen: whether ``varlen_attention`` is implemented.
         strided_last_dim: whether the last dimension of q, k, v may have a stride other than 1.
         backward: whether gradients flow through the output.
@@ -57,9 +59,14 @@ class Capabilities:
     hadamard: frozenset[HadamardMode] = frozenset({HadamardMode.NONE})
     rope: bool = False
     norm: bool = False
+    norm_over_heads: bool = False
     varlen: bool = False
     strided_last_dim: bool = True
     backward: bool = False
+
+    def takes_norm(self, norm: Norm) -> bool:
+        """Whether ``rope_attention`` applies the norm itself."""
+        return self.norm and (self.norm_over_heads or norm.rstd_q is None)
 
     def reasons_against(self, call: AttentionCall) -> list[Reason]:
         """All reasons why a backend with these capabilities cannot run the call; empty if it can."""
@@ -248,7 +255,8 @@ class Backend(ABC):
             cos, sin: broadcastable to [B, S, H, rotary_dim], any strides; ``cos_k``, ``sin_k`` for the keys where
                 their positions differ.
             call: ``call.rope`` says how lanes pair up.
-            norm: the RMS norm of q and k that comes first. Passed only where ``capabilities.norm`` and there is one.
+            norm: the RMS norm of q and k that comes first. Passed only where ``capabilities.norm`` and there is one,
+                with ``rstd`` only where ``capabilities.norm_over_heads``.
 
         Returns:
             As :meth:`attention`.

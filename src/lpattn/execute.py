@@ -110,11 +110,13 @@ def attend_rope(
     apart = call is None or not backend.capabilities.rope or autocast_dtype(query.device) is not None
     if ledger is not None:
         ledger.norm = None
-    if norm is not None and (apart or not backend.capabilities.norm):
+    if norm is not None and (apart or not backend.capabilities.takes_norm(norm)):
+        can = backend.capabilities.takes_norm(norm)
+        over = "" if norm.rstd_q is None else " over all heads"
         query, key = normalize_both(query, key, norm)
         norm = None
         if ledger is not None:
-            ledger.norm = _why_apart(call, choice, backend.capabilities.norm, "norm")
+            ledger.norm = _why_apart(call, choice, can, f"norm{over}")
     if call is None or apart:
         q, k = rotate_heads_first(query, key, cos, sin, cos_k, sin_k, interleaved)
         if ledger is not None:

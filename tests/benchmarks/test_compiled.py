@@ -62,7 +62,7 @@ def test_measure(name, part, rotating):
         dtype=torch.float32,
         how=passes_only,
     )
-    kinds = ["opaque", "fused", *(["rope only"] if name != "llama" else [])]
+    kinds = ["opaque", "fused", *(["rope only"] if name == "flux" else [])]
     assert set(result["milliseconds"]) == {"exact:sdpa", *(f"rotating_test {kind}" for kind in kinds)}
     # When it was compiled, compared, and timed.
     assert rotating.fused == (1 + 1 + 3) * (len(kinds) - 1)

@@ -305,6 +305,22 @@ def test_a_backend_without_a_norm_leaves_it_to_the_compiler(attend, spy, monkeyp
     assert len(spy.fused) == 1
 
 
+def test_a_backend_without_a_norm_over_all_heads_leaves_the_rotation_too(attend, spy, monkeypatch):
+    from dataclasses import replace
+
+    from lpattn.backends.reference import ReferenceBackend
+
+    monkeypatch.setattr(ReferenceBackend, "capabilities", replace(ReferenceBackend.capabilities, norm_over_heads=False))
+    model, inputs = Attention(over_heads), make_over_heads()
+    want = model(*inputs)
+    lpattn.apply_low_precision_attention(model, "bf16_reference")
+    torch.testing.assert_close(torch.compile(model)(*inputs), want, rtol=2e-5, atol=2e-5)
+    (layer,) = lpattn.attention_report(model).values()
+    assert layer.rope == "q: bf16_reference has no fused norm over all heads: the compiler rotates where it normalizes"
+    assert layer.norm is None
+    assert (spy.fused, spy.plain) == ([], 1)
+
+
 # What must not be fused as a norm. By name: the function, and what the report must say; None where
 # it does not matter whether something is fused, only the numbers do.
 

@@ -10,7 +10,7 @@ from lpattn.norm import normalize
 from lpattn.settings import Settings
 from lpattn.types import Provenance
 
-BACKENDS = pytest.mark.parametrize("backend", ["bf16_reference", "plain", "rotating", "normalizing"])
+BACKENDS = pytest.mark.parametrize("backend", ["bf16_reference", "plain", "rotating", "by_head", "normalizing"])
 """The reference, a backend without a rotation, one with, and one with a norm, too."""
 EPS = 0.1
 
@@ -28,7 +28,8 @@ def backends(add_backend):
     return {
         "plain": add_backend("plain", rank=0.5),
         "rotating": add_backend("rotating", rank=0.5, fused_rope=True),
-        "normalizing": add_backend("normalizing", rank=0.5, fused_rope=True, norm=True),
+        "normalizing": add_backend("normalizing", rank=0.5, fused_rope=True, norm=True, norm_over_heads=True),
+        "by_head": add_backend("by_head", rank=0.5, fused_rope=True, norm=True),
     }
 
 
@@ -60,8 +61,8 @@ def test_each_tensor_has_a_norm_of_its_own(backends, expected, backend, eps_q, e
     torch.testing.assert_close(out, want.float(), atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(lse, want_lse.float(), atol=2e-5, rtol=2e-5)
     assert all(torch.equal(t, c) for t, c in zip(given, copies, strict=True))
-    if backend in ("rotating", "normalizing"):
-        assert backends[backend].norms == [norm if backend == "normalizing" else None]
+    if backend in ("rotating", "by_head", "normalizing"):
+        assert backends[backend].norms == [None if backend == "rotating" else norm]
 
 
 def over_heads(weighted=True):
@@ -80,7 +81,7 @@ def test_over_all_heads(backends, expected, backend, weighted):
     want, want_lse = expected(*given, norm, is_causal=True)
     torch.testing.assert_close(out, want.float(), atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(lse, want_lse.float(), atol=2e-5, rtol=2e-5)
-    if backend in ("rotating", "normalizing"):
+    if backend in ("rotating", "by_head", "normalizing"):
         assert backends[backend].norms == [norm if backend == "normalizing" else None]
 
 
@@ -159,6 +160,7 @@ def test_the_report_says_who_normalized(backends):
         ("normalizing", Norm(EPS, None), "fused in q"),
         ("normalizing", Norm(None, EPS), "fused in k"),
         ("normalizing", over_heads(), "fused"),
+        ("by_head", over_heads(), "by_head has no fused norm over all heads"),
         ("rotating", Norm(EPS, EPS), "rotating has no fused norm"),
         ("plain", Norm(EPS, EPS), "plain has no fused norm"),
         ("normalizing", None, None),

@@ -33,6 +33,7 @@ class ReferenceBackend(Backend):
         hadamard=frozenset({HadamardMode.NONE}),
         rope=True,
         norm=True,
+        norm_over_heads=True,
         varlen=True,
         backward=True,
     )

@@ -133,17 +133,28 @@ def _prove(call: fx.Node, sizes: Sequence[Sizes]) -> _Found:
 
 
 def _add_norms(call: fx.Node, found: _Found, sizes: Sequence[Sizes]) -> None:
-    """Look for norms in front of the rotations that were found."""
-    against = reason_against_norm(call, sizes[0])
+    """Look for norms in front of the rotations that were found.
+
+    Raises:
+        RefusedError: there is one over all heads, which the backend does not take. It is a pass over q and k in any
+            case: the compiler rotates them there for nothing.
+    """
     reasons = []
     for number, rotations in enumerate((found.query, found.key)):
+        name = "qk"[number]
         try:
             norm = prove_norm(call, args_of(call)[number], rotations, sizes)
-            if norm is not None and against is not None:
-                raise RefusedError(against)
-            found.norms[number] = norm
         except (RefusedError, UnknownSizeError) as refused:
-            reasons.append(f"{'qk'[number]}: {refused}")
+            reasons.append(f"{name}: {refused}")
+            continue
+        over_heads = norm is not None and norm.rstd is not None
+        against = None if norm is None else reason_against_norm(call, sizes[0], over_heads)
+        if against is None:
+            found.norms[number] = norm
+        elif over_heads:
+            raise RefusedError(f"{name}: {against}: the compiler rotates where it normalizes")
+        else:
+            reasons.append(f"{name}: {against}")
     if (reason := _apart(*found.norms)) is not None:
         found.norms = [None if norm is None or norm.rstd is not None else norm for norm in found.norms]
         reasons.append(reason)

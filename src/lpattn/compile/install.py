@@ -43,6 +43,7 @@ class RopePass(CustomGraphPass):
                 backend.version,
                 backend.capabilities.rope,
                 backend.capabilities.norm,
+                backend.capabilities.norm_over_heads,
                 backend.automatic,
                 backend.exact,
                 [not registry.probe(name, device) for device in local_devices()],

@@ -41,11 +41,14 @@ def reason_against(call: fx.Node, sizes: Sizes) -> str | None:
     return None
 
 
-def reason_against_norm(call: fx.Node, sizes: Sizes) -> str | None:
+def reason_against_norm(call: fx.Node, sizes: Sizes, over_heads: bool) -> str | None:
     """Why a norm in front of rotations that a backend is to have should stay with the compiler; None if not."""
     choice = choose(describe(call, sizes), with_environment(from_text(str(call.args[8]))))
     backend = registry.get(choice.backend)
-    return None if backend is not None and backend.capabilities.norm else f"{choice.backend} has no fused norm"
+    capabilities = None if backend is None else backend.capabilities
+    if capabilities is not None and capabilities.norm and (capabilities.norm_over_heads or not over_heads):
+        return None
+    return f"{choice.backend} has no fused norm{' over all heads' if over_heads else ''}"
 
 
 def describe(call: fx.Node, sizes: Sizes) -> AttentionCall:

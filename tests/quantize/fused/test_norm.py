@@ -93,45 +93,7 @@ def test_normalized_rotated_and_transformed(fused, interleaved) -> None:
     fused.check(q, k, v, norm=norm, **options, with_lse_shift=True)
 
 
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize(
-    ("dim", "rotary", "dtype"), [(64, 64, BF16), (64, 48, F16), (80, 80, F32), (40, 16, F16), (128, 128, F32)]
-)
-def test_over_all_heads(fused, dim, rotary, dtype, interleaved) -> None:
-    """Several batch entries and heads, of which a program takes more than one."""
-    q, k, v = fused.make(batch=2, heads=6, kv_heads=3, q_len=21, kv_len=37, dim=dim, dtype=dtype)
-    norm = fused.norm_over_heads(q, k, dtype, dtype)
-    fused.check(q, k, v, rope=rope_of(fused, q, k, rotary, interleaved), norm=norm, with_lse_shift=True)
-
-
-@pytest.mark.parametrize("dtypes", [(), (BF16, F32)], ids=["unweighted", "two_types"])
-def test_over_all_heads_without_a_rotation(fused, dtypes) -> None:
-    q, k, v = fused.make(batch=2, heads=4, kv_heads=2, dim=72)
-    fused.check(q, k, v, norm=fused.norm_over_heads(q, k, *dtypes), with_lse_shift=True)
-
-
-def test_over_all_heads_with_keys_that_are_not_used(fused) -> None:
-    """Keys that are used are packed, and keep their own tokens' numbers."""
-    q, k, v = fused.make(batch=2, heads=4, kv_heads=2, q_len=5, kv_len=150, dim=32)
-    used = torch.rand(2, 150, generator=torch.Generator().manual_seed(0)) < 0.6
-    k.transpose(1, 2)[~used] = torch.nan
-    norm = fused.norm_over_heads(q, k, BF16, BF16)
-    assert norm.rstd_k is not None
-    norm.rstd_k[~used.to(fused.device)] = torch.nan
-    fused.check(q, k, v, rope=rope_of(fused, q, k, 32, False), norm=norm, used=used, with_lse_shift=True)
-
-
-def test_over_all_heads_in_any_layout(fused) -> None:
-    """Strided numbers and weights, of other types than those of q."""
-    q, k, v = (fused.laid_out(x, "sliced") for x in fused.make(batch=2, heads=2, kv_heads=2, q_len=5, kv_len=5, dim=40))
-    norm = fused.norm_over_heads(q, k, F32, F32)
-    strided = [None if t is None else torch.stack((t, t + 1), -1)[..., 0] for t in norm.tensors]
-    rstd = [t.double() for t in strided[2:] if t is not None]
-    norm = Norm(None, None, *strided[:2], *rstd)
-    fused.check(q, k, v, rope=rope_of(fused, q, k, 24, False), norm=norm)
-
-
-def test_normalized_over_all_heads_rotated_and_transformed(fused) -> None:
-    q, k, v = fused.make(heads=4, kv_heads=2, q_len=9, kv_len=300, dtype=F32)
-    options = {"rope": rope_of(fused, q, k, 64, True), "hadamard": HadamardMode.QKV}
-    fused.check(q, k, v, norm=fused.norm_over_heads(q, k, F32, F32), **options, with_lse_shift=True)
+def test_a_norm_over_all_heads_is_refused(fused) -> None:
+    q, k, v = fused.make()
+    with pytest.raises(ValueError, match="the norm spans heads"):
+        fused.check(q, k, v, norm=fused.norm_over_heads(q, k))

@@ -226,6 +226,16 @@ def test_normalized_over_all_heads_then_rotated(fused, dim, rotary, interleaved,
     )
 
 
+@pytest.mark.parametrize("dtypes", [(), (BF16, F32)], ids=["unweighted", "two_types"])
+def test_normalized_over_all_heads_alone(fused, dtypes) -> None:
+    """Without a rotation, and with numbers and weights that are strided and of other types than q."""
+    q, k, v = fused.make(batch=2, heads=4, kv_heads=2, q_len=9, kv_len=140, dim=72, dtype=F16)
+    given = fused.norm_over_heads(q, k, *dtypes)
+    strided = [None if t is None else torch.stack((t, t + 1), -1)[..., 0] for t in given.tensors]
+    norm = Norm(None, None, *strided[:2], strided[2].double(), strided[3])
+    check(fused, q, k, v, norm=norm, factor=-0.5)
+
+
 @pytest.mark.parametrize("precision", ["e4m3", "int8_f16"])
 @pytest.mark.parametrize(
     ("dim", "rotary", "interleaved", "weighted", "dtype"),

@@ -56,6 +56,7 @@ class TritonBackend(Backend):
         hadamard=frozenset(HadamardMode),
         rope=True,
         norm=True,
+        norm_over_heads=True,
         varlen=True,
     )
 

@@ -28,6 +28,8 @@ _HEAVY_SAMPLE_WARPS = 8
 _RESTORED_TOKENS = 64
 _RESTORE_WARPS = 4
 _RESTORE_PROGRAMS = 3
+_TAKEN = 8
+"""So many of :attr:`.inputs.More.tensors` are read here: what tokens are multiplied with comes last, and is not."""
 _MANY_TILES = 16
 """Tiles per program where there are more heads than programs."""
 
@@ -109,7 +111,7 @@ def quantize_per_head(
         hadamard: which operands are transformed along head_dim, after rotation. D must then be a power of two, 32 or
             more.
         rope: rotates q and k first.
-        norm: normalizes q and k before that.
+        norm: normalizes q and k before that, over each head.
         keys: which tokens of k and v are used: these come first, in their order, and are followed by zeros.
         with_lse_shift: also compute q.constant, which the smoothing of k takes from every logit.
 
@@ -121,6 +123,8 @@ def quantize_per_head(
         the other lane of its pair; with a Hadamard transform: with its whole token; what a norm makes of it comes
         first), and enters neither scale nor constant. Magnitudes above about 1e36 may overflow in the transform.
     """
+    if norm is not None and norm.rstd_q is not None:
+        raise ValueError("the norm spans heads: passes per head take norms over each head alone")
     more = more_of(rope, keys, norm)
     at = (query.data_ptr(), key.data_ptr(), value.data_ptr())
     plan = plan_per_head(
@@ -214,8 +218,8 @@ class HeadQuantization(NamedTuple):
             shift = torch.empty(self.shift_shape, dtype=torch.float32, device=device)
 
         # Each launch by the addresses of what it takes, and by the tensors themselves, in the same order.
-        extra = NO_MORE if more is None else more.tensors
-        read_at = (*at, *(NO_MORE if more is None else addresses_of(extra)), buffer.data_ptr())
+        extra = (NO_MORE if more is None else more.tensors)[:_TAKEN]
+        read_at = (*at, *addresses_of(extra), buffer.data_ptr())
         self.sample.on(stream, read_at, lambda: (query, key, value, *extra, buffer))
         out_at = data.data_ptr()
         written_at = (out_at, out_at + self.k_start, out_at + self.v_start, None if shift is None else shift.data_ptr())

@@ -18,7 +18,6 @@ from lpattn.quantize.fused.tile import (
     KEPT,
     NO_NORM,
     NO_ROPE,
-    OF_TOKEN,
     inverse_power_of_two,
     load_angles,
     load_tile,
@@ -45,7 +44,7 @@ VARYING = [
 
 @triton.jit(do_not_specialize=VARYING)
 def sample_heads(
-    q, k, v, keys, key_counts, cos_q, sin_q, cos_k, sin_k, weight_q, weight_k, rstd_q, rstd_k, buffer,
+    q, k, v, keys, key_counts, cos_q, sin_q, cos_k, sin_k, weight_q, weight_k, buffer,
     batch, heads, kv_heads, q_len, kv_len, q_parts, k_parts, v_parts,
     q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d,
     turn_q_b, turn_q_h, turn_q_s, turn_q_d, turn_k_b, turn_k_h, turn_k_s, turn_k_d, eps_q, eps_k,
@@ -69,7 +68,7 @@ def sample_heads(
     # The tensor that the program reads, and which part of which head.
     x, stride_b, stride_h, stride_s, stride_d = q, q_b, q_h, q_s, q_d
     cos, sin, turn_b, turn_h, turn_s, turn_d = cos_q, sin_q, turn_q_b, turn_q_h, turn_q_s, turn_q_d
-    norm_weight, eps, rstd = weight_q, eps_q, rstd_q
+    norm_weight, eps = weight_q, eps_q
     index, parts, in_batch, length, least, which = program, q_parts, heads, q_len, FEW, 0
     if program >= kv_all:
         x, stride_b, stride_h, stride_s, stride_d = v, v_b, v_h, v_s, v_d
@@ -78,7 +77,7 @@ def sample_heads(
     elif program >= q_all:
         x, stride_b, stride_h, stride_s, stride_d = k, k_b, k_h, k_s, k_d
         cos, sin, turn_b, turn_h, turn_s, turn_d = cos_k, sin_k, turn_k_b, turn_k_h, turn_k_s, turn_k_d
-        norm_weight, eps, rstd = weight_k, eps_k, rstd_k
+        norm_weight, eps = weight_k, eps_k
         index, parts, in_batch, length, least, which = program - q_all, k_parts, kv_heads, kv_len, FEW, 1
     part, row = index % parts, index // parts
     b, h = (row // in_batch).to(tl.int64), (row % in_batch).to(tl.int64)
@@ -87,7 +86,6 @@ def sample_heads(
         tl.store(done, 0)
         tl.store(done + groups, 0)
     each = part_size(length, least)
-    rstd = rstd + b * length if NORM == OF_TOKEN else None
     if key_counts is not None:
         if which > 0:
             length = tl.load(key_counts + b)
@@ -96,31 +94,30 @@ def sample_heads(
     x += (b * stride_b + h * stride_h) * UNIT
     cos = None if ROPE == NO_ROPE else cos + (b * turn_b + h * turn_h) * TURN_UNIT
     sin = None if ROPE == NO_ROPE else sin + (b * turn_b + h * turn_h) * TURN_UNIT
-    norm_weight = norm_weight + h * D if NORM == OF_TOKEN and norm_weight is not None else norm_weight
     stride_s, stride_d = stride_s * UNIT, 1 if DENSE else stride_d
     turn_s, turn_d = turn_s * TURN_UNIT, 1 if TURN_DENSE else turn_d
     # A branch within the loop over the tokens would keep it from loading ahead.
     if (ROPE != NO_ROPE) | (HADAMARD_QK != HADAMARD_V) | (NORM != NO_NORM):
         if which == 2:
             _sample_part(
-                x, keys, None, 0.0, None, None, None, scalars, sums, which, part, each, b, kv_len, length, least,
+                x, keys, None, 0.0, None, None, scalars, sums, which, part, each, b, kv_len, length, least,
                 stride_s, stride_d, turn_s, turn_d, D, HALF, NO_NORM, NO_ROPE, 0, HADAMARD_V,
             )  # fmt: skip
         else:
             _sample_part(
-                x, keys, norm_weight, eps, rstd, cos, sin, scalars, sums, which, part, each, b, kv_len, length, least,
+                x, keys, norm_weight, eps, cos, sin, scalars, sums, which, part, each, b, kv_len, length, least,
                 stride_s, stride_d, turn_s, turn_d, D, HALF, NORM, ROPE, ROTARY, HADAMARD_QK,
             )  # fmt: skip
     else:
         _sample_part(
-            x, keys, None, 0.0, None, None, None, scalars, sums, which, part, each, b, kv_len, length, least,
+            x, keys, None, 0.0, None, None, scalars, sums, which, part, each, b, kv_len, length, least,
             stride_s, stride_d, turn_s, turn_d, D, HALF, NO_NORM, NO_ROPE, 0, HADAMARD_V,
         )  # fmt: skip
 
 
 @triton.jit
 def _sample_part(
-    x, keys, norm_weight, eps, rstd, cos, sin, scalars, sums, which, part, each, b, kv_len, length, least,
+    x, keys, norm_weight, eps, cos, sin, scalars, sums, which, part, each, b, kv_len, length, least,
     stride_s, stride_d, turn_s, turn_d,
     D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr,
     HADAMARD: tl.constexpr,
@@ -143,7 +140,7 @@ def _sample_part(
                 tokens = tl.load(keys + b * kv_len + tokens, mask=used, other=0).to(tl.int64)
         low, high = load_tile(x, tokens, used, stride_s, stride_d, D, HALF, KEPT)
         low, high, of_rows = transform_tile(
-            low, high, x, tokens, used, stride_s, stride_d, norm_weight, weight_low, weight_high, eps, rstd,
+            low, high, x, tokens, used, stride_s, stride_d, norm_weight, weight_low, weight_high, eps, None,
             load_angles(cos, sin, tokens, used, turn_s, turn_d, HALF, ROPE, ROTARY), True,
             D, HALF, NORM, ROPE, ROTARY, HADAMARD,
         )  # fmt: skip
@@ -163,8 +160,7 @@ def _sample_part(
 
 @triton.jit(do_not_specialize=VARYING)
 def quantize_heads(
-    q, k, v, keys, key_counts, cos_q, sin_q, cos_k, sin_k, weight_q, weight_k, rstd_q, rstd_k, buffer,
-    q_out, k_out, v_out, lse_shift,
+    q, k, v, keys, key_counts, cos_q, sin_q, cos_k, sin_k, weight_q, weight_k, buffer, q_out, k_out, v_out, lse_shift,
     batch, heads, kv_heads, q_len, kv_len, q_parts, k_parts, v_parts,
     q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d,
     turn_q_b, turn_q_h, turn_q_s, turn_q_d, turn_k_b, turn_k_h, turn_k_s, turn_k_d, eps_q, eps_k, each, factor,
@@ -186,7 +182,7 @@ def quantize_heads(
     # The tensor that the program reads, and which tile of which head.
     x, out, stride_b, stride_h, stride_s, stride_d = q, q_out, q_b, q_h, q_s, q_d
     cos, sin, turn_b, turn_h, turn_s, turn_d = cos_q, sin_q, turn_q_b, turn_q_h, turn_q_s, turn_q_d
-    norm_weight, eps, rstd = weight_q, eps_q, rstd_q
+    norm_weight, eps = weight_q, eps_q
     index, in_batch, length, least, which, floor = program, heads, q_len, FEW, 0, QK_FLOOR
     if program >= q_all + kv_all:
         x, out, stride_b, stride_h, stride_s, stride_d = v, v_out, v_b, v_h, v_s, v_d
@@ -195,7 +191,7 @@ def quantize_heads(
     elif program >= q_all:
         x, out, stride_b, stride_h, stride_s, stride_d = k, k_out, k_b, k_h, k_s, k_d
         cos, sin, turn_b, turn_h, turn_s, turn_d = cos_k, sin_k, turn_k_b, turn_k_h, turn_k_s, turn_k_d
-        norm_weight, eps, rstd = weight_k, eps_k, rstd_k
+        norm_weight, eps = weight_k, eps_k
         index, in_batch, length, least, which = program - q_all, kv_heads, kv_len, FEW, 1
     factor = tl.where(which == 0, factor, 1.0)
     room = length
@@ -203,7 +199,6 @@ def quantize_heads(
     if key_counts is not None:
         if which > 0:
             length = tl.load(key_counts + b)
-    rstd = rstd + b * room if NORM == OF_TOKEN else None
     x += b * stride_b * UNIT
     out += b * in_batch * room * D
     stride_h, stride_s, stride_d = stride_h * UNIT, stride_s * UNIT, 1 if DENSE else stride_d
@@ -211,22 +206,22 @@ def quantize_heads(
     if (ROPE != NO_ROPE) | (HADAMARD_QK != HADAMARD_V) | (NORM != NO_NORM):
         if which == 2:
             _quantize_tiles(
-                x, out, keys, None, 0.0, None, None, None, buffer, lse_shift, which, index, b, length, room, least,
-                floor, batch, heads, kv_heads, in_batch, q_len, kv_len, q_parts, k_parts, v_parts,
+                x, out, keys, None, 0.0, None, None, buffer, lse_shift, which, index, b, length, room, least, floor,
+                batch, heads, kv_heads, in_batch, q_len, kv_len, q_parts, k_parts, v_parts,
                 stride_h, stride_s, stride_d, turn_b, turn_h, turn_s, turn_d, each, factor, key_counts,
                 TURN_UNIT, TURN_DENSE, D, LANES, NO_NORM, NO_ROPE, 0, HADAMARD_V, TOKENS, Q_ROWS, OVERLAPS,
                 INTERPRETED,
             )  # fmt: skip
         else:
             _quantize_tiles(
-                x, out, keys, norm_weight, eps, rstd, cos, sin, buffer, lse_shift, which, index, b, length, room, least,
+                x, out, keys, norm_weight, eps, cos, sin, buffer, lse_shift, which, index, b, length, room, least,
                 floor, batch, heads, kv_heads, in_batch, q_len, kv_len, q_parts, k_parts, v_parts,
                 stride_h, stride_s, stride_d, turn_b, turn_h, turn_s, turn_d, each, factor, key_counts,
                 TURN_UNIT, TURN_DENSE, D, LANES, NORM, ROPE, ROTARY, HADAMARD_QK, TOKENS, Q_ROWS, OVERLAPS, INTERPRETED,
             )  # fmt: skip
     else:
         _quantize_tiles(
-            x, out, keys, None, 0.0, None, None, None, buffer, lse_shift, which, index, b, length, room, least, floor,
+            x, out, keys, None, 0.0, None, None, buffer, lse_shift, which, index, b, length, room, least, floor,
             batch, heads, kv_heads, in_batch, q_len, kv_len, q_parts, k_parts, v_parts,
             stride_h, stride_s, stride_d, turn_b, turn_h, turn_s, turn_d, each, factor, key_counts,
             TURN_UNIT, TURN_DENSE, D, LANES, NO_NORM, NO_ROPE, 0, HADAMARD_V, TOKENS, Q_ROWS, OVERLAPS, INTERPRETED,
@@ -235,7 +230,7 @@ def quantize_heads(
 
 @triton.jit
 def _quantize_tiles(
-    x, out, keys, norm_weight, eps, rstd, cos, sin, buffer, lse_shift, which, index, b, length, room, least, floor,
+    x, out, keys, norm_weight, eps, cos, sin, buffer, lse_shift, which, index, b, length, room, least, floor,
     batch, heads, kv_heads, in_batch, q_len, kv_len, q_parts, k_parts, v_parts,
     stride_h, stride_s, stride_d, turn_b, turn_h, turn_s, turn_d, each, factor, key_counts,
     TURN_UNIT: tl.constexpr, TURN_DENSE: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr,
@@ -320,12 +315,9 @@ def _quantize_tiles(
                 None if ROPE == NO_ROPE else sin + (b * turn_b + head * turn_h) * TURN_UNIT,
                 tokens, used, turn_s * TURN_UNIT, 1 if TURN_DENSE else turn_d, HALF, ROPE, ROTARY,
             )  # fmt: skip
-            head_weight = norm_weight + head * D if NORM == OF_TOKEN and norm_weight is not None else norm_weight
-            if NORM == OF_TOKEN:
-                weight_low, weight_high = load_weights(head_weight, D, HALF, NORM)
             low, high, of_rows = transform_tile(
                 low, high, x + head * stride_h, tokens, used, stride_s, stride_d,
-                head_weight, weight_low, weight_high, eps, rstd, angles, True, D, HALF, NORM, ROPE, ROTARY, HADAMARD,
+                norm_weight, weight_low, weight_high, eps, None, angles, True, D, HALF, NORM, ROPE, ROTARY, HADAMARD,
             )  # fmt: skip
             if lse_shift is not None:
                 products = tl.sum((low * low_k[None, :] + high * high_k[None, :]) * (of_rows * factor), 1)

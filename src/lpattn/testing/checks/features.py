@@ -46,7 +46,7 @@ def fused_rotation(subject: Subject) -> str:
 def fused_norm(subject: Subject) -> str:
     """rope_attention with a norm: of q and k or of one of them, with weights and without, each with its own eps.
 
-    Also with one over all heads of a token, whose reciprocals are given.
+    Where that is declared, also with one over all heads of a token, whose reciprocals are given.
     """
     if not (subject.capabilities.rope and subject.capabilities.norm):
         raise NotApplicable("declares no fused norm")
@@ -63,7 +63,8 @@ def fused_norm(subject: Subject) -> str:
     of_heads = [
         (1 + torch.randn(x.shape[1], dim, generator=generator) / 2).to(plain.query) for x in (plain.query, plain.key)
     ]
-    norms += [Norm(None, None, *of_heads, *rstd), Norm(rstd_q=rstd[0], rstd_k=rstd[1])]
+    if subject.capabilities.norm_over_heads:
+        norms += [Norm(None, None, *of_heads, *rstd), Norm(rstd_q=rstd[0], rstd_k=rstd[1])]
     for interleaved in (False, True):
         for norm in norms:
             _require_rotation(subject, plain, tables, interleaved, norm)
