@@ -336,6 +336,7 @@ def main() -> int:
     arguments.add_argument("--parts", default=",".join(PARTS), help=f"some of {', '.join(PARTS)} (default all)")
     arguments.add_argument("--models", default=",".join(SHAPES), help=f"some of {', '.join(SHAPES)} (default all)")
     arguments.add_argument("--lengths", default=",".join(map(str, LENGTHS)), help="numbers of tokens")
+    arguments.add_argument("--per-item", type=float, default=4.0, help="seconds in which one is timed (default 4)")
     arguments.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
     arguments.add_argument("--item", help=argparse.SUPPRESS)
     given = arguments.parse_args()
@@ -359,7 +360,7 @@ def main() -> int:
     waiting = items(models, parts, lengths, given.backends.split(","))
     results: list[Mapping[str, Any]] = []
     left_out: list[str] = []
-    for item, found in measure_all(waiting, 4.0, 10 if given.quick else 200, given.budget, given.jobs):
+    for item, found in measure_all(waiting, given.per_item, 10 if given.quick else 200, given.budget, given.jobs):
         if isinstance(found, str):
             left_out.append(f"{item} ({found})")
             print(left_out[-1], flush=True)
