@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from blocks import BETWEEN, SHAPES, Between, Block, Sizes, tables
 from cases import decibels
-from common import DeviceTimer, captured, interleaved, median, parser, spread, table, write
+from common import DeviceTimer, captured, interleaved, median, parser, ratio, spread, table, write
 from labels import EXACT
 from torch import nn
 from torch.nn.attention import sdpa_kernel
@@ -234,7 +234,7 @@ def measure(
         raw = interleaved(as_graphs(runs, device), timer, rounds, seconds)
     times = {n: median(t) for n, t in raw.items()}
     best = min((n for n in times if n.startswith(EXACT)), key=times.__getitem__)
-    opaque, fused = times[f"{backend} {OPAQUE}"], times[f"{backend} {FUSED}"]
+    opaque, fused = f"{backend} {OPAQUE}", f"{backend} {FUSED}"
     return {
         "model": name,
         "part": part,
@@ -244,9 +244,9 @@ def measure(
         "milliseconds": {n: t * 1e3 for n, t in times.items()},
         "spread": {n: round(spread(t), 4) for n, t in raw.items()},
         "sqnr_db": {n: round(q, 2) for n, q in quality.items()},
-        "fused_over_opaque": opaque / fused,
-        "opaque_over_exact": times[best] / opaque,
-        "fused_over_exact": times[best] / fused,
+        "fused_over_opaque": ratio(raw[opaque], raw[fused]),
+        "opaque_over_exact": ratio(raw[best], raw[opaque]),
+        "fused_over_exact": ratio(raw[best], raw[fused]),
         "rounds": min(map(len, raw.values())),
     }
 

@@ -8,6 +8,9 @@ from lpattn.errors import InvalidArgumentError
 from lpattn.predicates import is_number
 from lpattn.types import Norm
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SAID = "float16, bfloat16, float32 or float64"
+
 
 def normalize(x: torch.Tensor, eps: float, weight: torch.Tensor | None = None) -> torch.Tensor:
     """Divide each row by its root mean square: ``x / sqrt(mean(x^2) + eps) * weight``.
@@ -113,10 +116,11 @@ def _check_tensor(name: str, tensor: object, says: str, shape: torch.Size, devic
     if not isinstance(tensor, torch.Tensor):
         missing = " (rstd_q and rstd_k go together)" if tensor is None else ", or None"
         raise InvalidArgumentError(f"norm.{name} must be a tensor{missing}; got {type(tensor).__name__}")
-    if tensor.shape != shape or not tensor.dtype.is_floating_point:
+    if tensor.shape != shape or tensor.dtype not in _DTYPES:
         raise InvalidArgumentError(
-            f"norm.{name} must be floating point of shape {says} = {list(shape)}; got {tensor.dtype} "
-            f"{list(tensor.shape)}"
+            f"norm.{name} must be {_SAID} of shape {says} = {list(shape)}; got {tensor.dtype} {list(tensor.shape)}"
         )
+    if tensor.layout is not torch.strided:
+        raise InvalidArgumentError(f"norm.{name} must be a dense tensor; got {tensor.layout}: pass its to_dense()")
     if tensor.device != device:
         raise InvalidArgumentError(f"norm.{name} must be on {device} as q is; got {tensor.device}")

@@ -258,6 +258,21 @@ def test_rope_is_fused(name, spy, compiled, sharpen, reasons):
     assert not torch.allclose(run(under), want, rtol=1e-2, atol=1e-2)
 
 
+def test_sizes_that_are_asked_for_are_no_other_use(spy, compiled, sharpen, reasons):
+    """With dynamic shapes Wan asks for sizes of what it normalizes."""
+    model, _ = WAN()
+    sharpen(model)
+    inputs = {
+        "hidden_states": draw(2, 4, 2, 8, 8),
+        "timestep": torch.tensor([5, 7]),
+        "encoder_hidden_states": draw(2, 6, 16),
+    }
+    want = model(**inputs).sample
+    lpattn.apply_low_precision_attention(model, "bf16_reference")
+    torch.testing.assert_close(compiled(model, dynamic=True)(**inputs).sample, want, rtol=2e-5, atol=2e-5)
+    assert list(reasons(model, "norm").values()).count("fused") == 1
+
+
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma3"])
 def test_rotations_in_low_precision_are_fused(family, spy, compiled, sharpen):
     """In bfloat16 the untouched model rounds after every product, the fused rotation once."""

@@ -75,6 +75,10 @@ def reciprocal(x, w):
     return x * (x.square().mean(-1, keepdim=True) + EPS).sqrt().reciprocal() * w
 
 
+def one_over(x, w):
+    return x * (1.0 / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + EPS)) * w
+
+
 def unweighted(x, w):
     return x * inverse(x)
 
@@ -109,6 +113,7 @@ FUSED = {
         "powers": powers,
         "divided": divided,
         "reciprocal": reciprocal,
+        "one_over": one_over,
         "unweighted": unweighted,
         "without_eps": without_eps,
         "heads_last": heads_last,
@@ -152,6 +157,16 @@ def over_heads_unweighted(x, w):
     return as_heads(unweighted(as_tokens(x), w))
 
 
+def over_heads_and_lanes_at_once(x, w):
+    x = x.transpose(1, 2)
+    return F.rms_norm(x, x.shape[2:], w.view(x.shape[2:]), EPS).transpose(1, 2)
+
+
+def over_heads_of_what_is_apart(x, w):
+    """Scaled where heads are apart, by what is of all of them."""
+    return x.transpose(1, 2).transpose(1, 2) * inverse(as_tokens(x)).unsqueeze(1) * w.view(-1, 1, D)
+
+
 def over_heads_apart(x, w):
     """Weighted when heads are apart."""
     return over_heads_unweighted(x, w) * w.view(-1, 1, D)
@@ -165,6 +180,8 @@ OVER_HEADS = {
         over_heads_divided,
         over_heads_by_rows,
         over_heads_unweighted,
+        over_heads_and_lanes_at_once,
+        over_heads_of_what_is_apart,
         over_heads_apart,
     )
 }
@@ -222,6 +239,51 @@ def test_over_all_heads(name, dynamic, attend, spy):
         assert (taken.weight_q, taken.weight_k) == (None, None)
     else:
         assert [tuple(w.shape) for w in (taken.weight_q, taken.weight_k)] == [(H, D), (HKV, D)]
+
+
+def test_over_the_only_head_of_k(attend, spy):
+    """A norm over one head is one over all of them."""
+
+    class OneKey(Attention):
+        def forward(self, q, k, v, *rest):
+            return super().forward(q, k[:, :1].contiguous(), v[:, :1].contiguous(), *rest)
+
+    *given, _ = make_over_heads()
+    want, got, norm = attend(OneKey(over_heads), *given, 1.5 + 0.5 * torch.randn(D))
+    assert norm == "fused"
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+    assert spy.norms[0].rstd_k.shape == (B, S)
+
+
+def test_what_tokens_are_multiplied_with_may_be_needed_for_something_else(attend, spy):
+    class Also(nn.Module):
+        def forward(self, q, k, v, cos, sin, of_q, of_k):
+            flat = as_tokens(q)
+            rstd = inverse(flat)
+            q, k = as_heads(flat * rstd * of_q), over_heads(k, of_k)
+            out = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, enable_gqa=True)
+            return out * rstd.unsqueeze(1)
+
+    want, got, norm = attend(Also(), *make_over_heads())
+    assert norm == "fused"
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+
+
+def test_a_root_in_float16_has_a_reciprocal(spy, compiled):
+    """The reciprocal of what is divided by is beyond float16."""
+
+    def divided(x, w):
+        x = as_tokens(x)
+        return as_heads(x / (x.float().pow(2).mean(-1, keepdim=True) + 1e-14).sqrt().to(x.dtype) * w)
+
+    q, k, *rest = make_over_heads(dtype=torch.float16)
+    inputs = (1e-5 * q, 1e-5 * k, *(x.half() for x in rest))
+    model = Attention(divided)
+    want = model(*inputs)
+    lpattn.apply_low_precision_attention(model, "bf16_reference")
+    got = compiled(model)(*inputs)
+    assert spy.norms[0].rstd_q.isfinite().all()
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize(
@@ -353,6 +415,14 @@ def over_heads_tokens_first(x, w):
     return as_heads((flat * inverse(flat).contiguous()).transpose(0, 1))
 
 
+def rounded_and_squares_not(x, w):
+    return x.bfloat16().float() * inverse(x) * w
+
+
+def whole_weights(x, w):
+    return unweighted(x, w) * (10 * w).to(torch.int64)
+
+
 def over_half_the_lanes(x, w):
     return x * inverse(x[..., : D // 2]) * w
 
@@ -473,12 +543,14 @@ def of_twice_as_much(x, w):
 
 
 NEAR = {
-    "over_tokens": (over_tokens, "is the mean over dimensions [2], not over the last one"),
+    "over_tokens": (over_tokens, "is the mean over dimensions [2] of 4, not over the last ones"),
     "over_heads_and_lanes": (over_heads_and_lanes, "is the mean over dimensions [1, 3]"),
     "over_heads_with_one_weight": (over_heads_with_one_weight, "is no weight of a lane"),
     "over_two_heads": (over_two_heads, "is normalized over 32 elements; a head has 16, all heads 64"),
     "over_heads_of_the_next_token": (over_heads_of_the_next_token, "by the root mean square of another"),
     "over_heads_tokens_first": (over_heads_tokens_first, "lies in another order than tokens of q and k do"),
+    "rounded_and_squares_not": (rounded_and_squares_not, "is no view of"),
+    "whole_weights": (whole_weights, "is torch.int64"),
     "over_half_the_lanes": (over_half_the_lanes, "is normalized over 8 elements; a head has 16"),
     "halves_apart": (halves_apart, "is normalized over 8 elements; a head has 16"),
     "layer_norm": (layer_norm, "is no mean of squares"),
@@ -520,6 +592,18 @@ def test_near_norms_are_right(name, attend, spy):
         assert expected in norm
         assert spy.norms == [None]
         assert len(spy.fused) == 1, "the rotation is fused all the same"
+
+
+def test_weights_of_other_heads(attend, spy):
+    """Each lane has its own, and heads have those of each other."""
+
+    def halves_of_heads(x, w):
+        pairs = unweighted(as_tokens(x), w).unflatten(2, (2, -1, D)).transpose(2, 3) * w.view(-1, 2, D)
+        return as_heads(pairs.transpose(2, 3).flatten(2))
+
+    want, got, norm = attend(Attention(halves_of_heads, over_heads), *make_over_heads())
+    assert "is no weight of a lane" in norm
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
 
 
 def test_as_many_weights_as_lanes_but_one_per_token(attend, spy):

@@ -6,7 +6,7 @@ import torch
 import lpattn
 from lpattn import InvalidArgumentError, LpattnWarning, Norm, ops
 from lpattn.ledger import Ledger
-from lpattn.norm import normalize
+from lpattn.norm import normalize, scale_tokens
 from lpattn.settings import Settings
 from lpattn.types import Provenance
 
@@ -109,12 +109,16 @@ def test_autocast(backends, expected, backend):
     torch.testing.assert_close(out.double(), expected(*given, norm)[0], atol=0.1, rtol=5e-2)
 
 
+@pytest.mark.parametrize("over", ["head", "heads"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_it_is_rounded_once(normal, dtype):
-    x, weight = (100 * torch.randn(3, 5, 2, 64)).to(dtype), torch.randn(64)
-    got = normalize(x, 1e-6, weight)
+def test_it_is_rounded_once(normal, scaled, dtype, over):
+    x, weight = (100 * torch.randn(3, 5, 2, 64)).to(dtype), torch.randn(2, 64)
+    if over == "head":
+        got, want = normalize(x, 1e-6, weight[0]), normal(x, 1e-6, weight[0])
+    else:
+        rstd = torch.rand(3, 5) / 100
+        got, want = scale_tokens(x, rstd, weight), scaled(x, rstd, weight)
     assert got.dtype == dtype
-    want = normal(x, 1e-6, weight)
     step = 4e-7 if dtype in (torch.float32, torch.float64) else torch.finfo(dtype).eps / 2
     limit = step if dtype != torch.float64 else 1e-15
     assert ((got.double() - want).abs() <= 1.01 * limit * want.abs() + 1e-7 * (dtype == torch.float16)).all()
@@ -189,21 +193,33 @@ def test_the_report_says_who_normalized(backends):
         ),
         (
             Norm(EPS, EPS, torch.ones(4, 8)),
-            "norm.weight_q must be floating point of shape [head_dim] = [8]; got torch.float32 [4, 8]",
+            "norm.weight_q must be float16, bfloat16, float32 or float64 of shape [head_dim] = [8]; "
+            "got torch.float32 [4, 8]",
         ),
         (
             Norm(EPS, EPS, None, torch.ones(8, dtype=torch.int64)),
-            "norm.weight_k must be floating point of shape [head_dim] = [8]; got torch.int64 [8]",
+            "norm.weight_k must be float16, bfloat16, float32 or float64 of shape [head_dim] = [8]; "
+            "got torch.int64 [8]",
         ),
         (Norm(EPS, EPS, torch.ones(8, device="meta")), "norm.weight_q must be on cpu as q is; got meta"),
         (Norm(), "norm has neither eps nor rstd, of q or of k: it normalizes nothing; pass norm=None"),
+        (
+            Norm(EPS, EPS, torch.ones(8).to(torch.float8_e4m3fn)),
+            "norm.weight_q must be float16, bfloat16, float32 or float64 of shape [head_dim] = [8]; got "
+            "torch.float8_e4m3fn [8]",
+        ),
+        (
+            Norm(EPS, EPS, torch.ones(8).to_sparse()),
+            "norm.weight_q must be a dense tensor; got torch.sparse_coo: pass its to_dense()",
+        ),
         (
             Norm(rstd_k=torch.ones(2, 6)),
             "norm.rstd_q must be a tensor (rstd_q and rstd_k go together); got NoneType",
         ),
         (
             Norm(rstd_q=torch.ones(2, 6), rstd_k=torch.ones(2, 6, 1)),
-            "norm.rstd_k must be floating point of shape [B, S] = [2, 6]; got torch.float32 [2, 6, 1]",
+            "norm.rstd_k must be float16, bfloat16, float32 or float64 of shape [B, S] = [2, 6]; "
+            "got torch.float32 [2, 6, 1]",
         ),
         (
             Norm(None, EPS, rstd_q=torch.ones(2, 6), rstd_k=torch.ones(2, 6)),
@@ -212,7 +228,8 @@ def test_the_report_says_who_normalized(backends):
         ),
         (
             Norm(None, None, torch.ones(8), torch.ones(8), torch.ones(2, 6), torch.ones(2, 6)),
-            "norm.weight_q must be floating point of shape [H, head_dim] = [4, 8]; got torch.float32 [8]",
+            "norm.weight_q must be float16, bfloat16, float32 or float64 of shape [H, head_dim] = [4, 8]; "
+            "got torch.float32 [8]",
         ),
         (
             Norm(None, None, None, torch.ones(2, 8), torch.ones(2, 6), torch.ones(2, 6)),
@@ -291,3 +308,27 @@ def test_it_is_traced(backends, expected, norm):
     with torch.no_grad():
         torch.testing.assert_close(run(*given), expected(*given, norm)[0].float(), atol=2e-5, rtol=2e-5)
     assert len(backends["normalizing"].norms) == 1
+
+
+@pytest.mark.parametrize("why", ["q", "rstd_q", "weight_k", "autocast"])
+def test_what_the_operator_does_not_take_is_normalized_while_it_is_traced(backends, expected, why):
+    """Gradients and autocast are decided on while the graph is made."""
+    given, norm = inputs()[0], over_heads()
+    run = torch.compile(
+        lambda *given: lpattn.low_precision_rope_sdpa(*given, norm=norm),
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    if why == "autocast":
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            out = run(*given)
+        torch.testing.assert_close(out.double(), expected(*given, norm)[0], atol=0.1, rtol=5e-2)
+        return
+    leaf = given[0] if why == "q" else getattr(norm, why)
+    leaf.requires_grad_()
+    out = run(*given)
+    torch.testing.assert_close(
+        out.detach(), expected(*(t.detach() for t in given), norm)[0].float(), atol=2e-5, rtol=2e-5
+    )
+    out.sum().backward()
+    assert leaf.grad.abs().max() > 0

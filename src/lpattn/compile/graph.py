@@ -143,7 +143,8 @@ def _add_norms(call: fx.Node, found: _Found, sizes: Sequence[Sizes]) -> None:
     for number, rotations in enumerate((found.query, found.key)):
         name = "qk"[number]
         try:
-            norm = prove_norm(call, args_of(call)[number], rotations, sizes)
+            beside = found.norms[0] is not None and found.norms[0].rstd is not None
+            norm = prove_norm(call, args_of(call)[number], rotations, sizes, beside)
         except (RefusedError, UnknownSizeError) as refused:
             reasons.append(f"{name}: {refused}")
             continue
@@ -266,6 +267,8 @@ def _of_norm(emitter: Emitter, norm: Normalized | None, x: fx.Node) -> tuple[fx.
     if weight is not None:
         weight = emitter.call(aten.reshape.default, weight, [emitter.size(x, 2), emitter.size(x, 3)])
     rstd = emitter.call(aten.reshape.default, norm.rstd, [emitter.size(x, 0), emitter.size(x, 1)])
+    # A root of float16 may have a reciprocal that is none.
+    rstd = emitter.cast(rstd, torch.promote_types(value_of(rstd).dtype, torch.float32))
     return weight, emitter.call(aten.reciprocal.default, rstd) if norm.divides else rstd
 
 

@@ -78,20 +78,21 @@ class _Scale:
     Attributes:
         hops: stretches of views on the way from the factor to the mean: (begin, end). Between the end of one and the
             beginning of the next, elements stay where they are.
-        averaged: what the mean is of: squares, or a view of them.
+        averaged: what the mean is of: squares, or a view of them. ``axes``: how many of its last dimensions it is over.
         square: the squares themselves. ``squared``: the tensor that they are of.
         eps: what is added to the mean.
     """
 
     hops: tuple[tuple[fx.Node, fx.Node], ...]
     averaged: fx.Node
+    axes: int
     square: fx.Node
     squared: fx.Node
     eps: float
 
 
 def prove_norm(
-    call: fx.Node, operand: fx.Node, rotations: Sequence[Rotation], sizes: Sequence[Sizes]
+    call: fx.Node, operand: fx.Node, rotations: Sequence[Rotation], sizes: Sequence[Sizes], beside_all_heads: bool
 ) -> Normalized | None:
     """The norm in front of a rotation; None where there is none.
 
@@ -100,6 +101,7 @@ def prove_norm(
         operand: its q or k, [B, H, S, D].
         rotations: what was proven of the operand.
         sizes: assignments of symbolic sizes; what is proven holds at all of them.
+        beside_all_heads: the other operand has a norm over all heads, so that one over a single head is one, too.
 
     Raises:
         RefusedError: there is a root in front of the rotation, and it is no norm that could be fused.
@@ -109,25 +111,30 @@ def prove_norm(
     if len(rotations) > 1:
         raise RefusedError("streams of tokens are normalized and rotated apart, and then put together")
     rotation = rotations[0]
-    steps, source = _steps(rotation.source)
+    steps = _steps(rotation.source)
     scale = _scale(steps[-1])
+    source = _source(steps[-1].carrier, scale.squared, value_of(rotation.source).dtype)
     weights = [step.factor for step in steps[:-1]]
     inside = dependents(operand, source)
-    for node in inside:
-        for user in node.users:
-            if user not in inside and user is not call and user.target is not aten.sym_size.int:
-                raise RefusedError(f"{node.name} is needed for something else, too")
     for weight in weights:
         if weight in inside or weight is source:
             raise RefusedError(
                 f"{weight.name}, by which {steps[0].node.name} multiplies, depends on what is normalized"
             )
+        if not value_of(weight).dtype.is_floating_point:
+            raise RefusedError(f"{weight.name}, by which {steps[0].node.name} multiplies, is {value_of(weight).dtype}")
     if len(weights) > 1:
         raise RefusedError(f"{steps[0].node.name} multiplies by a second weight")
-    orders = {_check(operand, rotation, steps, scale, source, s) for s in sizes}
+    orders = {_check(operand, rotation, steps, scale, source, s, beside_all_heads) for s in sizes}
     if len(orders) > 1:
         raise RefusedError(f"{source.name} lies in another order at other lengths")
     order, spans_heads = orders.pop()
+    # What is handed over is computed in any case.
+    spared = dependents(steps[-1].factor, source) if spans_heads else set()
+    for node in inside - spared:
+        for user in node.users:
+            if user not in inside and user is not call and _is_tensor(node) and _is_tensor(user):
+                raise RefusedError(f"{node.name} is needed for something else, too")
     by_lane = weights[0] if weights else None
     if not spans_heads:
         return Normalized(source, order, scale.eps, by_lane)
@@ -162,16 +169,44 @@ def _exponent(node: fx.Node) -> float | None:
     return None
 
 
+def _is_tensor(node: fx.Node) -> bool:
+    """Whether a node is no size, of which a tensor may be asked for nothing else."""
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _keeps(node: fx.Node) -> bool:
+    """Whether a node is a view or a cast of its first argument, or once as much."""
+    return is_view(node) or (node.target is aten.mul.Tensor and constant_of(args_of(node)[1]) == 1.0)
+
+
 def _behind_views(node: fx.Node) -> fx.Node:
     """What a node is a view or a cast of."""
-    while is_view(node):
+    while _keeps(node):
         node = args_of(node)[0]
     return node
 
 
-def _steps(normalized: fx.Node) -> tuple[list[_Step], fx.Node]:
-    """The products that a normalized tensor is made by, nearest first, and what the last one began with."""
-    dtype, steps, node = value_of(normalized).dtype, [], _behind_views(normalized)
+def _source(carrier: fx.Node, squared: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """What is normalized: the nearest tensor of a dtype that both what is scaled and what is squared are views of."""
+    behind = {squared}
+    while is_view(squared):
+        squared = args_of(squared)[0]
+        behind.add(squared)
+    node = carrier
+    while node not in behind or value_of(node).dtype != dtype:
+        if not is_view(node):
+            if node in behind:
+                raise RefusedError(f"{node.name} is {value_of(node).dtype}, and what is rotated is {dtype}")
+            # Nothing is: the proof says what is wrong.
+            return carrier
+        node = args_of(node)[0]
+    return node
+
+
+def _steps(normalized: fx.Node) -> list[_Step]:
+    """The products that a normalized tensor is made by, nearest first."""
+    steps: list[_Step] = []
+    node = _behind_views(normalized)
     while True:
         if node.target is aten.cat.default:
             raise RefusedError(f"{node.name} puts streams of tokens together that are normalized apart")
@@ -183,22 +218,14 @@ def _steps(normalized: fx.Node) -> tuple[list[_Step], fx.Node]:
                 raise RefusedError(f"{node.name} scales by {argument}")
         divides = node.target is aten.div.Tensor
         if _is_scale(right, divides):
-            steps.append(_Step(node, left, right))
-            break
+            return [*steps, _Step(node, left, right)]
         if not divides and _is_scale(left, False):
-            steps.append(_Step(node, right, left))
-            break
+            return [*steps, _Step(node, right, left)]
         if divides or _has_root(left) == _has_root(right):
             raise RefusedError(f"{node.name} is no product of a tensor and its scale")
         carrier, factor = (left, right) if _has_root(left) else (right, left)
         steps.append(_Step(node, carrier, factor))
         node = _behind_views(carrier)
-    source = steps[-1].carrier
-    while value_of(source).dtype != dtype:
-        if not is_view(source):
-            raise RefusedError(f"{source.name} is {value_of(source).dtype}, and what is rotated is {dtype}")
-        source = args_of(source)[0]
-    return steps, source
 
 
 def _is_scale(factor: fx.Node, divides: bool) -> bool:
@@ -235,20 +262,26 @@ def _scale(step: _Step) -> _Scale:
     if node.target is not aten.mean.dim:
         raise RefusedError(f"{node.name} ({node.target}), of which the root is taken, is no mean of squares")
     averaged = args_of(node)[0]
-    last = value_of(averaged).dim() - 1
-    axes = {int(axis) % (last + 1) for axis in args_of(node)[1] or ()}
-    if axes != {last}:
-        raise RefusedError(f"{node.name} is the mean over dimensions {sorted(axes)}, not over the last one")
+    rank = value_of(averaged).dim()
+    axes = sorted({int(axis) % rank for axis in args_of(node)[1] or ()})
+    if axes != list(range(rank - len(axes), rank)) or not axes:
+        raise RefusedError(f"{node.name} is the mean over dimensions {axes} of {rank}, not over the last ones")
     square = _behind_views(averaged)
     arguments = args_of(square)
     by_itself = square.target is aten.mul.Tensor and arguments[0] is arguments[1]
     if not by_itself and not (square.target is aten.pow.Tensor_Scalar and arguments[1] == 2):
         raise RefusedError(f"{square.name} ({square.target}), of which the mean is taken, is no square")
-    return _Scale(tuple(hops), averaged, square, arguments[0], eps)
+    return _Scale(tuple(hops), averaged, len(axes), square, arguments[0], eps)
 
 
 def _check(
-    operand: fx.Node, rotation: Rotation, steps: Sequence[_Step], scale: _Scale, source: fx.Node, sizes: Sizes
+    operand: fx.Node,
+    rotation: Rotation,
+    steps: Sequence[_Step],
+    scale: _Scale,
+    source: fx.Node,
+    sizes: Sizes,
+    beside_all_heads: bool,
 ) -> tuple[tuple[int, ...], bool]:
     """Follow the elements of what is rotated: the order of [B, S, H, D] in the source; whether the norm spans heads.
 
@@ -257,12 +290,12 @@ def _check(
     """
     batch, heads, rows, dim = sizes.shape(operand)
     heads //= rotation.groups
-    width = sizes.shape(scale.averaged)[-1]
+    width = torch.Size(sizes.shape(scale.averaged)[-scale.axes :]).numel()
     if width not in (dim, heads * dim):
         raise RefusedError(
             f"{scale.squared.name} is normalized over {width} elements; a head has {dim}, all heads {heads * dim}"
         )
-    spans_heads = width != dim
+    spans_heads = width != dim or (beside_all_heads and heads == 1)
     for node in (rotation.source, source):
         if torch.Size(sizes.shape(node)).numel() != batch * heads * rows * dim:
             raise RefusedError(f"{source.name} is not all of what is normalized")

@@ -202,14 +202,14 @@ def test_rotation(fused, interleaved) -> None:
 @pytest.mark.parametrize(("dim", "rotary", "interleaved"), [(64, 64, False), (64, 64, True), (96, 40, False)])
 def test_normalized_over_all_heads_then_rotated(fused, dim, rotary, interleaved, mode, pack) -> None:
     """Several batch entries and heads, of which a program takes more than one."""
-    q, k, _ = fused.make(batch=2, heads=6, kv_heads=3, q_len=140, kv_len=300, dim=dim, dtype=F32)
-    v = fused.make(batch=2, kv_heads=3, kv_len=300, dim=32, dtype=F32, seed=1)[2]
+    q, k, _ = fused.make(batch=2, heads=6, kv_heads=3, q_len=140, kv_len=240, dim=dim, dtype=F32)
+    v = fused.make(batch=2, kv_heads=3, kv_len=240, dim=32, dtype=F32, seed=1)[2]
     norm = fused.norm_over_heads(q, k, F32, F32)
-    tables = [torch.randn(1, n, 1, rotary, device=fused.device) for n in (140, 140, 300, 300)]
+    tables = [torch.randn(1, n, 1, rotary, device=fused.device) for n in (140, 140, 240, 240)]
     rope = fused.rotation(q, k, tables, interleaved)
     used = None
     if pack is not None:
-        used = torch.rand(2, 1, 300, generator=torch.Generator().manual_seed(0)) < 0.6
+        used = torch.rand(2, 1, 240, generator=torch.Generator().manual_seed(0)) < 0.6
         assert norm.rstd_k is not None
         norm.rstd_k[~used[:, 0].to(fused.device)] = math.nan
     check(

@@ -93,7 +93,7 @@ def quantize_per_block(
         precision: what q, k and v are rounded to.
         hadamard: which operands are transformed along head_dim, after rotation: any D, padded to a power of two.
         rope: rotates q and k first.
-        norm: normalizes q and k before that.
+        norm: normalizes q and k before that; weights come first, and what is of the whole token last.
         keys: which tokens of k and v are used: these come first, in their order, and are followed by zeros.
         used: bool [B, Hkv or 1, kv_len], which tokens of k and v are used: the others become zeros where they are, and
             enter no scale and (unless another head uses them) no constant. Not together with ``keys``.
@@ -107,7 +107,7 @@ def quantize_per_block(
         (with a rotation: with the other lane of its pair; with a Hadamard transform: with its whole token; what a norm
         makes of it comes first), and enters neither scale nor constant. Magnitudes above about 1e36 may overflow in the
         transform. int8 has no NaN: there, the scale of its token (of its block, in k) becomes NaN, but for a token of q
-        whose zeros a norm without eps divides by zero: it stays zeros. The scales of int8 map the largest magnitude to
+        whose zeros a norm divides by zero: it stays zeros. The scales of int8 map the largest magnitude to
         127; v in float16 is scaled like v in e4m3. The oracle is :func:`lpattn.quantize.quantize_e4m3` with
         ``power_of_two=True``, given the constants.
     """
