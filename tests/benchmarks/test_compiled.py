@@ -72,6 +72,28 @@ def test_measure(name, part, rotating):
     assert name in compiled.report([result])
 
 
+def test_processes_are_merged():
+    def result(opaque, fused, exact):
+        return {
+            "model": "llama",
+            "best_exact": "exact:a",
+            "milliseconds": {"x opaque": opaque, "x fused": fused, "exact:a": exact, "exact:b": 3.0},
+            "spread": {"x opaque": opaque / 100, "x fused": 0.0, "exact:a": 0.0, "exact:b": 0.0},
+            "sqnr_db": {"x opaque": 20.0 + opaque, "x fused": 20.0, "exact:a": 50.0, "exact:b": 50.0},
+            "fused_over_opaque": opaque / fused,
+            "opaque_over_exact": exact / opaque,
+            "fused_over_exact": exact / fused,
+            "rounds": int(10 * opaque),
+        }
+
+    found = compiled.merged([result(2.0, 1.0, 4.0), result(1.0, 1.0, 4.0), result(3.0, 1.0, 2.0)])
+    assert found["milliseconds"] == {"x opaque": 2.0, "x fused": 1.0, "exact:a": 4.0, "exact:b": 3.0}
+    assert found["best_exact"] == "exact:b"
+    assert found["fused_over_opaque"] == 2.0
+    assert [each["fused_over_opaque"] for each in found["processes"]] == [2.0, 1.0, 3.0]
+    assert (found["spread"]["x opaque"], found["sqnr_db"]["x opaque"], found["rounds"]) == (0.03, 21.0, 10)
+
+
 def test_a_backend_that_does_not_fuse_is_no_result(rotating, monkeypatch):
     monkeypatch.setattr(Rotating, "capabilities", lpattn.Capabilities(dtypes=frozenset({torch.float32})))
     build = lambda: blocks.BETWEEN["flux"](blocks.SMALL["flux"])  # noqa: E731
