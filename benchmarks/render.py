@@ -96,8 +96,8 @@ cores', and how many of the slots for instructions are used.
 * At head_dim 64 a score takes as many instructions for half the products.
 * At head_dim 256 the accumulators leave no registers in which the exponentials of a tile could be made beside the
   products of the one before, so that they take turns; the products of values are made in four parts, one by one.
-  Triton 3.6 keeps some of the accumulators of one of the two consumers in memory; other divisions of the registers
-  between them were slower.
+  Triton 3.6 keeps some of the accumulators of one of the two consumers in memory. Other divisions of the registers
+  between them were slower, and so were tiles of 64 keys, for which there are registers enough.
 * Short calls end with a wave that does not fill the card, and a whole call moves the bytes of its quantization.
 
 Tried for little or no gain, in this kernel or in one before it: fewer or more tiles in flight, tiles of 256 keys, the
@@ -116,7 +116,10 @@ heads of a token are, at a time), under `torch.compile`, as replayed CUDA graphs
 "opaque": the compiler rotates (and normalizes) q and k, and lpattn's operator quantizes them; "fused": that operator
 does it all; "rope only": the compiler keeps the norm. "between" is what lies between the projections; "block" has
 these and the MLP, too, of which attention is a small part: fusion can save no more of a block than the time that the
-compiler's own rotation (and norm) would take, which is short in Llama's.
+compiler's own rotation (and norm) would take, which is short in Llama's. Where a process has its memory makes products
+of matrices faster or slower by one or two percent, as much as that or more: rows of blocks that one process has
+measured say no more than this, and rows of several are medians over them. Wan has no "rope only", and no rows of
+`fp8_fa3`, which leaves norm and rotation to the compiler there: its own quantization was slower with them taken in.
 """
 
 ROW_LOCAL = """### Scales per token by PyTorch's compiler
@@ -363,8 +366,14 @@ def targets(name: str) -> str:
 
 def compiled(*names: str) -> str:
     files = {name: data for name in names if (data := load(name))}
+    # What several processes have measured comes last, and takes the place of what one has.
+    latest = {
+        tuple(result[key] for key in ("model", "part", "length", "backend")): result
+        for data in files.values()
+        for result in data["results"]
+    }
     blocks = []
-    for result in (result for data in files.values() for result in data["results"]):
+    for result in latest.values():
         times = result["milliseconds"]
         of = {kind: times.get(f"{result['backend']} {kind}") for kind in ("opaque", "rope only", "fused")}
         blocks.append(
@@ -373,6 +382,7 @@ def compiled(*names: str) -> str:
                 str(result["length"]),
                 f"{result['best_exact'].removeprefix(EXACT)} {times[result['best_exact']]:.3f}",
                 result["backend"],
+                str(len(result.get("processes", [1]))),
                 *("" if found is None else f"{found:.3f}" for found in of.values()),
                 f"x{result['fused_over_opaque']:.3f}",
                 f"x{result['fused_over_exact']:.3f}",
@@ -380,7 +390,8 @@ def compiled(*names: str) -> str:
         )
     if not blocks:
         return ""
-    head = ["what", "tokens", "best exact kernel, ms", "backend", "opaque, ms", "rope only, ms", "fused, ms"]
+    head = ["what", "tokens", "best exact kernel, ms", "backend", "processes"]
+    head += ["opaque, ms", "rope only, ms", "fused, ms"]
     body = rows([*head, "fused over opaque", "fused over exact"], blocks)
     sources = "\n\n".join(source(name, data) for name, data in files.items())
     return f"{COMPILED}\n{sources}\n\n{body}\n"
@@ -465,7 +476,7 @@ def page() -> str:
         hopper("h100-hopper.json"),
         profile("h100-profile"),
         lengths("h100-sweep.json"),
-        compiled("h100-compiled.json", "h100-compiled-lengths.json"),
+        compiled("h100-compiled.json", "h100-compiled-lengths.json", "h100-compiled-blocks.json"),
         row_local("h100-row-local.json"),
         quantization("h100-quantization.json"),
         sanitizer("h100-sanitizer.json"),
