@@ -34,6 +34,7 @@ class Honest(Backend):
         hadamard=frozenset(HadamardMode),
         rope=True,
         norm=True,
+        norm_over_heads=True,
     )
     p_scale = 256.0
 
