@@ -2,10 +2,10 @@
 
 A Llama-3-8B-shaped block (causal, grouped heads, half-split RoPE in bfloat16), a FLUX-shaped one (each head of q and k
 normalized, interleaved RoPE in float32) and one shaped as Wan's 14B (the same, all heads normalized at a time), with
-random weights, under torch.compile. Measured are the whole block, and what lies
-between its projections. Every variant is compared with the untouched module before it is timed, and the report must say
-that RoPE, and the norm, were fused where that is what is measured; the variants of one item are timed in turn. Every
-item has a process of its own; these compile side by side, and are timed one after another. Needs a CUDA device.
+random weights, under torch.compile. Measured are the whole block, and what lies between its projections. Every variant
+is compared with the untouched module before it is timed, and the report must say that RoPE, and the norm, were fused
+where that is what is measured; the variants of one item are timed in turn. Every item has a process of its own; these
+compile side by side, and are timed one after another. Needs a CUDA device.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from lpattn.registry import registry
 LENGTHS = (1024, 4608, 8192, 16384)
 PARTS = ("between", "block")
 OPAQUE, ROPE_ONLY, FUSED = "opaque", "rope only", "fused"
+RATIOS = ("fused_over_opaque", "opaque_over_exact", "fused_over_exact")
 EXACT_FLOOR, LOW_FLOOR = 35.0, 12.0
 """dB below which a variant is wrong, not only imprecise."""
 
@@ -249,9 +250,6 @@ def measure(
         "fused_over_exact": ratio(raw[best], raw[fused]),
         "rounds": min(map(len, raw.values())),
     }
-
-
-RATIOS = ("fused_over_opaque", "opaque_over_exact", "fused_over_exact")
 
 
 def merged(results: list[Mapping[str, Any]]) -> dict[str, Any]:

@@ -64,9 +64,9 @@ class Capabilities:
     strided_last_dim: bool = True
     backward: bool = False
 
-    def takes_norm(self, norm: Norm) -> bool:
-        """Whether ``rope_attention`` applies the norm itself."""
-        return self.norm and (self.norm_over_heads or norm.rstd_q is None)
+    def takes_norm(self, over_heads: bool) -> bool:
+        """Whether ``rope_attention`` applies a norm itself: over each head, or over all of them."""
+        return self.norm and (self.norm_over_heads or not over_heads)
 
     def reasons_against(self, call: AttentionCall) -> list[Reason]:
         """All reasons why a backend with these capabilities cannot run the call; empty if it can."""

@@ -110,9 +110,9 @@ def attend_rope(
     apart = call is None or not backend.capabilities.rope or autocast_dtype(query.device) is not None
     if ledger is not None:
         ledger.norm = None
-    if norm is not None and (apart or not backend.capabilities.takes_norm(norm)):
-        can = backend.capabilities.takes_norm(norm)
-        over = "" if norm.rstd_q is None else " over all heads"
+    can = norm is None or backend.capabilities.takes_norm(norm.over_heads)
+    if norm is not None and (apart or not can):
+        over = " over all heads" if norm.over_heads else ""
         query, key = normalize_both(query, key, norm)
         norm = None
         if ledger is not None:

@@ -81,8 +81,8 @@ def check_norm(query: torch.Tensor, key: torch.Tensor, norm: Norm | None) -> Non
         return
     if not isinstance(norm, Norm):
         raise InvalidArgumentError(f"norm must be a lpattn.Norm; got {type(norm).__name__}")
-    spans_heads = norm.rstd_q is not None or norm.rstd_k is not None
-    if not spans_heads and norm.eps_q is None and norm.eps_k is None and norm.tensors == (None,) * 4:
+    spans_heads = norm.over_heads
+    if all(part is None for part in (norm.eps_q, norm.eps_k, *norm.tensors)):
         raise InvalidArgumentError("norm has neither eps nor rstd, of q or of k: it normalizes nothing; pass norm=None")
     operands = (
         ("q", query, norm.eps_q, norm.weight_q, norm.rstd_q),

@@ -131,9 +131,14 @@ class Norm:
         return (self.weight_q, self.weight_k, self.rstd_q, self.rstd_k)
 
     @property
+    def over_heads(self) -> bool:
+        """Whether it is over all heads of a token."""
+        return self.rstd_q is not None or self.rstd_k is not None
+
+    @property
     def said(self) -> str:
         """What reports say where it was fused."""
-        if self.rstd_q is not None or (self.eps_q is not None and self.eps_k is not None):
+        if self.over_heads or (self.eps_q is not None and self.eps_k is not None):
             return "fused"
         return "fused in q" if self.eps_q is not None else "fused in k"
 

@@ -104,7 +104,7 @@ class FakeRopeBackend(FakeBackend):
         self.norms.append(norm.get("norm"))
         if norm:
             of = norm["norm"]
-            assert self.capabilities.takes_norm(of)
+            assert self.capabilities.takes_norm(of.over_heads)
             if of.rstd_q is None:
                 query, key = plain_norm(query, of.eps_q, of.weight_q), plain_norm(key, of.eps_k, of.weight_k)
             else:

@@ -143,28 +143,30 @@ def _add_norms(call: fx.Node, found: _Found, sizes: Sequence[Sizes]) -> None:
     for number, rotations in enumerate((found.query, found.key)):
         name = "qk"[number]
         try:
-            beside = found.norms[0] is not None and found.norms[0].rstd is not None
-            norm = prove_norm(call, args_of(call)[number], rotations, sizes, beside)
+            norm = prove_norm(call, args_of(call)[number], rotations, sizes, _over_heads(found.norms[0]))
         except (RefusedError, UnknownSizeError) as refused:
             reasons.append(f"{name}: {refused}")
             continue
-        over_heads = norm is not None and norm.rstd is not None
-        against = None if norm is None else reason_against_norm(call, sizes[0], over_heads)
+        against = None if norm is None else reason_against_norm(call, sizes[0], norm.over_heads)
         if against is None:
             found.norms[number] = norm
-        elif over_heads:
+        elif _over_heads(norm):
             raise RefusedError(f"{name}: {against}: the compiler rotates where it normalizes")
         else:
             reasons.append(f"{name}: {against}")
     if (reason := _apart(*found.norms)) is not None:
-        found.norms = [None if norm is None or norm.rstd is not None else norm for norm in found.norms]
+        found.norms = [None if _over_heads(norm) else norm for norm in found.norms]
         reasons.append(reason)
     found.unfused = "; ".join(reasons)
 
 
+def _over_heads(norm: Normalized | None) -> bool:
+    return norm is not None and norm.over_heads
+
+
 def _apart(q: Normalized | None, k: Normalized | None) -> str | None:
     """Why norms over all heads cannot be handed over, which go together; None where they can, or there are none."""
-    of_q, of_k = (norm is not None and norm.rstd is not None for norm in (q, k))
+    of_q, of_k = _over_heads(q), _over_heads(k)
     if of_q != of_k:
         one, other = "qk" if of_q else "kq"
         return f"{one} is normalized over all heads, and {other} is not"

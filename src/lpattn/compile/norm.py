@@ -61,6 +61,11 @@ class Normalized:
     rstd: fx.Node | None = None
     divides: bool = False
 
+    @property
+    def over_heads(self) -> bool:
+        """Whether it spans all heads."""
+        return self.rstd is not None
+
 
 @dataclass(frozen=True)
 class _Step:

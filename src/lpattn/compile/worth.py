@@ -45,8 +45,7 @@ def reason_against_norm(call: fx.Node, sizes: Sizes, over_heads: bool) -> str | 
     """Why a norm in front of rotations that a backend is to have should stay with the compiler; None if not."""
     choice = choose(describe(call, sizes), with_environment(from_text(str(call.args[8]))))
     backend = registry.get(choice.backend)
-    capabilities = None if backend is None else backend.capabilities
-    if capabilities is not None and capabilities.norm and (capabilities.norm_over_heads or not over_heads):
+    if backend is not None and backend.capabilities.takes_norm(over_heads):
         return None
     return f"{choice.backend} has no fused norm{' over all heads' if over_heads else ''}"
 

@@ -176,7 +176,7 @@ def addresses_of(tensors: Sequence[torch.Tensor | None]) -> tuple[int | None, ..
 def _norms_of(norm: Norm) -> tuple[Norms, Both, Both]:
     """Of which kind they are, the weights of q and of k, and what their tokens are multiplied with."""
     weights, rstd = (norm.weight_q, norm.weight_k), (norm.rstd_q, norm.rstd_k)
-    if rstd == (None, None):
+    if not norm.over_heads:
         eps = tuple([-1.0 if number is None else float(number) for number in (norm.eps_q, norm.eps_k)])
         return Norms(OF_HEAD.value, (eps[0], eps[1])), _both(weights), rstd
     return Norms(OF_TOKEN.value, NO_EPS), _both(weights), _both([None if r is None else r.float() for r in rstd])

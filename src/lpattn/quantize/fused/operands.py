@@ -123,7 +123,7 @@ def quantize_per_head(
         the other lane of its pair; with a Hadamard transform: with its whole token; what a norm makes of it comes
         first), and enters neither scale nor constant. Magnitudes above about 1e36 may overflow in the transform.
     """
-    if norm is not None and norm.rstd_q is not None:
+    if norm is not None and norm.over_heads:
         raise ValueError("the norm spans heads: passes per head take norms over each head alone")
     more = more_of(rope, keys, norm)
     at = (query.data_ptr(), key.data_ptr(), value.data_ptr())

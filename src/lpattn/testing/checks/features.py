@@ -59,11 +59,10 @@ def fused_norm(subject: Subject) -> str:
     plain = plain.changed(query=(plain.query * size).to(plain.query), key=(plain.key / size).to(plain.key))
     of_q, of_k = ((1 + torch.randn(dim, generator=generator) / 2).to(plain.query) for _ in range(2))
     norms = [Norm(1e-6, 0.5, of_q, of_k), Norm(0.5, None, of_q), Norm(None, 1e-6, None, of_k), Norm(0.5, 1e-6)]
-    rstd = [x.float().square().mean((1, 3)).rsqrt() for x in (plain.query, plain.key)]
-    of_heads = [
-        (1 + torch.randn(x.shape[1], dim, generator=generator) / 2).to(plain.query) for x in (plain.query, plain.key)
-    ]
     if subject.capabilities.norm_over_heads:
+        both = (plain.query, plain.key)
+        rstd = [x.float().square().mean((1, 3)).rsqrt() for x in both]
+        of_heads = [(1 + torch.randn(x.shape[1], dim, generator=generator) / 2).to(x) for x in both]
         norms += [Norm(None, None, *of_heads, *rstd), Norm(rstd_q=rstd[0], rstd_k=rstd[1])]
     for interleaved in (False, True):
         for norm in norms:
@@ -89,7 +88,7 @@ def _require_rotation(
     label = f"{'interleaved' if interleaved else 'half-split'} rotation of {tables['cos'].shape[-1]} lanes"
     label += ", own tables for the keys" if "cos_k" in tables else ""
     if norm is not None:
-        over = "" if norm.rstd_q is None else " over all heads"
+        over = " over all heads" if norm.over_heads else ""
         label = f"norm {norm.said.removeprefix('fused').strip() or 'in q and k'}{over}, {label}"
     options: dict[str, Any] = {"is_causal": problem.is_causal, "interleaved": interleaved, "backend": subject.name}
     options.update(tables, norm=norm, enable_gqa=True, on_unsupported="raise")
