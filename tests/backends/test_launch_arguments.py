@@ -78,10 +78,10 @@ def forget() -> None:
     """Make every plan anew from here on."""
     from lpattn.kernels import attention, mask_tiles
     from lpattn.kernels.hopper import launch
-    from lpattn.quantize.fused import blocks, inputs, operands
+    from lpattn.quantize.fused import blocks, heads, inputs
 
-    plans = (launch._plan, attention._plan, mask_tiles._plan, blocks._plan, operands._plan)
-    for remembered in (kernel_for, inputs._listing, operands._restore, *plans):
+    plans = (launch._plan, attention._plan, mask_tiles._plan, blocks._plan, heads._plan)
+    for remembered in (kernel_for, inputs._listing, heads._restore, *plans):
         remembered.cache_clear()
 
 

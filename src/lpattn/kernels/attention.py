@@ -14,7 +14,7 @@ from lpattn.quantize.fused import BLOCK, PerBlock
 from lpattn.quantize.fused.inputs import addresses_of
 from lpattn.quantize.fused.launcher import INTERPRETED, Launch, short_way
 from lpattn.quantize.fused.memory import Layout
-from lpattn.quantize.fused.operands import lanes_of
+from lpattn.quantize.fused.reading import lanes_of
 from lpattn.types import HadamardMode
 
 

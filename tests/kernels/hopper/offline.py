@@ -17,7 +17,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from lpattn.kernels.hopper.attention import ROWS, attention
 from lpattn.kernels.hopper.launch import EXPONENTIALS, layout_of, tile_of
-from lpattn.quantize.fused.operands import lanes_of
+from lpattn.quantize.fused.reading import lanes_of
 
 # Scripts have no package: what they share lies in the folder of all tests.
 sys.path.insert(0, str(Path(__file__).parents[2]))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +215,11 @@ class Fused:
         of_q, of_k = ((x.shape[0], x.shape[2], x.shape[1], cos.shape[-1]) for x in (q, k))
         return self.Rotation(cos.expand(of_q), sin.expand(of_q), cos_k.expand(of_k), sin_k.expand(of_k), interleaved)
 
+    def tables(self, batch: int, q_len: int, heads: int, dim: int, kv_len: int, kv_heads: int) -> list[torch.Tensor]:
+        """cos and sin of q, then of k, as a caller has them: [B, S, H, D], all different."""
+        sizes = [(q_len, heads)] * 2 + [(kv_len, kv_heads)] * 2
+        return [torch.randn(batch, n, h, dim, device=self.device) for n, h in sizes]
+
     def keys(self, used: torch.Tensor) -> Any:
         """The list of the keys of a mask [B, kv_len], with what must not be read behind them."""
         indices = torch.full(used.shape, -(2**30), dtype=torch.int32)
@@ -314,3 +319,21 @@ class Fused:
 @pytest.fixture(scope="session")
 def fused() -> Fused:
     return Fused()
+
+
+@pytest.fixture
+def take_heads(fused: Fused, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Called with a number, programs that rotate take up to so many heads, however few programs are left."""
+    from lpattn.quantize.fused import blocks, heads, turning
+
+    def take(most: int) -> None:
+        monkeypatch.setattr(turning, "_MOST_HEADS", most)
+        monkeypatch.setattr(turning, "multiprocessors", lambda device: 1)
+        forget()
+
+    def forget() -> None:
+        heads._plan.cache_clear()
+        blocks._plan.cache_clear()
+
+    yield take
+    forget()

@@ -19,7 +19,7 @@ import torch
 import triton
 
 from lpattn.quantize import fused
-from lpattn.quantize.fused import blocks, inputs, operands
+from lpattn.quantize.fused import blocks, heads, inputs
 from lpattn.quantize.fused.launcher import Launch
 from lpattn.quantize.fused.layout import PART
 from lpattn.types import HadamardMode, Norm
@@ -32,11 +32,11 @@ from offline_tools import Recorded, compile_launch, record, tool, usage
 
 def launches(capability: int, dim: int, *asked: str) -> Recorded:
     """Every launch with its tensors; nothing runs."""
-    recorded = record(operands, blocks, inputs)
-    operands.overlaps_on = lambda device: capability >= 90
-    blocks.overlaps_on = operands.overlaps_on
-    operands._plan.cache_clear()
-    operands._restore.cache_clear()
+    recorded = record(heads, blocks, inputs)
+    heads.overlaps_on = lambda device: capability >= 90
+    blocks.overlaps_on = heads.overlaps_on
+    heads._plan.cache_clear()
+    heads._restore.cache_clear()
     q = torch.zeros(2, 1024, 8, dim, dtype=torch.bfloat16).transpose(1, 2)
     k = torch.zeros(2, 1024, 2, dim, dtype=torch.bfloat16).transpose(1, 2)
     options: dict[str, Any] = {}

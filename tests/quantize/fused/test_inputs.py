@@ -32,6 +32,21 @@ def test_q_k_and_v_that_are_one_tensor(fused) -> None:
     fused.check(*(packed[:, :, i].transpose(1, 2) for i in range(3)))
 
 
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_entries_that_lie_2_to_the_31_elements_apart(fused, axis, turned) -> None:
+    """Only what is read of such memory is there."""
+    made = fused.make(batch=2, heads=2, kv_heads=2, q_len=3, kv_len=5, dim=32)
+    strides = [2**31, 5 * 32] if axis == 0 else [5 * 32, 2**31]
+    memory = torch.empty(2**31 + 2 * 5 * 32, dtype=BF16, device=fused.device)
+    far = []
+    for i, x in enumerate(made):
+        view = memory.as_strided(x.shape, (*strides, 32, 1)) if i == 1 else x
+        far.append(view.copy_(x))
+    tables = fused.tables(1, 3, 1, 32, 5, 1)
+    fused.check(*far, rope=fused.rotation(*made[:2], tables) if turned else None)
+
+
 # Shrinking what failed would take minutes.
 @settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(

@@ -91,6 +91,24 @@ def test_after_rotation_and_transform(fused, hadamard) -> None:
         assert float(descale) == fused.power_of_two_above(float(x.abs().max()) / 448)
 
 
+@pytest.mark.parametrize("own_angles", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "most"), [(3, 3, 2), (6, 2, 2), (6, 2, 4), (8, 4, 5), (4, 1, 3)])
+def test_programs_that_take_several_rotated_heads(fused, heads, kv_heads, most, own_angles, take_heads) -> None:
+    """Groups lie in one program or in several of them; some are quantized once more, and the others are not."""
+    take_heads(most)
+    q, k, v = fused.make(batch=2, heads=heads, kv_heads=kv_heads, q_len=LENGTH, kv_len=LENGTH, dim=32)
+    tables = fused.tables(2, LENGTH, heads if own_angles else 1, 32, LENGTH, kv_heads if own_angles else 1)
+    rope = fused.rotation(q, k, tables)
+    before = fused.check(q, k, v, rope=rope, with_lse_shift=True, factor=0.5)
+    token = unsampled(fused, True)
+    q[0, 0, token], q[1, heads - 1, token] = 3e4, 3e4
+    k[0, kv_heads - 1, unsampled(fused, False)] = 3e4
+    found = fused.check(q, k, v, rope=rope, with_lse_shift=True, factor=0.5)
+    for which, groups in (("q", [(0, 0), (1, kv_heads - 1)]), ("k", [(0, kv_heads - 1)])):
+        changed = getattr(found, f"{which}_descale") != getattr(before, f"{which}_descale")
+        assert sorted(map(tuple, changed.nonzero().tolist())) == groups
+
+
 def test_where_some_keys_are_used(fused) -> None:
     used = torch.zeros(2, 400, dtype=torch.bool)
     used[0, 50:350] = True

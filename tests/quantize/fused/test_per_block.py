@@ -170,23 +170,16 @@ def test_a_key_may_be_used_by_some_heads_only(fused) -> None:
     check(fused, q, k, v, used)
 
 
+@pytest.mark.parametrize("own_angles", [False, True])
 @pytest.mark.parametrize(
     ("batch", "heads", "kv_heads", "most"), [(1, 6, 6, 4), (2, 5, 5, 3), (2, 6, 2, 2), (1, 3, 3, 8)]
 )
-def test_programs_that_take_several_heads(fused, batch, heads, kv_heads, most, monkeypatch) -> None:
-    """Heads differ, also in their angles; the last program has fewer of them where the number is no divisor."""
-    from lpattn.quantize.fused import blocks
-
-    monkeypatch.setattr(blocks, "_MOST_HEADS", most)
-    monkeypatch.setattr(blocks, "multiprocessors", lambda device: 1)
-    blocks._plan.cache_clear()
+def test_programs_that_take_several_heads(fused, batch, heads, kv_heads, most, own_angles, take_heads) -> None:
+    """Heads differ; the last program has fewer of them where the number is no divisor."""
+    take_heads(most)
     q, k, v = fused.make(batch=batch, heads=heads, kv_heads=kv_heads, q_len=140, kv_len=300, dim=32)
-    tables = [
-        torch.randn(batch, n, h, 32, device=fused.device)
-        for n, h in ((140, heads), (140, heads), (300, kv_heads), (300, kv_heads))
-    ]
+    tables = fused.tables(batch, 140, heads if own_angles else 1, 32, 300, kv_heads if own_angles else 1)
     check(fused, q, k, v, rope=fused.rotation(q, k, tables), factor=-0.5)
-    blocks._plan.cache_clear()
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

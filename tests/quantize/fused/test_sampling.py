@@ -11,24 +11,23 @@ layout = pytest.importorskip("lpattn.quantize.fused.layout")
 
 
 @triton.jit
-def count_parts(lengths, found, least: tl.constexpr, N: tl.constexpr):
+def count_parts(lengths, parts, found, least: tl.constexpr, N: tl.constexpr):
     at = tl.arange(0, N)
     length = tl.load(lengths + at)
-    tl.store(found + at, tl.cdiv(layout.sample_size(length, least), layout.part_size(length, least)))
+    size = layout.part_size(length, least, tl.load(parts + at))
+    tl.store(found + at, tl.cdiv(layout.sample_size(length, least), size))
 
 
+@pytest.mark.parametrize("most", [1, 2, 16, 64])
 @pytest.mark.parametrize("least", [layout.FEW, layout.ALL])
-def test_host_and_device_agree_on_the_number_of_parts(fused, least) -> None:
+def test_host_and_device_agree_on_the_number_of_parts(fused, least, most) -> None:
     near = [n + d for n in (0, 128, 256, 4096, 6144, 8192, 65536, 2**20) for d in range(-2, 3)]
     lengths = torch.tensor([n for n in [*near, *range(1, 200_000, 97), 2**24] if n > 0][:2048], dtype=torch.int32)
+    wanted = torch.tensor([layout.parts(n, least.value, most) for n in lengths.tolist()], dtype=torch.int32)
+    assert wanted.max() == (most if least is layout.ALL else min(most, 32))
     found = torch.empty_like(lengths).to(fused.device)
-    count_parts[(1,)](lengths.to(fused.device), found, least, len(lengths))
-    assert found.tolist() == [layout.parts(n, least.value) for n in lengths.tolist()]
-
-
-def test_the_number_of_parts_says_whether_v_is_sampled() -> None:
-    for length in [*range(layout.EXACT_FROM, 200_000, 61), 2**20, 2**24 + 1]:
-        assert layout.parts(length, layout.ALL.value) > 32 >= layout.parts(length, layout.FEW.value)
+    count_parts[(1,)](lengths.to(fused.device), wanted.to(fused.device), found, least, len(lengths))
+    assert torch.equal(found.cpu(), wanted)
 
 
 @pytest.mark.parametrize("length", [257, 300, 490])

@@ -22,7 +22,7 @@ from lpattn.types import AttentionBackend, AttentionCall, CausalKind, HadamardMo
 
 if TYPE_CHECKING:
     from lpattn.quantize.fused import PerHead, Rotation
-    from lpattn.quantize.fused.operands import HeadQuantization
+    from lpattn.quantize.fused.heads import HeadQuantization
 
 _NO_TRITON = Reason(
     "not_installed", "triton, in which q, k and v are quantized, is not installed", "pip install triton"

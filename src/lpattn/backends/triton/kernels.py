@@ -231,7 +231,7 @@ class PortableKernel(Kernel):
         from lpattn.kernels.mask_tiles import list_mask_tiles
         from lpattn.kernels.shapes import tile_shape
         from lpattn.quantize.fused import used_keys
-        from lpattn.quantize.fused.operands import lanes_of
+        from lpattn.quantize.fused.reading import lanes_of
 
         lanes = lanes_of(max(call.head_dim, call.head_dim_v))
         bias_bits = 0 if attn_mask is None or attn_mask.dtype == torch.bool else 8 * attn_mask.element_size()
@@ -258,7 +258,7 @@ class PortableKernel(Kernel):
         """Quantize and attend: ([T_q, H, D_v] in call.dtype, lse [T_q, H] or None)."""
         from lpattn.kernels.attention import Band, attend
         from lpattn.kernels.shapes import tile_shape
-        from lpattn.quantize.fused.operands import lanes_of
+        from lpattn.quantize.fused.reading import lanes_of
 
         assert call.varlen is not None
         before, after = (None if n < 0 else n for n in call.varlen.window)

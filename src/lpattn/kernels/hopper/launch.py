@@ -14,10 +14,11 @@ from lpattn.kernels.hopper import softmax
 from lpattn.kernels.hopper.attention import KEYS, ROWS, attention
 from lpattn.kernels.mask_tiles import MaskTiles, list_mask_tiles, list_strides, word_strides
 from lpattn.quantize.fused import PerBlock
+from lpattn.quantize.fused.device import multiprocessors
 from lpattn.quantize.fused.inputs import addresses_of
 from lpattn.quantize.fused.launcher import Launch, short_way
 from lpattn.quantize.fused.memory import Layout
-from lpattn.quantize.fused.operands import lanes_of, multiprocessors
+from lpattn.quantize.fused.reading import lanes_of
 from lpattn.types import HadamardMode
 
 QK_MAX: float = softmax.QK_MAX.value

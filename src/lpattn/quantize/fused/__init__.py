@@ -7,10 +7,10 @@ scales and layout a kernel wants is for the caller to say. Needs triton, and so 
 from __future__ import annotations
 
 from lpattn.quantize.fused.blocks import BLOCK, Precision, quantize_per_block
+from lpattn.quantize.fused.heads import PerHead, plan_per_head, quantize_per_head, restore_output
 from lpattn.quantize.fused.inputs import Keys, Rotation, alike, more_of, rotation_of, used_keys
 from lpattn.quantize.fused.launcher import short_way
 from lpattn.quantize.fused.memory import PerBlock
-from lpattn.quantize.fused.operands import PerHead, plan_per_head, quantize_per_head, restore_output
 
 __all__ = [
     "BLOCK",

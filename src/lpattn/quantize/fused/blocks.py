@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from lpattn.quantize.fused import turning
+from lpattn.quantize.fused.device import check_device, overlaps_on
 from lpattn.quantize.fused.inputs import (
     NO_EPS,
     NO_MORE,
@@ -26,9 +28,9 @@ from lpattn.quantize.fused.inputs import (
 )
 from lpattn.quantize.fused.launcher import INTERPRETED, Launch, short_way
 from lpattn.quantize.fused.memory import Layout, PerBlock, laid_out, part_of, round_up
-from lpattn.quantize.fused.operands import check_device, how_to_read, kind_of, lanes_of, multiprocessors, overlaps_on
 from lpattn.quantize.fused.per_block import quantize_blocks, sample_blocks
-from lpattn.quantize.fused.tile import E4M3_MAX, HALF_SPLIT_PARTIAL
+from lpattn.quantize.fused.reading import how_to_read, lanes_of
+from lpattn.quantize.fused.tile import E4M3_MAX
 from lpattn.types import HadamardMode, Norm
 
 BLOCK = 128
@@ -43,10 +45,6 @@ _WIDE_WARPS = 8
 _TURNED_TOKENS = 32
 """Tokens of q that a program rotates at a time. cos and sin of so many stay in registers from head to head; those of
 BLOCK tokens, four times as large as the tokens, come from the caches again and again."""
-_TURNED_REGISTERS = 128
-"""Per thread of 8 warps, up to 128 lanes: two programs run on a multiprocessor, at the price of a few spills. There
-would be many where q and k are also transformed, or partners are loaded once more."""
-_MOST_HEADS = 8
 _Q_PROGRAMS, _K_PROGRAMS = 4, 1
 """Programs per multiprocessor below which a program takes no more heads, up to the most."""
 
@@ -326,8 +324,8 @@ def _plan(
     shares = turns is not None and not turns[2][2]
     q_tokens = _TURNED_TOKENS if turned else BLOCK
     q_tiles = -(-q_len // q_tokens)
-    q_each = _heads_each(batch * q_tiles, heads, _Q_PROGRAMS, device) if shares else 1
-    k_each = _heads_each(batch * blocks, kv_heads, _K_PROGRAMS, device) if turned else 1
+    q_each = turning.heads_each(batch * q_tiles, heads, _Q_PROGRAMS, device) if shares else 1
+    k_each = turning.heads_each(batch * blocks, kv_heads, _K_PROGRAMS, device) if turned else 1
 
     strides, reading = how_to_read(dim, q_strides, k_strides, v_strides, turns, norms, hadamard)
     unit, dense, turn_unit, turn_dense, _, _, *transforms = reading
@@ -335,7 +333,6 @@ def _plan(
     factors = (float(factor), float(qk_max))
     constants = (unit, dense, turn_unit, turn_dense, dim, lanes, dim_v, lanes_v, *transforms)
     wide = max(lanes, lanes_v) > 128
-    light = hadamard is not HadamardMode.QKV and kind_of(turns, dim) != HALF_SPLIT_PARTIAL.value
     overlaps = overlaps_on(device)
     sample = Launch(
         sample_blocks,
@@ -369,11 +366,6 @@ def _plan(
         _WIDE_WARPS if wide or turned else _WARPS,
         overlaps,
         device,
-        _TURNED_REGISTERS if turned and light and not wide else None,
+        None if wide else turning.registers(turns, dim, hadamard),
     )
     return Quantization(layout, packed, sample, quantize)
-
-
-def _heads_each(tiles: int, heads: int, programs: int, device: torch.device) -> int:
-    """How many heads of a tile a program takes: some, where enough programs are left to occupy the device."""
-    return max(1, min(_MOST_HEADS, heads, tiles * heads // (programs * multiprocessors(device))))

@@ -30,24 +30,14 @@ sample leaves is lost in the sums of a kernel with one accumulator per row, the 
 tests/quantize/fused/test_long_sums.py."""
 
 _MOST = tl.constexpr(4096)
-_MOST_PARTS = tl.constexpr(64)
 
 
-def parts(length: int, least: int) -> int:
-    """Number of parts that :func:`sample_size` tokens make: see :func:`part_size`."""
+def parts(length: int, least: int, most: int) -> int:
+    """Number of parts that :func:`sample_size` tokens make, ``most`` of them at most: see :func:`part_size`."""
     tokens = min(length, max(min(length // 16 // PART.value * PART.value, _MOST.value), least))
     tiles = -(-tokens // PART.value)
-    each = max(-(-tiles // _MOST_PARTS.value), 1)
+    each = max(-(-tiles // most), 1)
     return -(-tiles // each)
-
-
-@triton.jit
-def least_of_v(k_parts, v_parts):
-    """Whether V is sampled as K is: then, and only then, it has as many parts.
-
-    A sample makes at most 32 parts, and all of more tokens than that have more.
-    """
-    return tl.where(v_parts == k_parts, FEW, ALL)
 
 
 @triton.jit
@@ -57,9 +47,12 @@ def sample_size(length, least):
 
 
 @triton.jit
-def part_size(room, least):
-    """Tokens of a part, the last one of which may be short; the same however many of the ``room`` tokens are used."""
-    return tl.maximum(tl.cdiv(tl.cdiv(sample_size(room, least), PART), _MOST_PARTS), 1) * PART
+def part_size(room, least, parts):
+    """Tokens of each of the ``parts``, the last one of which may be short.
+
+    It is the same however many of the ``room`` tokens are used.
+    """
+    return tl.maximum(tl.cdiv(tl.cdiv(sample_size(room, least), PART), parts), 1) * PART
 
 
 def size(groups: int, lanes: int, all_parts: int) -> int:

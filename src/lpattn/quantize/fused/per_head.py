@@ -18,6 +18,7 @@ from lpattn.quantize.fused.tile import (
     KEPT,
     NO_NORM,
     NO_ROPE,
+    PASSING,
     inverse_power_of_two,
     load_angles,
     load_tile,
@@ -26,6 +27,7 @@ from lpattn.quantize.fused.tile import (
     store_tile,
     to_e4m3,
     transform_tile,
+    turns_whole,
 )
 
 QK_FLOOR = tl.constexpr(2.0**-56)
@@ -36,7 +38,8 @@ V_FLOOR = tl.constexpr(2.0**-126)
 
 # Numbers of which every call has others: to compile anew for a length would stall it.
 VARYING = [
-    "batch", "heads", "kv_heads", "q_len", "kv_len", "q_parts", "k_parts", "v_parts", "each", "factor",
+    "batch", "heads", "kv_heads", "q_len", "kv_len", "q_parts", "k_parts", "v_parts", "v_least",
+    "each", "q_each", "k_each", "factor",
     "q_b", "q_h", "q_s", "q_d", "k_b", "k_h", "k_s", "k_d", "v_b", "v_h", "v_s", "v_d",
     "turn_q_b", "turn_q_h", "turn_q_s", "turn_q_d", "turn_k_b", "turn_k_h", "turn_k_s", "turn_k_d", "eps_q", "eps_k",
 ]  # fmt: skip
@@ -45,7 +48,7 @@ VARYING = [
 @triton.jit(do_not_specialize=VARYING)
 def sample_heads(
     q, k, v, keys, key_counts, cos_q, sin_q, cos_k, sin_k, weight_q, weight_k, buffer,
-    batch, heads, kv_heads, q_len, kv_len, q_parts, k_parts, v_parts,
+    batch, heads, kv_heads, q_len, kv_len, q_parts, k_parts, v_parts, v_least,
     q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d,
     turn_q_b, turn_q_h, turn_q_s, turn_q_d, turn_k_b, turn_k_h, turn_k_s, turn_k_d, eps_q, eps_k,
     UNIT: tl.constexpr, DENSE: tl.constexpr, TURN_UNIT: tl.constexpr, TURN_DENSE: tl.constexpr,
@@ -73,7 +76,7 @@ def sample_heads(
     if program >= kv_all:
         x, stride_b, stride_h, stride_s, stride_d = v, v_b, v_h, v_s, v_d
         index, parts, in_batch, length, which = program - kv_all, v_parts, kv_heads, kv_len, 2
-        least = layout.least_of_v(k_parts, v_parts)
+        least = v_least
     elif program >= q_all:
         x, stride_b, stride_h, stride_s, stride_d = k, k_b, k_h, k_s, k_d
         cos, sin, turn_b, turn_h, turn_s, turn_d = cos_k, sin_k, turn_k_b, turn_k_h, turn_k_s, turn_k_d
@@ -85,7 +88,7 @@ def sample_heads(
         done = layout.counters(buffer, groups, which, LANES) + b * kv_heads + h // (in_batch // kv_heads)
         tl.store(done, 0)
         tl.store(done + groups, 0)
-    each = part_size(length, least)
+    each = part_size(length, least, parts)
     if key_counts is not None:
         if which > 0:
             length = tl.load(key_counts + b)
@@ -161,95 +164,106 @@ def _sample_part(
 @triton.jit(do_not_specialize=VARYING)
 def quantize_heads(
     q, k, v, keys, key_counts, cos_q, sin_q, cos_k, sin_k, weight_q, weight_k, buffer, q_out, k_out, v_out, lse_shift,
-    batch, heads, kv_heads, q_len, kv_len, q_parts, k_parts, v_parts,
+    batch, heads, kv_heads, q_len, kv_len, q_parts, k_parts, v_parts, v_least,
     q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d,
-    turn_q_b, turn_q_h, turn_q_s, turn_q_d, turn_k_b, turn_k_h, turn_k_s, turn_k_d, eps_q, eps_k, each, factor,
+    turn_q_b, turn_q_h, turn_q_s, turn_q_d, turn_k_b, turn_k_h, turn_k_s, turn_k_d, eps_q, eps_k,
+    each, q_each, k_each, factor,
     UNIT: tl.constexpr, DENSE: tl.constexpr, TURN_UNIT: tl.constexpr, TURN_DENSE: tl.constexpr,
     D: tl.constexpr, LANES: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr, NORM: tl.constexpr,
     HADAMARD_QK: tl.constexpr, HADAMARD_V: tl.constexpr,
-    TOKENS: tl.constexpr, Q_ROWS: tl.constexpr, OVERLAPS: tl.constexpr, INTERPRETED: tl.constexpr,
+    TOKENS: tl.constexpr, TURNED_TOKENS: tl.constexpr, Q_ROWS: tl.constexpr, K_ROWS: tl.constexpr,
+    OVERLAPS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Quantize all heads: one program per ``each`` tiles of TOKENS tokens of a head of q, then of k, then of v.
+    """Quantize all heads of q, then of k, then of v.
+
+    One program per ``each`` tiles of TOKENS tokens of a head. With a rotation, q and k have one per TURNED_TOKENS
+    tokens of ``q_each`` and ``k_each`` heads, which turn by the same angles.
 
     With OVERLAPS it may start while ``sample_heads`` still runs.
     """
     program = tl.program_id(0)
     groups = batch * kv_heads
-    q_all, kv_all = (
-        batch * heads * tl.cdiv(tl.cdiv(q_len, TOKENS), each),
-        groups * tl.cdiv(tl.cdiv(kv_len, TOKENS), each),
-    )
-    # The tensor that the program reads, and which tile of which head.
+    if ROPE == NO_ROPE:
+        q_all = batch * heads * tl.cdiv(tl.cdiv(q_len, TOKENS), each)
+        kv_all = q_all + groups * tl.cdiv(tl.cdiv(kv_len, TOKENS), each)
+    else:
+        q_all = batch * tl.cdiv(heads, q_each) * tl.cdiv(q_len, TURNED_TOKENS)
+        kv_all = q_all + batch * tl.cdiv(kv_heads, k_each) * tl.cdiv(kv_len, TURNED_TOKENS)
+    # The tensor that the program reads, and which tiles of it.
     x, out, stride_b, stride_h, stride_s, stride_d = q, q_out, q_b, q_h, q_s, q_d
     cos, sin, turn_b, turn_h, turn_s, turn_d = cos_q, sin_q, turn_q_b, turn_q_h, turn_q_s, turn_q_d
-    norm_weight, eps = weight_q, eps_q
-    index, in_batch, length, least, which, floor = program, heads, q_len, FEW, 0, QK_FLOOR
-    if program >= q_all + kv_all:
+    norm_weight, eps, heads_each = weight_q, eps_q, q_each
+    index, in_batch, room, parts, which, floor = program, heads, q_len, q_parts, 0, QK_FLOOR
+    if program >= kv_all:
         x, out, stride_b, stride_h, stride_s, stride_d = v, v_out, v_b, v_h, v_s, v_d
-        index, in_batch, length, which, floor = program - q_all - kv_all, kv_heads, kv_len, 2, V_FLOOR
-        least = layout.least_of_v(k_parts, v_parts)
+        index, in_batch, room, parts, which, floor = program - kv_all, kv_heads, kv_len, v_parts, 2, V_FLOOR
     elif program >= q_all:
         x, out, stride_b, stride_h, stride_s, stride_d = k, k_out, k_b, k_h, k_s, k_d
         cos, sin, turn_b, turn_h, turn_s, turn_d = cos_k, sin_k, turn_k_b, turn_k_h, turn_k_s, turn_k_d
-        norm_weight, eps = weight_k, eps_k
-        index, in_batch, length, least, which = program - q_all, kv_heads, kv_len, FEW, 1
+        norm_weight, eps, heads_each = weight_k, eps_k, k_each
+        index, in_batch, room, parts, which = program - q_all, kv_heads, kv_len, k_parts, 1
     factor = tl.where(which == 0, factor, 1.0)
-    room = length
-    b = (index // (tl.cdiv(tl.cdiv(room, TOKENS), each) * in_batch)).to(tl.int64)
-    if key_counts is not None:
-        if which > 0:
-            length = tl.load(key_counts + b)
-    x += b * stride_b * UNIT
-    out += b * in_batch * room * D
-    stride_h, stride_s, stride_d = stride_h * UNIT, stride_s * UNIT, 1 if DENSE else stride_d
+    # Batch entries and heads may begin beyond 2^31 elements.
+    stride_b, stride_h = tl.cast(stride_b, tl.int64) * UNIT, tl.cast(stride_h, tl.int64) * UNIT
+    turn_b, turn_h = tl.cast(turn_b, tl.int64) * TURN_UNIT, tl.cast(turn_h, tl.int64) * TURN_UNIT
+    stride_s, turn_s = stride_s * UNIT, turn_s * TURN_UNIT
+    stride_d, turn_d = 1 if DENSE else stride_d, 1 if TURN_DENSE else turn_d
     # A branch within the loop over the tiles would keep it from loading ahead.
     if (ROPE != NO_ROPE) | (HADAMARD_QK != HADAMARD_V) | (NORM != NO_NORM):
         if which == 2:
             _quantize_tiles(
-                x, out, keys, None, 0.0, None, None, buffer, lse_shift, which, index, b, length, room, least, floor,
-                batch, heads, kv_heads, in_batch, q_len, kv_len, q_parts, k_parts, v_parts,
-                stride_h, stride_s, stride_d, turn_b, turn_h, turn_s, turn_d, each, factor, key_counts,
-                TURN_UNIT, TURN_DENSE, D, LANES, NO_NORM, NO_ROPE, 0, HADAMARD_V, TOKENS, Q_ROWS, OVERLAPS,
-                INTERPRETED,
+                x, out, keys, key_counts, None, 0.0, buffer, lse_shift, which, index, room, parts, floor,
+                batch, heads, kv_heads, in_batch, q_len, kv_len, q_parts, k_parts, v_parts, v_least,
+                stride_b, stride_h, stride_s, stride_d, each, factor,
+                D, LANES, NO_NORM, HADAMARD_V, TOKENS, Q_ROWS, OVERLAPS, INTERPRETED,
+            )  # fmt: skip
+        elif ROPE != NO_ROPE:
+            _quantize_turned(
+                x, out, keys, key_counts, norm_weight, eps, cos, sin, buffer, lse_shift, which, index, room, floor,
+                batch, heads, kv_heads, in_batch, q_len, kv_len, q_parts, k_parts, v_parts, v_least,
+                stride_b, stride_h, stride_s, stride_d, turn_b, turn_h, turn_s, turn_d, heads_each, factor,
+                D, LANES, NORM, ROPE, ROTARY, HADAMARD_QK, TURNED_TOKENS, Q_ROWS, K_ROWS, OVERLAPS, INTERPRETED,
             )  # fmt: skip
         else:
             _quantize_tiles(
-                x, out, keys, norm_weight, eps, cos, sin, buffer, lse_shift, which, index, b, length, room, least,
-                floor, batch, heads, kv_heads, in_batch, q_len, kv_len, q_parts, k_parts, v_parts,
-                stride_h, stride_s, stride_d, turn_b, turn_h, turn_s, turn_d, each, factor, key_counts,
-                TURN_UNIT, TURN_DENSE, D, LANES, NORM, ROPE, ROTARY, HADAMARD_QK, TOKENS, Q_ROWS, OVERLAPS, INTERPRETED,
+                x, out, keys, key_counts, norm_weight, eps, buffer, lse_shift, which, index, room, parts, floor,
+                batch, heads, kv_heads, in_batch, q_len, kv_len, q_parts, k_parts, v_parts, v_least,
+                stride_b, stride_h, stride_s, stride_d, each, factor,
+                D, LANES, NORM, HADAMARD_QK, TOKENS, Q_ROWS, OVERLAPS, INTERPRETED,
             )  # fmt: skip
     else:
         _quantize_tiles(
-            x, out, keys, None, 0.0, None, None, buffer, lse_shift, which, index, b, length, room, least, floor,
-            batch, heads, kv_heads, in_batch, q_len, kv_len, q_parts, k_parts, v_parts,
-            stride_h, stride_s, stride_d, turn_b, turn_h, turn_s, turn_d, each, factor, key_counts,
-            TURN_UNIT, TURN_DENSE, D, LANES, NO_NORM, NO_ROPE, 0, HADAMARD_V, TOKENS, Q_ROWS, OVERLAPS, INTERPRETED,
+            x, out, keys, key_counts, None, 0.0, buffer, lse_shift, which, index, room, parts, floor,
+            batch, heads, kv_heads, in_batch, q_len, kv_len, q_parts, k_parts, v_parts, v_least,
+            stride_b, stride_h, stride_s, stride_d, each, factor,
+            D, LANES, NO_NORM, HADAMARD_V, TOKENS, Q_ROWS, OVERLAPS, INTERPRETED,
         )  # fmt: skip
 
 
 @triton.jit
 def _quantize_tiles(
-    x, out, keys, norm_weight, eps, cos, sin, buffer, lse_shift, which, index, b, length, room, least, floor,
-    batch, heads, kv_heads, in_batch, q_len, kv_len, q_parts, k_parts, v_parts,
-    stride_h, stride_s, stride_d, turn_b, turn_h, turn_s, turn_d, each, factor, key_counts,
-    TURN_UNIT: tl.constexpr, TURN_DENSE: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr,
-    NORM: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr, HADAMARD: tl.constexpr,
+    x, out, keys, key_counts, norm_weight, eps, buffer, lse_shift, which, index, room, parts, floor,
+    batch, heads, kv_heads, in_batch, q_len, kv_len, q_parts, k_parts, v_parts, v_least,
+    stride_b, stride_h, stride_s, stride_d, each, factor,
+    D: tl.constexpr, LANES: tl.constexpr, NORM: tl.constexpr, HADAMARD: tl.constexpr,
     TOKENS: tl.constexpr, Q_ROWS: tl.constexpr, OVERLAPS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Quantize the ``index``-th chunk of tiles of a tensor; x and out are at batch entry b of it.
+    """Quantize the ``index``-th chunk of tiles of a tensor, one tile of a head after the other.
 
     Args:
         which: q (0), k (1) or v (2).
-        length: tokens that are used, of ``room``.
+        room: tokens, of which ``key_counts`` says how many are used.
+        parts: into which the sample of a head was divided.
         in_batch: heads of this tensor per batch entry.
     """
     HALF: tl.constexpr = LANES // 2
     groups = batch * kv_heads
-    q_part_rows, k_part_rows = batch * heads * q_parts, groups * k_parts
     tiles = tl.cdiv(room, TOKENS)
     programs = tl.cdiv(tiles, each)
     chunk, h = index % programs, index // programs % in_batch
+    b = (index // (programs * in_batch)).to(tl.int64)
+    length = _length(key_counts, b, room, which)
+    x += b * stride_b
     group_heads = in_batch // kv_heads
     group = (b * kv_heads + h // group_heads).to(tl.int32)
     # Some tiles of the group; the first of them is on its way while the sample is looked at.
@@ -261,10 +275,12 @@ def _quantize_tiles(
     )
     if OVERLAPS:
         tl.extra.cuda.gdc_wait()
+    q_part_rows, k_part_rows = batch * heads * q_parts, groups * k_parts
     maxima = layout.maxima(buffer, groups, LANES)
     sums = layout.sums(buffer, groups, q_part_rows + k_part_rows + groups * v_parts, LANES)
     low_c = tl.zeros((HALF,), tl.float32)
     high_c = tl.zeros((HALF,), tl.float32)
+    least = tl.where(which == 2, v_least, FEW)
     if which == 0:
         at = tl.arange(0, Q_ROWS)
         q_rows = group_heads * q_parts
@@ -272,7 +288,7 @@ def _quantize_tiles(
     else:
         first = tl.where(which == 1, q_part_rows + group * k_parts, q_part_rows + k_part_rows + group * v_parts)
         low_c, high_c, largest = smoothing_constant(
-            maxima + 2 * first, sums + first.to(tl.int64) * LANES, length, room, least, which == 1, D, HALF
+            maxima + 2 * first, sums + first.to(tl.int64) * LANES, length, room, least, parts, which == 1, D, HALF
         )
         if chunk == 0:
             constant = layout.constants(buffer, groups, which, LANES) + group * LANES + tl.arange(0, HALF)
@@ -284,21 +300,21 @@ def _quantize_tiles(
         low_k, high_k = low_c, high_c
         if which == 0:
             first = q_part_rows + group * k_parts
-            kv_used = kv_len
-            if key_counts is not None:
-                kv_used = tl.load(key_counts + b)
             low_k, high_k, _ = smoothing_constant(
-                maxima + 2 * first, sums + first.to(tl.int64) * LANES, kv_used, kv_len, FEW, True, D, HALF
-            )
+                maxima + 2 * first, sums + first.to(tl.int64) * LANES,
+                _length(key_counts, b, kv_len, 1), kv_len, FEW, k_parts, True, D, HALF,
+            )  # fmt: skip
+        low_k, high_k = low_k[None, :], high_k[None, :]
+    else:
+        low_k, high_k = None, None
 
     done = layout.counters(buffer, groups, which, LANES) + group
     weight_low, weight_high = load_weights(norm_weight, D, HALF, NORM)
     # These tiles; then, where they were the group's last ones and its scale does not fit, all of the group's once more.
     again = False
     while start < end:
-        # Scales are powers of two, so that one multiplication and addition is as exact as a difference that is scaled.
         inverse = inverse_power_of_two(scale)
-        low_shift, high_shift = -low_c * inverse, -high_c * inverse
+        low_shift, high_shift = (-low_c * inverse)[None, :], (-high_c * inverse)[None, :]
         magnitudes = tl.zeros((TOKENS, HALF), tl.float32)
         for tile in range(start, end):
             low, high = low_next, high_next
@@ -310,48 +326,234 @@ def _quantize_tiles(
             rows = tile % tiles * TOKENS + tl.arange(0, TOKENS)
             used = rows < length
             tokens = _tokens(keys, which, b, kv_len, rows, used)
-            angles = load_angles(
-                None if ROPE == NO_ROPE else cos + (b * turn_b + head * turn_h) * TURN_UNIT,
-                None if ROPE == NO_ROPE else sin + (b * turn_b + head * turn_h) * TURN_UNIT,
-                tokens, used, turn_s * TURN_UNIT, 1 if TURN_DENSE else turn_d, HALF, ROPE, ROTARY,
-            )  # fmt: skip
             low, high, of_rows = transform_tile(
                 low, high, x + head * stride_h, tokens, used, stride_s, stride_d,
-                norm_weight, weight_low, weight_high, eps, None, angles, True, D, HALF, NORM, ROPE, ROTARY, HADAMARD,
+                norm_weight, weight_low, weight_high, eps, None, None, True, D, HALF, NORM, NO_ROPE, 0, HADAMARD,
             )  # fmt: skip
-            if lse_shift is not None:
-                products = tl.sum((low * low_k[None, :] + high * high_k[None, :]) * (of_rows * factor), 1)
-                tl.store(lse_shift + (b * heads + head) * q_len + rows, products, mask=used & (which == 0))
-            low = low * (of_rows * (inverse * factor)) + low_shift[None, :]
-            high = high * (of_rows * (inverse * factor)) + high_shift[None, :]
-            if key_counts is not None:
-                # Tokens past the used ones are written too: zeros, since 0 * NaN would reach the output.
-                low, high = tl.where(used[:, None], low, 0.0), tl.where(used[:, None], high, 0.0)
-            store_tile(
-                out + head * room * D, rows, rows < room, D,
-                to_e4m3(low, INTERPRETED), to_e4m3(high, INTERPRETED), D, HALF, ROPE,
+            found = _store_scaled(
+                low, high, of_rows * factor, inverse, low_shift, high_shift, low_k, high_k,
+                out, lse_shift, which, b * in_batch + head, rows, used, rows < room, room, key_counts,
+                D, HALF, NO_ROPE, INTERPRETED,
             )  # fmt: skip
-            # inf times 0 is NaN, which a maximum leaves out.
-            finite_or_nan = tl.maximum(tl.abs(low + low * 0.0), tl.abs(high + high * 0.0))
-            magnitudes = tl.maximum(magnitudes, finite_or_nan)
+            magnitudes = tl.maximum(magnitudes, found)
         start = end
         if not again:
-            most = tl.max(magnitudes)
-            if most > E4M3_MAX:
-                # The order of positive floats is that of their bits.
-                tl.atomic_max(done + groups, (most * scale).to(tl.int32, bitcast=True), sem="relaxed")
-            # All of the program's stores come before its signal.
-            tl.debug_barrier()
-            if tl.atomic_add(done, 1, sem="acq_rel") == programs * group_heads - 1:
-                most = tl.atomic_max(done + groups, 0, sem="relaxed").to(tl.float32, bitcast=True)
-                if most > 0.0:
-                    scale = scale_for(most / E4M3_MAX, floor)
+            _exceeds(done + groups, tl.max(magnitudes), scale)
+            if _all_done(done, programs * group_heads):
+                wanted = _wanted_scale(done + groups, scale, floor)
+                if wanted > scale:
+                    scale = wanted
                     start, end, again = tl.zeros_like(start), tiles * group_heads, True
                     low_next, high_next = _load(
                         x, keys, which, b, kv_len, first_head, start, end, tiles, length,
                         stride_h, stride_s, stride_d, TOKENS, D, HALF,
                     )  # fmt: skip
                 tl.store(layout.descales(buffer, groups, which) + group, scale)
+
+
+@triton.jit
+def _quantize_turned(
+    x, out, keys, key_counts, norm_weight, eps, cos, sin, buffer, lse_shift, which, index, room, floor,
+    batch, heads, kv_heads, in_batch, q_len, kv_len, q_parts, k_parts, v_parts, v_least,
+    stride_b, stride_h, stride_s, stride_d, turn_b, turn_h, turn_s, turn_d, each, factor,
+    D: tl.constexpr, LANES: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr,
+    HADAMARD: tl.constexpr, TOKENS: tl.constexpr, Q_ROWS: tl.constexpr, K_ROWS: tl.constexpr, OVERLAPS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Quantize the ``index``-th tile of q or k, one head after the other: ``each`` of them, which share their angles.
+
+    These are whole groups, or an equal part of one. The sample of a head has few parts, K_ROWS at most: to add up many
+    for every head of every tile would take as long as to load the tile.
+
+    Args:
+        which, room, in_batch: of :func:`_quantize_tiles`.
+    """
+    HALF: tl.constexpr = LANES // 2
+    LINES: tl.constexpr = PASSING if turns_whole(ROPE) else KEPT
+    groups = batch * kv_heads
+    tiles, shares = tl.cdiv(room, TOKENS), tl.cdiv(in_batch, each)
+    tile, share = index % tiles, index // tiles % shares
+    b = (index // (tiles * shares)).to(tl.int64)
+    length = _length(key_counts, b, room, which)
+    x += b * stride_b
+    first_head = share * each
+    rows = tile * TOKENS + tl.arange(0, TOKENS)
+    used = rows < length
+    tokens = _tokens(keys, which, b, kv_len, rows, used)
+    start = x + first_head.to(tl.int64) * stride_h
+    low_next, high_next = load_tile(start, tokens, used, stride_s, stride_d, D, HALF, LINES)
+    at = b * turn_b + first_head.to(tl.int64) * turn_h
+    angles = load_angles(cos + at, sin + at, tokens, used, turn_s, turn_d, HALF, ROPE, ROTARY)
+    weight_low, weight_high = load_weights(norm_weight, D, HALF, NORM)
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+    q_rows = batch * heads * q_parts
+    maxima = layout.maxima(buffer, groups, LANES)
+    sums = layout.sums(buffer, groups, q_rows + groups * (k_parts + v_parts), LANES)
+    group_heads = in_batch // kv_heads
+    with_k = (which == 1) | (lse_shift is not None)
+    magnitudes = tl.zeros((TOKENS, HALF), tl.float32)
+    for i in tl.range(0, each, num_stages=1):
+        # Where the last program has fewer heads, it takes its last one again, and writes the same.
+        h = tl.minimum(first_head + i, in_batch - 1)
+        low, high = low_next, high_next
+        # The next head is on its way while this one is turned.
+        following = tl.minimum(h + 1, in_batch - 1)
+        wanted = rows < length * tl.minimum(each - 1 - i, 1)
+        low_next, high_next = load_tile(
+            x + following.to(tl.int64) * stride_h, tokens, wanted, stride_s, stride_d, D, HALF, LINES
+        )
+        group = (b * kv_heads + h // group_heads).to(tl.int32)
+        low_k, high_k, low_c, high_c, scale = _turned_scale(
+            maxima, sums, which, with_k, group, group_heads * q_parts, q_rows, k_parts, length, factor, floor,
+            TOKENS, HALF, Q_ROWS, K_ROWS,
+        )  # fmt: skip
+        if tile == 0:
+            # One of the rows, which are all alike.
+            lanes = tl.arange(0, HALF)[None, :] + rows[:, None]
+            kept = (lanes < HALF) & (rows == tl.where(which == 1, 0, -1))[:, None]
+            constant = layout.constants(buffer, groups, which, LANES) + group * LANES + lanes
+            tl.store(constant, low_c, mask=kept)
+            tl.store(constant + HALF, high_c, mask=kept)
+        low, high, of_rows = transform_tile(
+            low, high, x + h.to(tl.int64) * stride_h, tokens, used, stride_s, stride_d,
+            norm_weight, weight_low, weight_high, eps, None, angles, True, D, HALF, NORM, ROPE, ROTARY, HADAMARD,
+        )  # fmt: skip
+        inverse = inverse_power_of_two(scale)
+        found = _store_scaled(
+            low, high, of_rows * factor, inverse, -low_c * inverse, -high_c * inverse, low_k, high_k,
+            out, lse_shift, which, b * in_batch + h, rows, used, rows < room, room, key_counts,
+            D, HALF, ROPE, INTERPRETED,
+        )  # fmt: skip
+        magnitudes = tl.maximum(magnitudes, found)
+    # One of its groups stands for all of a program's: to reduce the magnitudes of each would take longer.
+    first = (b * kv_heads + first_head // group_heads).to(tl.int32)
+    done = layout.counters(buffer, groups, which, LANES) + first
+    _exceeds(done + groups, tl.max(magnitudes), 1.0)
+    if _all_done(done, tiles * tl.cdiv(group_heads, each)):
+        exceeds = tl.atomic_max(done + groups, 0, sem="relaxed") > 0
+        end = (b * kv_heads + tl.cdiv(tl.minimum(first_head + each, in_batch), group_heads)).to(tl.int32)
+        for group in range(first, end):
+            low_k, high_k, low_c, high_c, scale = _turned_scale(
+                maxima, sums, which, with_k, group, group_heads * q_parts, q_rows, k_parts, length, factor, floor,
+                TOKENS, HALF, Q_ROWS, K_ROWS,
+            )  # fmt: skip
+            # Its tiles are read twice more: for the largest of their magnitudes, and to be quantized.
+            most = 0.0
+            group_tiles = tl.where(exceeds, tiles * group_heads, 0)
+            for i in range(0, 2 * group_tiles):
+                if i == group_tiles:
+                    scale = tl.maximum(scale, scale_for(most / E4M3_MAX, floor))
+                inverse = inverse_power_of_two(scale)
+                h = (group - b * kv_heads) * group_heads + i // tiles % group_heads
+                rows = i % tiles * TOKENS + tl.arange(0, TOKENS)
+                used = rows < length
+                tokens = _tokens(keys, which, b, kv_len, rows, used)
+                low, high = load_tile(x + h * stride_h, tokens, used, stride_s, stride_d, D, HALF, KEPT)
+                at = b * turn_b + h * turn_h
+                low, high, of_rows = transform_tile(
+                    low, high, x + h * stride_h, tokens, used, stride_s, stride_d,
+                    norm_weight, weight_low, weight_high, eps, None,
+                    load_angles(cos + at, sin + at, tokens, used, turn_s, turn_d, HALF, ROPE, ROTARY), True,
+                    D, HALF, NORM, ROPE, ROTARY, HADAMARD,
+                )  # fmt: skip
+                found = _store_scaled(
+                    low, high, of_rows * factor, inverse, -low_c * inverse, -high_c * inverse, low_k, high_k,
+                    out, lse_shift, which, b * in_batch + h, rows, used, rows < tl.where(i < group_tiles, 0, room),
+                    room, key_counts, D, HALF, ROPE, INTERPRETED,
+                )  # fmt: skip
+                most = tl.maximum(most, tl.max(tl.maximum(found * scale, 0.0)))
+            tl.store(layout.descales(buffer, groups, which) + group, tl.max(scale))
+
+
+@triton.jit
+def _turned_scale(
+    maxima, sums, which, with_k, group, group_rows, q_rows, k_parts, length, factor, floor,
+    TOKENS: tl.constexpr, HALF: tl.constexpr, Q_ROWS: tl.constexpr, K_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Constants and scale of a group of q or k; the sample of k has ``k_parts`` of each head, and q's comes first.
+
+    Every row of a tile gets its own, all alike: in a program of several warps, that is faster than to share them.
+
+    Returns:
+        (lower half, upper half [TOKENS, HALF] of k's constant, where ``with_k`` wants it, otherwise zeros; the same of
+        what is subtracted, which is nothing from q; the scale [TOKENS, 1])
+    """
+    at = tl.arange(0, Q_ROWS)
+    first = tl.where(which == 1, q_rows + group * k_parts, group * group_rows)
+    found = tl.load(maxima + 2 * (first + at), mask=at < tl.where(which == 1, k_parts, group_rows), other=0.0)
+    rows, lanes = tl.zeros((TOKENS,), tl.int32)[:, None], tl.arange(0, HALF)[None, :]
+    part = sums + (q_rows + group * k_parts).to(tl.int64) * (2 * HALF) + (rows + lanes)
+    low_k, high_k = tl.zeros((TOKENS, HALF), tl.float32), tl.zeros((TOKENS, HALF), tl.float32)
+    for row in tl.static_range(K_ROWS):
+        wanted = with_k & (row < k_parts) & (rows + lanes >= 0)
+        low_k += tl.load(part + row * (2 * HALF), mask=wanted, other=0.0)
+        high_k += tl.load(part + (row * 2 + 1) * HALF, mask=wanted, other=0.0)
+    low_c, high_c = tl.where(which == 1, low_k, 0.0), tl.where(which == 1, high_k, 0.0)
+    largest = tl.max(tl.maximum(tl.abs(low_c), tl.abs(high_c)), 1)[:, None] + tl.max(found) * tl.abs(factor)
+    return low_k, high_k, low_c, high_c, estimated_scale(largest, length, FEW, floor)
+
+
+@triton.jit
+def _store_scaled(
+    low, high, of_rows, inverse, low_shift, high_shift, low_k, high_k, out, lse_shift, which, row, rows, used, written,
+    room, key_counts, D: tl.constexpr, HALF: tl.constexpr, ROPE: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Scale and round tokens ``rows`` of the ``row``-th head, of ``room`` tokens; store them where ``written``.
+
+    What they add to the LSE is stored, too.
+
+    Scales are powers of two, so that one multiplication and addition is as exact as a difference that is scaled.
+
+    Returns:
+        [TOKENS, HALF]: the magnitudes in front of rounding, the larger of both halves; NaN for what is not finite.
+    """
+    if lse_shift is not None:
+        products = tl.sum((low * low_k + high * high_k) * of_rows, 1)
+        tl.store(lse_shift + row * room + rows, products, mask=used & (which == 0))
+    low, high = low * (of_rows * inverse) + low_shift, high * (of_rows * inverse) + high_shift
+    if key_counts is not None:
+        # Tokens past the used ones are written too: zeros, since 0 * NaN would reach the output.
+        low, high = tl.where(used[:, None], low, 0.0), tl.where(used[:, None], high, 0.0)
+    store_tile(
+        out + row * room * D, rows, written, D,
+        to_e4m3(low, INTERPRETED), to_e4m3(high, INTERPRETED), D, HALF, ROPE,
+    )  # fmt: skip
+    # inf times 0 is NaN, which a maximum leaves out.
+    return tl.maximum(tl.abs(low + low * 0.0), tl.abs(high + high * 0.0))
+
+
+@triton.jit
+def _exceeds(exceeding, most, scale):
+    """Tell the group of a magnitude beyond its scale."""
+    if most > E4M3_MAX:
+        # The order of positive floats is that of their bits.
+        tl.atomic_max(exceeding, (most * scale).to(tl.int32, bitcast=True), sem="relaxed")
+
+
+@triton.jit
+def _all_done(done, programs):
+    """Signal that this program has stored its tiles; whether all of the ``programs`` have."""
+    # All of the program's stores come before its signal.
+    tl.debug_barrier()
+    return tl.atomic_add(done, 1, sem="acq_rel") == programs - 1
+
+
+@triton.jit
+def _wanted_scale(exceeding, scale, floor):
+    """The scale that fits all of a group, which is the one at hand where no magnitude exceeds it."""
+    most = tl.atomic_max(exceeding, 0, sem="relaxed").to(tl.float32, bitcast=True)
+    return tl.where(most > 0.0, scale_for(most / E4M3_MAX, floor), scale)
+
+
+@triton.jit
+def _length(key_counts, b, room, which):
+    """Tokens of a tensor that are used."""
+    length = room
+    if key_counts is not None:
+        if which > 0:
+            length = tl.load(key_counts + b)
+    return length
 
 
 @triton.jit

@@ -36,10 +36,10 @@ def sampled_tokens(first, size, length):
 
 
 @triton.jit
-def smoothing_constant(maxima, sums, length, room, least, always, D: tl.constexpr, HALF: tl.constexpr):
+def smoothing_constant(maxima, sums, length, room, least, parts, always, D: tl.constexpr, HALF: tl.constexpr):
     """The mean of a head's sample, to be subtracted, or 0 where it is not significant and not ``always`` wanted.
 
-    ``length`` of the head's ``room`` tokens are used.
+    ``length`` of the head's ``room`` tokens are used; the sample has ``parts``.
 
     Returns:
         (lower half, upper half [HALF], a bound on the magnitudes that it leaves in the sample)
@@ -50,7 +50,7 @@ def smoothing_constant(maxima, sums, length, room, least, always, D: tl.constexp
     square = 0.0
     largest = 0.0
     lanes = tl.arange(0, HALF)[None, :]
-    tokens = part_size(room, least)
+    tokens = part_size(room, least, parts)
     for first in range(0, tl.cdiv(size, tokens), _ROWS):
         row = first + tl.arange(0, _ROWS)
         there = row * tokens < size

@@ -8,16 +8,16 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from lpattn.errors import InvalidArgumentError
-from lpattn.quantize.fused import layout
+from lpattn.quantize.fused import layout, turning
+from lpattn.quantize.fused.device import check_device, multiprocessors, overlaps_on
 from lpattn.quantize.fused.inputs import NO_EPS, NO_MORE, Keys, More, Norms, Rotation, Turns, addresses_of, more_of
 from lpattn.quantize.fused.launcher import INTERPRETED, Launch, short_way
 from lpattn.quantize.fused.output import restore
 from lpattn.quantize.fused.per_head import quantize_heads, sample_heads
-from lpattn.quantize.fused.tile import HALF_SPLIT, HALF_SPLIT_PARTIAL, INTERLEAVED, NO_NORM, NO_ROPE
+from lpattn.quantize.fused.reading import how_to_read, lanes_of, power_of_two
 from lpattn.types import HadamardMode, Norm
 
-# Tile shapes and programs per multiprocessor that were the fastest on an H200.
+# Tile shapes and programs per multiprocessor that were the fastest on an H200; with a rotation, on an H100.
 _TILE = 4096
 """Elements of a head in a tile of the quantization."""
 _WARPS = 2
@@ -25,6 +25,18 @@ _PROGRAMS = 4
 _SAMPLE_WARPS = 4
 _HEAVY_SAMPLE_WARPS = 8
 """A sample that is rotated, transformed or wide needs more registers than 4 warps have."""
+_TURNED_TILE = 2048
+"""With a rotation: elements of q or k in a tile, and half of those of v."""
+_TURNED_WARPS = 4
+_WIDE_TURNED_WARPS = 8
+"""Of all programs, where there is a rotation; of heads of more than 128 lanes."""
+_TURNED_PROGRAMS = 4
+"""Programs per multiprocessor below which one takes no more heads, up to the most."""
+_PARTS = 64
+_TURNED_PARTS, _TURNED_V_PARTS = 2, 16
+"""Parts of the sample of a head at most: of q, k and v; with a rotation, of q and k, and of v."""
+_TURNED_SAMPLE_REGISTERS = 128
+"""Per thread of up to 128 lanes, where all of v is looked at beside a sample that is rotated."""
 _RESTORED_TOKENS = 64
 _RESTORE_WARPS = 4
 _RESTORE_PROGRAMS = 3
@@ -32,10 +44,6 @@ _TAKEN = 8
 """So many of :attr:`.inputs.More.tensors` are read here: what tokens are multiplied with comes last, and is not."""
 _MANY_TILES = 16
 """Tiles per program where there are more heads than programs."""
-
-
-E4M3_FROM = (8, 9)
-"""Compute capability from which on Triton casts to e4m3."""
 
 
 class Quantized(Protocol):
@@ -255,15 +263,19 @@ def _plan(
     k_start = -(-batch * heads * q_len * dim // 16) * 16
     v_start = k_start + -(-groups * kv_len * dim // 16) * 16
 
-    q_parts, k_parts = layout.parts(q_len, layout.FEW.value), layout.parts(kv_len, layout.FEW.value)
-    v_parts = layout.parts(kv_len, layout.ALL.value) if kv_len >= layout.EXACT_FROM else k_parts
+    exact = kv_len >= layout.EXACT_FROM
+    most, most_of_v = (_PARTS, _PARTS) if turns is None else (_TURNED_PARTS, _TURNED_V_PARTS)
+    q_parts, k_parts = (layout.parts(length, layout.FEW.value, most) for length in (q_len, kv_len))
+    v_least = (layout.ALL if exact else layout.FEW).value
+    v_parts = layout.parts(kv_len, v_least, most_of_v)
     parts = batch * heads * q_parts + groups * (k_parts + v_parts)
 
     eps = NO_EPS if norms is None else norms.eps
     strides, constants = how_to_read(dim, q_strides, k_strides, v_strides, turns, norms, hadamard)
-    numbers = (batch, heads, kv_heads, q_len, kv_len, q_parts, k_parts, v_parts, *strides, *eps)
+    numbers = (batch, heads, kv_heads, q_len, kv_len, q_parts, k_parts, v_parts, v_least, *strides, *eps)
     overlaps = overlaps_on(device)
-    light = turns is None and norms is None and hadamard is HadamardMode.NONE and lanes <= 128
+    wide = lanes > 128
+    light = turns is None and norms is None and hadamard is HadamardMode.NONE and not wide
     sample = Launch(
         sample_heads,
         parts,
@@ -273,21 +285,41 @@ def _plan(
         _SAMPLE_WARPS if light else _HEAVY_SAMPLE_WARPS,
         overlaps,
         device,
+        _TURNED_SAMPLE_REGISTERS if turns is not None and exact and not wide else None,
     )
-    # Rotated or normalized values take more registers, a transform 16 tokens at least.
-    tokens = _TILE // lanes if turns is None and norms is None else max(_TILE // 2 // lanes, 16)
-    q_tiles, kv_tiles = -(-q_len // tokens), -(-kv_len // tokens)
-    each = _tiles_per_program(max(q_tiles, kv_tiles), batch * heads + 2 * groups, _PROGRAMS, device)
-    q_rows = _power_of_two(heads // kv_heads * q_parts)
+    q_rows = power_of_two(heads // kv_heads * (q_parts if turns is None else _TURNED_PARTS))
+    turned_tokens, q_each, k_each = 1, 1, 1
+    if turns is None:
+        # Normalized values take more registers, a transform 16 tokens at least.
+        tokens = _TILE // lanes if norms is None else max(_TILE // 2 // lanes, 16)
+        q_tiles, kv_tiles = -(-q_len // tokens), -(-kv_len // tokens)
+        each = _tiles_per_program(max(q_tiles, kv_tiles), batch * heads + 2 * groups, _PROGRAMS, device)
+        programs = batch * heads * -(-q_tiles // each) + groups * -(-kv_tiles // each)
+        warps = _WARPS
+    else:
+        tokens, turned_tokens = (max(n // lanes, 16) for n in (2 * _TURNED_TILE, _TURNED_TILE))
+        kv_tiles = -(-kv_len // tokens)
+        each = _tiles_per_program(kv_tiles, groups, _PROGRAMS, device)
+        q_tiles, k_tiles = -(-q_len // turned_tokens), -(-kv_len // turned_tokens)
+        _, _, q_turns, k_turns = turns
+        # Heads with angles of their own have nothing to share.
+        if not q_turns[2]:
+            q_each = turning.heads_each(batch * q_tiles, heads, _TURNED_PROGRAMS, device)
+            q_each = turning.whole_groups(q_each, heads // kv_heads)
+        if not k_turns[2]:
+            k_each = turning.heads_each(batch * k_tiles, kv_heads, _TURNED_PROGRAMS, device)
+        programs = batch * (-(-heads // q_each) * q_tiles + -(-kv_heads // k_each) * k_tiles)
+        warps = _WIDE_TURNED_WARPS if wide else _TURNED_WARPS
     quantize = Launch(
         quantize_heads,
-        batch * heads * -(-q_tiles // each) + 2 * groups * -(-kv_tiles // each),
-        (*numbers, each, float(factor)),
-        (*constants, tokens, q_rows, overlaps, INTERPRETED),
+        programs + groups * -(-kv_tiles // each),
+        (*numbers, each, q_each, k_each, float(factor)),
+        (*constants, tokens, turned_tokens, q_rows, _TURNED_PARTS, overlaps, INTERPRETED),
         (kinds, more_kinds, with_lse_shift),
-        _WARPS,
+        warps,
         overlaps,
         device,
+        turning.registers(turns, dim, hadamard),
     )
     return HeadQuantization(
         device=device,
@@ -305,39 +337,6 @@ def _plan(
         sample=sample,
         quantize=quantize,
     )
-
-
-def how_to_read(
-    dim: int,
-    q_strides: tuple[int, ...],
-    k_strides: tuple[int, ...],
-    v_strides: tuple[int, ...],
-    turns: Turns | None,
-    norms: Norms | None,
-    hadamard: HadamardMode,
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """How inputs are read: the strides, and what is compiled in."""
-    lanes = lanes_of(dim)
-    strides, unit, dense = _in_units((*q_strides, *k_strides, *v_strides))
-    rotary, turn_unit, turn_dense = 0, 1, True
-    turn_strides: tuple[int, ...] = (0,) * 8
-    if turns is not None:
-        _, rotary, turn_q, turn_k = turns
-        (q_b, q_s, q_h, q_d), (k_b, k_s, k_h, k_d) = turn_q, turn_k
-        turn_strides, turn_unit, turn_dense = _in_units((q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d))
-    norm = NO_NORM.value if norms is None else norms.kind
-    transforms = (hadamard is HadamardMode.QKV, hadamard is not HadamardMode.NONE)
-    read = (unit, dense, turn_unit, turn_dense, dim, lanes, kind_of(turns, dim), rotary, norm, *transforms)
-    return (*strides, *turn_strides), read
-
-
-def kind_of(turns: Turns | None, dim: int) -> int:
-    """Which rotation is compiled in."""
-    if turns is None:
-        return NO_ROPE.value
-    interleaved, rotary, _, _ = turns
-    whole = rotary == dim == lanes_of(dim)
-    return (INTERLEAVED if interleaved else HALF_SPLIT if whole else HALF_SPLIT_PARTIAL).value
 
 
 def restore_output(out: torch.Tensor, quantized: Quantized, dtype: torch.dtype) -> torch.Tensor:
@@ -400,52 +399,7 @@ def _constants(buffer: torch.Tensor, of_head: torch.Tensor, lanes: int) -> tuple
     return rows[1], rows[2]
 
 
-def _in_units(strides: tuple[int, ...]) -> tuple[tuple[int, ...], int, bool]:
-    """(B, H, S, D) strides of some tensors, the unit that all but D's are given in, and whether D's are all 1.
-
-    In units of 8 elements, where that can be, the compiler sees that loads are aligned whatever the strides are.
-    """
-    dense = all(stride == 1 for stride in strides[3::4])
-    unit = 8 if dense and not any(stride % 8 for axis in range(3) for stride in strides[axis::4]) else 1
-    return tuple(s if i % 4 == 3 else s // unit for i, s in enumerate(strides)), unit, dense
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest power of two that is not below n."""
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def lanes_of(dim: int) -> int:
-    """What a pass takes a head_dim for: the next power of two, at least 32."""
-    return max(_power_of_two(dim), 32)  # a matrix product of half of them needs 16
-
-
 def _tiles_per_program(tiles: int, heads: int, per_multiprocessor: int, device: torch.device) -> int:
     """So many that all programs run at once and take equally long; fewer where there are more heads than that."""
     programs = per_multiprocessor * multiprocessors(device) // heads
     return -(-tiles // programs) if programs else _MANY_TILES
-
-
-def check_device(device: torch.device) -> None:
-    """Refuse a GPU for which Triton has no cast to e4m3.
-
-    Raises:
-        InvalidArgumentError: its compute capability is below 8.9.
-    """
-    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < E4M3_FROM:
-        raise InvalidArgumentError(
-            f"q, k, v are on {device} (sm_{capability[0]}{capability[1]}): quantization to e4m3 needs "
-            f"sm_{E4M3_FROM[0]}{E4M3_FROM[1]} or newer, for whose e4m3 Triton has a cast"
-        )
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """How many the device has; 8 for a CPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
-
-
-@functools.cache
-def overlaps_on(device: torch.device) -> bool:
-    """Whether a kernel can start before the one in front of it ends: from Hopper on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
