@@ -30,7 +30,7 @@ _TURNED_TILE = 2048
 _TURNED_WARPS = 4
 _WIDE_TURNED_WARPS = 8
 """Of all programs, where there is a rotation; of heads of more than 128 lanes."""
-_TURNED_PROGRAMS = 4
+_TURNED_PROGRAMS = 1
 """Programs per multiprocessor below which one takes no more heads, up to the most."""
 _PARTS = 64
 _TURNED_PARTS, _TURNED_V_PARTS = 2, 16

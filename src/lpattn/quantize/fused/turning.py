@@ -27,7 +27,9 @@ def heads_each(tiles: int, heads: int, programs: int, device: torch.device) -> i
         programs: per multiprocessor, that are enough.
         device: theirs.
     """
-    return max(1, min(_MOST_HEADS, heads, tiles * heads // (programs * multiprocessors(device))))
+    most = max(1, min(_MOST_HEADS, heads, tiles * heads // (programs * multiprocessors(device))))
+    # As many programs with fewer heads, where the last one would have less to do.
+    return -(-heads // -(-heads // most))
 
 
 def whole_groups(each: int, group_heads: int) -> int:
