@@ -119,7 +119,9 @@ these and the MLP, too, of which attention is a small part: fusion can save no m
 compiler's own rotation (and norm) would take, which is short in Llama's. Where a process has its memory makes products
 of matrices faster or slower by one or two percent, as much as that or more: rows of blocks that one process has
 measured say no more than this, and rows of several are medians over them. Wan has no "rope only", and no rows of
-`fp8_fa3`, which leaves norm and rotation to the compiler there: its own quantization was slower with them taken in.
+`fp8_fa3`, which leaves norm and rotation to the compiler there: its own quantization was slower with them taken in. A
+rotation without a norm, as Llama's, it leaves to the compiler below 4096 queries, where "fused" was the slower one:
+these rows say what it would be.
 """
 
 ROW_LOCAL = """### Scales per token by PyTorch's compiler
@@ -476,7 +478,7 @@ def page() -> str:
         hopper("h100-hopper.json"),
         profile("h100-profile"),
         lengths("h100-sweep.json"),
-        compiled("h100-compiled.json", "h100-compiled-lengths.json", "h100-compiled-blocks.json"),
+        compiled(*(f"h100-compiled{of}.json" for of in ("", "-lengths", "-blocks", "-blocks-fa3"))),
         row_local("h100-row-local.json"),
         quantization("h100-quantization.json"),
         sanitizer("h100-sanitizer.json"),

@@ -36,6 +36,8 @@ class Capabilities:
         lse, dropout: whether the log-sum-exp can be returned, whether dropout can be applied.
         hadamard: modes that can be applied. HadamardMode.NONE belongs in it.
         rope: whether ``rope_attention`` is implemented. Elsewhere lpattn rotates q and k first.
+        rope_from: number of queries from which ``rope_attention`` is faster, without a norm, than to rotate q and k
+            first. Compiled graphs leave shorter rotations to the compiler; what is called runs at any length.
         norm: whether ``rope_attention`` takes the keyword ``norm``. Elsewhere lpattn normalizes q and k first.
         norm_over_heads: whether that may be one over all heads, with ``rstd``. Elsewhere lpattn normalizes q and k
             first, and compiled graphs rotate them where they are normalized.
@@ -58,6 +60,7 @@ class Capabilities:
     dropout: bool = False
     hadamard: frozenset[HadamardMode] = frozenset({HadamardMode.NONE})
     rope: bool = False
+    rope_from: int = 0
     norm: bool = False
     norm_over_heads: bool = False
     varlen: bool = False

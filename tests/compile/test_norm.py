@@ -383,6 +383,31 @@ def test_a_backend_without_a_norm_over_all_heads_leaves_the_rotation_too(attend,
     assert (spy.fused, spy.plain) == ([], 1)
 
 
+def plain(x, w):
+    return x
+
+
+@pytest.mark.parametrize(("q", "k"), [(plain, plain), (function, function), (plain, function)])
+@pytest.mark.parametrize("rope_from", [S, S + 1])
+def test_a_short_rotation_without_a_norm_stays_with_the_compiler(attend, spy, monkeypatch, q, k, rope_from):
+    from dataclasses import replace
+
+    from lpattn.backends.reference import ReferenceBackend
+
+    monkeypatch.setattr(ReferenceBackend, "capabilities", replace(ReferenceBackend.capabilities, rope_from=rope_from))
+    model, inputs = Attention(q, k), make()
+    want = model(*inputs)
+    lpattn.apply_low_precision_attention(model, "bf16_reference")
+    torch.testing.assert_close(torch.compile(model)(*inputs), want, rtol=2e-5, atol=2e-5)
+    (layer,) = lpattn.attention_report(model).values()
+    if q is k is plain and rope_from > S:
+        assert layer.rope == "q_len 12: bf16_reference is faster at a rotation without a norm from 13 queries on"
+        assert (spy.fused, spy.plain) == ([], 1)
+    else:
+        assert layer.rope == "fused"
+        assert len(spy.fused) == 1
+
+
 # What must not be fused as a norm. By name: the function, and what the report must say; None where
 # it does not matter whether something is fused, only the numbers do.
 

@@ -19,7 +19,7 @@ from lpattn.compile.proof import Prover
 from lpattn.compile.rotation import Rotation
 from lpattn.compile.sizes import Sizes, UnknownSizeError, assignments, value_of
 from lpattn.compile.terms import RefusedError
-from lpattn.compile.worth import reason_against, reason_against_norm
+from lpattn.compile.worth import reason_against, reason_against_norm, reason_against_rotation_alone
 
 aten = torch.ops.aten
 
@@ -129,6 +129,8 @@ def _prove(call: fx.Node, sizes: Sequence[Sizes]) -> _Found:
         groups = 1
     found = _Found(q, k, values.view(groups))
     _add_norms(call, found, sizes)
+    if found.norms == [None, None] and (reason := reason_against_rotation_alone(call, sizes[0])) is not None:
+        raise RefusedError(reason)
     return found
 
 

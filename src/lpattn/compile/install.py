@@ -42,6 +42,7 @@ class RopePass(CustomGraphPass):
                 name,
                 backend.version,
                 backend.capabilities.rope,
+                backend.capabilities.rope_from,
                 backend.capabilities.norm,
                 backend.capabilities.norm_over_heads,
                 backend.automatic,

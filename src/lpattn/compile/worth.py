@@ -41,6 +41,16 @@ def reason_against(call: fx.Node, sizes: Sizes) -> str | None:
     return None
 
 
+def reason_against_rotation_alone(call: fx.Node, sizes: Sizes) -> str | None:
+    """Why rotations in front of which nothing is normalized should stay with the compiler; None if not."""
+    described = describe(call, sizes)
+    choice = choose(described, with_environment(from_text(str(call.args[8]))))
+    backend = registry.get(choice.backend)
+    if backend is None or described.q_len >= (least := backend.capabilities.rope_from):
+        return None
+    return f"q_len {described.q_len}: {choice.backend} is faster at a rotation without a norm from {least} queries on"
+
+
 def reason_against_norm(call: fx.Node, sizes: Sizes, over_heads: bool) -> str | None:
     """Why a norm in front of rotations that a backend is to have should stay with the compiler; None if not."""
     choice = choose(describe(call, sizes), with_environment(from_text(str(call.args[8]))))
