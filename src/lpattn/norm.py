@@ -5,11 +5,8 @@ from __future__ import annotations
 import torch
 
 from lpattn.errors import InvalidArgumentError
-from lpattn.predicates import is_number
+from lpattn.predicates import FLOATING, FLOATING_NAMES, is_number
 from lpattn.types import Norm
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_SAID = "float16, bfloat16, float32 or float64"
 
 
 def normalize(x: torch.Tensor, eps: float, weight: torch.Tensor | None = None) -> torch.Tensor:
@@ -116,9 +113,10 @@ def _check_tensor(name: str, tensor: object, says: str, shape: torch.Size, devic
     if not isinstance(tensor, torch.Tensor):
         missing = " (rstd_q and rstd_k go together)" if tensor is None else ", or None"
         raise InvalidArgumentError(f"norm.{name} must be a tensor{missing}; got {type(tensor).__name__}")
-    if tensor.shape != shape or tensor.dtype not in _DTYPES:
+    if tensor.shape != shape or tensor.dtype not in FLOATING:
         raise InvalidArgumentError(
-            f"norm.{name} must be {_SAID} of shape {says} = {list(shape)}; got {tensor.dtype} {list(tensor.shape)}"
+            f"norm.{name} must be {FLOATING_NAMES} of shape {says} = {list(shape)}; "
+            f"got {tensor.dtype} {list(tensor.shape)}"
         )
     if tensor.layout is not torch.strided:
         raise InvalidArgumentError(f"norm.{name} must be a dense tensor; got {tensor.layout}: pass its to_dense()")

@@ -6,6 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes of tensors that lpattn computes with outside of its kernels."""
+FLOATING_NAMES = "float16, bfloat16, float32 or float64"
+
 
 def is_number(value: object) -> bool:
     """Whether it is a real number, or stands for one in a graph. A bool is none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lpattn.errors import InvalidArgumentError
-from lpattn.predicates import broadcasts
+from lpattn.predicates import FLOATING, FLOATING_NAMES, broadcasts
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
@@ -88,10 +88,8 @@ def check_rope(
     for name, table, _ in tables:
         if not isinstance(table, torch.Tensor):
             raise InvalidArgumentError(f"{name} must be a tensor; got {table!r} ({type(table).__name__})")
-        if table.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise InvalidArgumentError(
-                f"{name} must be float16, bfloat16, float32 or float64, a number for each lane; got {table.dtype}"
-            )
+        if table.dtype not in FLOATING:
+            raise InvalidArgumentError(f"{name} must be {FLOATING_NAMES}, a number for each lane; got {table.dtype}")
     rotary_dim = cos.shape[-1] if cos.dim() else 0
     if rotary_dim % 2 or not 0 < rotary_dim <= query.shape[-1]:
         raise InvalidArgumentError(

@@ -11,8 +11,12 @@ _Function = TypeVar("_Function", bound=Callable[..., object])
 
 
 def is_traced() -> bool:
-    """Whether torch.compile, torch.export or torch.jit.trace follows the code that asks."""
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    """Whether torch.compile, torch.export, make_fx or torch.jit.trace follows the code that asks."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    )
 
 
 def constant_while_tracing(function: _Function) -> _Function:

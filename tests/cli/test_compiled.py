@@ -58,6 +58,19 @@ def normalized():
     return Normalized(), positional()[1]
 
 
+class Conditional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = Attention(False)
+
+    def forward(self, x, cos):
+        return torch.cond(x.sum() > 0, lambda x: self.attention(x, x), lambda x: x.clone(), (x,))
+
+
+def conditional():
+    return Conditional(), positional()[1]
+
+
 def nothing():
     return nn.Linear(2, 2)
 
@@ -150,3 +163,13 @@ def test_what_describes_a_call_does_not_go_with_a_model(cli: Cli, option: tuple[
 def test_all_of_them_are_named(cli: Cli) -> None:
     result = cli("explain", "--compiled", "a:b", "--causal", "--kv-heads", "2")
     assert "error: --kv-heads, --causal: only with --shape, which describes a call" in result.err
+
+
+def test_a_model_that_does_not_compile(cli: Cli, module: str) -> None:
+    """torch.cond refuses applied modules: docs/compile.md says so."""
+    result = cli("explain", "--compiled", f"{module}:conditional")
+    assert result.code == 1
+    assert result.out == ""
+    assert f"{module}:conditional: torch.compile cannot compile the model: " in result.err
+    assert "torch.cond" in result.err
+    assert "Traceback" not in result.err

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 from torch.export import Dim
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import lpattn
 from lpattn import UnsupportedCallError
@@ -46,6 +47,30 @@ def test_rope_runs_in_the_graph(add_backend, rotation, plain):
     expected, _ = plain(*(rotation(x, cos, sin, True).transpose(1, 2) for x in (q, k)), v.transpose(1, 2))
     torch.testing.assert_close(run(q, k, v, cos, sin), expected.float())
     assert fake.calls[0].rope == lpattn.Rope(True, 4)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("rope", [False, True])
+def test_make_fx_records_the_operator(add_backend, mode, rope):
+    """What it records runs at another length, and on what the backend says then."""
+    fake = add_backend(fused_rope=True)
+
+    def attend(q, k, v, cos, sin):
+        if rope:
+            return lpattn.low_precision_rope_sdpa(q, k, v, cos, sin, backend="fake")
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return lpattn.low_precision_sdpa(q, k, v, backend="fake")
+
+    def inputs(length):
+        return [*(torch.randn(2, length, 4, 8) for _ in range(3)), *torch.randn(2, length, 1, 8)]
+
+    traced = make_fx(attend, tracing_mode=mode)(*inputs(6))
+    ours = [node for node in traced.graph.nodes if str(node.target).startswith("lpattn.")]
+    assert [str(node.target) for node in ours] == [f"lpattn.{'rope_' if rope else ''}sdpa.default"]
+    fake.calls.clear()
+    other = inputs(9 if mode == "symbolic" else 6)
+    torch.testing.assert_close(traced(*other), attend(*other))
+    assert len(fake.calls) == 2
 
 
 def test_no_graph_is_made_per_length(add_backend, qkv):

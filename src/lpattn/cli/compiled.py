@@ -19,7 +19,7 @@ from lpattn.eager.report import attention_report
 
 
 def run(arguments: Namespace) -> int:
-    """Compile and run a model once, and print its report. Returns 1 where none of its attention was intercepted."""
+    """Compile and run a model once, and print its report. Returns 1 where that fails, or none is intercepted."""
     from lpattn.compile.passes_only import passes_only  # imports inductor
 
     model, inputs = _load(arguments)
@@ -29,8 +29,14 @@ def run(arguments: Namespace) -> int:
         )
     torch._dynamo.reset()
     under = torch.compile(unwrapped(model), backend=passes_only)
-    with torch.no_grad():
-        under(**inputs) if isinstance(inputs, Mapping) else under(*inputs)
+    try:
+        with torch.no_grad():
+            under(**inputs) if isinstance(inputs, Mapping) else under(*inputs)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        # What follows is a stack that goes through torch and lpattn.
+        said = str(error).partition("\nfrom user code:")[0].strip()
+        print(f"{arguments.compiled}: torch.compile cannot compile the model: {said}", file=sys.stderr)
+        return 1
     report = attention_report(model)
     if arguments.json:
         layers = {

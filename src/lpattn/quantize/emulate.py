@@ -11,6 +11,7 @@ from typing import Literal, overload
 import torch
 
 from lpattn.errors import InvalidArgumentError
+from lpattn.predicates import FLOATING, FLOATING_NAMES
 from lpattn.quantize.e4m3 import Granularity, Quantized, quantize_e4m3, round_e4m3
 from lpattn.quantize.exponential import Exponential, e4m3_weights
 from lpattn.quantize.hadamard import hadamard_transform
@@ -18,8 +19,6 @@ from lpattn.quantize.recipe import Recipe, RowSum
 from lpattn.quantize.smoothing import channel_mean
 from lpattn.quantize.visibility import Visibility
 from lpattn.types import HadamardMode
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @overload
@@ -262,9 +261,8 @@ def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mas
                 f"{name} must be [B, H, S, D]; got {tensor.dim()} dimensions: {list(tensor.shape)}. "
                 "Add the missing ones with unsqueeze"
             )
-        if tensor.dtype not in _DTYPES:
-            names = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
-            raise InvalidArgumentError(f"{name} must be one of {names}; got {tensor.dtype}")
+        if tensor.dtype not in FLOATING:
+            raise InvalidArgumentError(f"{name} must be {FLOATING_NAMES}; got {tensor.dtype}")
         if tensor.dtype != query.dtype or tensor.device != query.device:
             raise InvalidArgumentError(
                 f"{name} must have the dtype and device of query, {query.dtype} on {query.device}; "
