@@ -415,55 +415,81 @@ def _quantize_turned(
             constant = layout.constants(buffer, groups, which, LANES) + group * LANES + lanes
             tl.store(constant, low_c, mask=kept)
             tl.store(constant + HALF, high_c, mask=kept)
-        low, high, of_rows = transform_tile(
-            low, high, x + h.to(tl.int64) * stride_h, tokens, used, stride_s, stride_d,
-            norm_weight, weight_low, weight_high, eps, None, angles, True, D, HALF, NORM, ROPE, ROTARY, HADAMARD,
-        )  # fmt: skip
-        inverse = inverse_power_of_two(scale)
-        found = _store_scaled(
-            low, high, of_rows * factor, inverse, -low_c * inverse, -high_c * inverse, low_k, high_k,
-            out, lse_shift, which, b * in_batch + h, rows, used, rows < room, room, key_counts,
-            D, HALF, ROPE, INTERPRETED,
+        found = _turn(
+            low, high, x, h, b * in_batch + h, rows, tokens, used, rows < room, stride_h, stride_s, stride_d,
+            norm_weight, weight_low, weight_high, eps, angles, low_k, high_k, low_c, high_c, scale, factor,
+            out, lse_shift, which, room, key_counts, D, HALF, NORM, ROPE, ROTARY, HADAMARD, INTERPRETED,
         )  # fmt: skip
         magnitudes = tl.maximum(magnitudes, found)
-    # One of its groups stands for all of a program's: to reduce the magnitudes of each would take longer.
+    done = layout.counters(buffer, groups, which, LANES)
+    if tl.max(magnitudes) > E4M3_MAX:
+        # Of which heads, is looked for here: to reduce the magnitudes of each at once would take longer.
+        for i in tl.range(0, each, num_stages=1):
+            h = tl.minimum(first_head + i, in_batch - 1)
+            group = (b * kv_heads + h // group_heads).to(tl.int32)
+            low_k, high_k, low_c, high_c, scale = _turned_scale(
+                maxima, sums, which, with_k, group, group_heads * q_parts, q_rows, k_parts, length, factor, floor,
+                TOKENS, HALF, Q_ROWS, K_ROWS,
+            )  # fmt: skip
+            low, high = load_tile(x + h.to(tl.int64) * stride_h, tokens, used, stride_s, stride_d, D, HALF, KEPT)
+            found = _turn(
+                low, high, x, h, b * in_batch + h, rows, tokens, used, rows < 0, stride_h, stride_s, stride_d,
+                norm_weight, weight_low, weight_high, eps, angles, low_k, high_k, low_c, high_c, scale, factor,
+                out, lse_shift, which, room, key_counts, D, HALF, NORM, ROPE, ROTARY, HADAMARD, INTERPRETED,
+            )  # fmt: skip
+            _exceeds(done + groups + group, tl.max(tl.maximum(found, 0.0)), tl.max(scale))
     first = (b * kv_heads + first_head // group_heads).to(tl.int32)
-    done = layout.counters(buffer, groups, which, LANES) + first
-    _exceeds(done + groups, tl.max(magnitudes), 1.0)
-    if _all_done(done, tiles * tl.cdiv(group_heads, each)):
-        exceeds = tl.atomic_max(done + groups, 0, sem="relaxed") > 0
+    # Programs of several groups signal to the first of them.
+    if _all_done(done + first, tiles * tl.cdiv(group_heads, each)):
         end = (b * kv_heads + tl.cdiv(tl.minimum(first_head + each, in_batch), group_heads)).to(tl.int32)
         for group in range(first, end):
             low_k, high_k, low_c, high_c, scale = _turned_scale(
                 maxima, sums, which, with_k, group, group_heads * q_parts, q_rows, k_parts, length, factor, floor,
                 TOKENS, HALF, Q_ROWS, K_ROWS,
             )  # fmt: skip
-            # Its tiles are read twice more: for the largest of their magnitudes, and to be quantized.
-            most = 0.0
-            group_tiles = tl.where(exceeds, tiles * group_heads, 0)
-            for i in range(0, 2 * group_tiles):
-                if i == group_tiles:
-                    scale = tl.maximum(scale, scale_for(most / E4M3_MAX, floor))
-                inverse = inverse_power_of_two(scale)
-                h = (group - b * kv_heads) * group_heads + i // tiles % group_heads
+            estimated = tl.max(scale)
+            wanted_scale = _wanted_scale(done + groups + group, estimated, floor)
+            tl.store(layout.descales(buffer, groups, which) + group, wanted_scale)
+            scale = tl.zeros_like(scale) + wanted_scale
+            # Where it does not fit, all tiles of the group once more.
+            for i in range(0, tl.where(wanted_scale > estimated, tiles * group_heads, 0)):
+                h = (group - b * kv_heads) * group_heads + i // tiles
                 rows = i % tiles * TOKENS + tl.arange(0, TOKENS)
                 used = rows < length
                 tokens = _tokens(keys, which, b, kv_len, rows, used)
                 low, high = load_tile(x + h * stride_h, tokens, used, stride_s, stride_d, D, HALF, KEPT)
                 at = b * turn_b + h * turn_h
-                low, high, of_rows = transform_tile(
-                    low, high, x + h * stride_h, tokens, used, stride_s, stride_d,
-                    norm_weight, weight_low, weight_high, eps, None,
-                    load_angles(cos + at, sin + at, tokens, used, turn_s, turn_d, HALF, ROPE, ROTARY), True,
-                    D, HALF, NORM, ROPE, ROTARY, HADAMARD,
+                _turn(
+                    low, high, x, h, b * in_batch + h, rows, tokens, used, rows < room, stride_h, stride_s, stride_d,
+                    norm_weight, weight_low, weight_high, eps,
+                    load_angles(cos + at, sin + at, tokens, used, turn_s, turn_d, HALF, ROPE, ROTARY),
+                    low_k, high_k, low_c, high_c, scale, factor,
+                    out, lse_shift, which, room, key_counts, D, HALF, NORM, ROPE, ROTARY, HADAMARD, INTERPRETED,
                 )  # fmt: skip
-                found = _store_scaled(
-                    low, high, of_rows * factor, inverse, -low_c * inverse, -high_c * inverse, low_k, high_k,
-                    out, lse_shift, which, b * in_batch + h, rows, used, rows < tl.where(i < group_tiles, 0, room),
-                    room, key_counts, D, HALF, ROPE, INTERPRETED,
-                )  # fmt: skip
-                most = tl.maximum(most, tl.max(tl.maximum(found * scale, 0.0)))
-            tl.store(layout.descales(buffer, groups, which) + group, tl.max(scale))
+
+
+@triton.jit
+def _turn(
+    low, high, x, h, row, rows, tokens, used, written, stride_h, stride_s, stride_d,
+    norm_weight, weight_low, weight_high, eps, angles, low_k, high_k, low_c, high_c, scale, factor,
+    out, lse_shift, which, room, key_counts,
+    D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr,
+    HADAMARD: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Transform a loaded tile of head ``h``, the ``row``-th of all, and store it where ``written``.
+
+    Returns:
+        As :func:`_store_scaled`.
+    """
+    low, high, of_rows = transform_tile(
+        low, high, x + h.to(tl.int64) * stride_h, tokens, used, stride_s, stride_d,
+        norm_weight, weight_low, weight_high, eps, None, angles, True, D, HALF, NORM, ROPE, ROTARY, HADAMARD,
+    )  # fmt: skip
+    inverse = inverse_power_of_two(scale)
+    return _store_scaled(
+        low, high, of_rows * factor, inverse, -low_c * inverse, -high_c * inverse, low_k, high_k,
+        out, lse_shift, which, row, rows, used, written, room, key_counts, D, HALF, ROPE, INTERPRETED,
+    )  # fmt: skip
 
 
 @triton.jit
