@@ -262,7 +262,7 @@ def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mas
                 "Add the missing ones with unsqueeze"
             )
         if tensor.dtype not in FLOATING:
-            raise InvalidArgumentError(f"{name} must be {FLOATING_NAMES}; got {tensor.dtype}")
+            raise InvalidArgumentError(f"{name} must be one of {FLOATING_NAMES}; got {tensor.dtype}")
         if tensor.dtype != query.dtype or tensor.device != query.device:
             raise InvalidArgumentError(
                 f"{name} must have the dtype and device of query, {query.dtype} on {query.device}; "

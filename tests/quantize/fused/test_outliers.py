@@ -109,7 +109,8 @@ def test_programs_that_take_several_rotated_heads(fused, heads, kv_heads, most, 
         assert sorted(map(tuple, changed.nonzero().tolist())) == groups
 
 
-def test_where_some_keys_are_used(fused) -> None:
+@pytest.mark.parametrize("turned", [False, True])
+def test_where_some_keys_are_used(fused, turned) -> None:
     used = torch.zeros(2, 400, dtype=torch.bool)
     used[0, 50:350] = True
     used[1, ::2] = True
@@ -117,7 +118,9 @@ def test_where_some_keys_are_used(fused) -> None:
     k /= k.abs().amax((2, 3), keepdim=True)
     k.transpose(1, 2)[~used] = torch.nan
     k[0, 0, 50 + unsampled(fused, True), 3] = 900.0
-    found = fused.check(q, k, v, used=used)
-    largest = (k[0, 0, 50:350].float().cpu() - found.constants[0][0, 0, :16].cpu()).abs().max()
+    rope = fused.rotation(q, k, fused.tables(1, 3, 1, 16, 400, 1)) if turned else None
+    found = fused.check(q, k, v, used=used, rope=rope)
+    rotated = fused.operands(q, k, v, HadamardMode.NONE, rope)[1]
+    largest = (rotated[0, 0, 50:350] - found.constants[0][0, 0, :16].cpu()).abs().max()
     assert float(found.k_descale[0]) == fused.power_of_two_above(float(largest) / 448)
-    assert found.k_descale[1] <= 2 * 2 / 448
+    assert turned or found.k_descale[1] <= 2 * 2 / 448

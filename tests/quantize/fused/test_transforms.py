@@ -88,3 +88,13 @@ def test_inf_spoils_what_it_is_mixed_with(fused) -> None:
     q[0, 0, 2, 1], k[0, 0, 3, 30], v[0, 0, 4, 9] = torch.inf, torch.nan, -torch.inf
     fused.check(q, k, v, rope=fused.rotation(q, k, tables(fused, 9, 1, 32)))
     fused.check(q, k, v, hadamard=HadamardMode.QKV)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("length", [129, 200, 256])
+def test_both_parts_of_a_rotated_sample_count(fused, length, last) -> None:
+    """All tokens are looked at, in two parts: constants and scales are known exactly."""
+    q, k, v = fused.make(heads=2, kv_heads=2, q_len=length, kv_len=length, dim=32)
+    q[:, :, -1 if last else 0] *= 50.0
+    k[:, :, -1 if last else 0] *= 50.0
+    fused.check(q, k, v, rope=fused.rotation(q, k, fused.tables(1, length, 1, 32, length, 1)), with_lse_shift=True)
