@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
 _Function = TypeVar("_Function", bound=Callable[..., object])
 
 
@@ -15,7 +16,7 @@ def is_traced() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
-        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+        or torch._C._get_dispatch_mode(_PROXY) is not None
     )
 
 

@@ -43,21 +43,25 @@ def reason_against(call: fx.Node, sizes: Sizes) -> str | None:
 
 def reason_against_rotation_alone(call: fx.Node, sizes: Sizes) -> str | None:
     """Why rotations in front of which nothing is normalized should stay with the compiler; None if not."""
-    described = describe(call, sizes)
-    choice = choose(described, with_environment(from_text(str(call.args[8]))))
-    backend = registry.get(choice.backend)
-    if backend is None or described.q_len >= (least := backend.capabilities.rope_from):
+    name, q_len = _chosen(call, sizes), sizes.shape(args_of(call)[0])[2]
+    backend = registry.get(name)
+    if backend is None or q_len >= (least := backend.capabilities.rope_from):
         return None
-    return f"q_len {described.q_len}: {choice.backend} is faster at a rotation without a norm from {least} queries on"
+    return f"q_len {q_len}: {name} is faster at a rotation without a norm from {least} queries on"
 
 
 def reason_against_norm(call: fx.Node, sizes: Sizes, over_heads: bool) -> str | None:
     """Why a norm in front of rotations that a backend is to have should stay with the compiler; None if not."""
-    choice = choose(describe(call, sizes), with_environment(from_text(str(call.args[8]))))
-    backend = registry.get(choice.backend)
+    name = _chosen(call, sizes)
+    backend = registry.get(name)
     if backend is not None and backend.capabilities.takes_norm(over_heads):
         return None
-    return f"{choice.backend} has no fused norm{' over all heads' if over_heads else ''}"
+    return f"{name} has no fused norm{' over all heads' if over_heads else ''}"
+
+
+def _chosen(call: fx.Node, sizes: Sizes) -> str:
+    """What runs a call that :func:`reason_against` has let through."""
+    return choose(describe(call, sizes), with_environment(from_text(str(call.args[8])))).backend
 
 
 def describe(call: fx.Node, sizes: Sizes) -> AttentionCall:

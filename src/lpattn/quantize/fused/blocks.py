@@ -6,7 +6,6 @@ Owns the allocation of the results and the launches. The passes themselves are :
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
 from enum import Enum
 from typing import NamedTuple
 
@@ -17,12 +16,12 @@ from lpattn.quantize.fused.device import check_device, overlaps_on
 from lpattn.quantize.fused.inputs import (
     NO_EPS,
     NO_MORE,
+    Alike,
     Keys,
     More,
-    Norms,
     Rotation,
-    Turns,
     addresses_of,
+    alike,
     more_of,
     used_keys,
 )
@@ -162,15 +161,10 @@ def plan_per_block(
         packed: whether keys that are used come first.
         flags: bool [B, Hkv, kv_len], which tokens are used, where they stay in their places.
     """
-    q_at, k_at, v_at = at
     return _plan(
         query.shape,
         value.shape,
-        query.stride(),
-        key.stride(),
-        value.stride(),
-        None if more is None else more.turns,
-        None if more is None else more.norms,
+        alike(query, key, value, at, more),
         hadamard,
         factor,
         qk_max,
@@ -178,9 +172,6 @@ def plan_per_block(
         with_lse_shift,
         packed,
         None if flags is None else flags.stride(),
-        # What kinds_of says, in a quarter of its time: q, k and v have one dtype.
-        (query.dtype, q_at % 16, k_at % 16, v_at % 16),
-        None if more is None else more.kinds,
         query.device,
     )
 
@@ -263,11 +254,7 @@ class Quantization(NamedTuple):
 def _plan(
     q_shape: tuple[int, ...],
     v_shape: tuple[int, ...],
-    q_strides: tuple[int, ...],
-    k_strides: tuple[int, ...],
-    v_strides: tuple[int, ...],
-    turns: Turns | None,
-    norms: Norms | None,
+    inputs: Alike,
     hadamard: HadamardMode,
     factor: float,
     qk_max: float,
@@ -275,13 +262,12 @@ def _plan(
     with_lse_shift: bool,
     packed: bool,
     flag_strides: tuple[int, ...] | None,
-    kinds: Hashable,
-    more_kinds: Hashable,
     device: torch.device,
 ) -> Quantization:
     e4m3 = precision is Precision.E4M3
     if e4m3:
         check_device(device)
+    *_, kinds, turns, norms, more_kinds = inputs
     batch, heads, q_len, dim = q_shape
     kv_heads, kv_len, dim_v = v_shape[1:]
     groups = batch * kv_heads
@@ -327,7 +313,7 @@ def _plan(
     q_each = turning.heads_each(batch * q_tiles, heads, _Q_PROGRAMS, device) if shares else 1
     k_each = turning.heads_each(batch * blocks, kv_heads, _K_PROGRAMS, device) if turned else 1
 
-    strides, reading = how_to_read(dim, q_strides, k_strides, v_strides, turns, norms, hadamard)
+    strides, reading = how_to_read(dim, inputs, hadamard)
     unit, dense, turn_unit, turn_dense, _, _, *transforms = reading
     eps_q, eps_k = NO_EPS if norms is None else norms.eps
     factors = (float(factor), float(qk_max))

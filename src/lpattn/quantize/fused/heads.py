@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
 from typing import NamedTuple, Protocol
 
 import torch
 
 from lpattn.quantize.fused import layout, turning
 from lpattn.quantize.fused.device import check_device, multiprocessors, overlaps_on
-from lpattn.quantize.fused.inputs import NO_EPS, NO_MORE, Keys, More, Norms, Rotation, Turns, addresses_of, more_of
+from lpattn.quantize.fused.inputs import NO_EPS, NO_MORE, Alike, Keys, More, Rotation, addresses_of, alike, more_of
 from lpattn.quantize.fused.launcher import INTERPRETED, Launch, short_way
 from lpattn.quantize.fused.output import restore
 from lpattn.quantize.fused.per_head import quantize_heads, sample_heads
@@ -159,21 +158,13 @@ def plan_per_head(
         at: addresses of q, k and v.
         more: what :func:`lpattn.quantize.fused.inputs.more_of` makes of the rest.
     """
-    q_at, k_at, v_at = at
     return _plan(
         query.shape,
         key.shape,
-        query.stride(),
-        key.stride(),
-        value.stride(),
-        None if more is None else more.turns,
-        None if more is None else more.norms,
+        alike(query, key, value, at, more),
         hadamard,
         factor,
         with_lse_shift,
-        # What kinds_of says, in a quarter of its time: q, k and v have one dtype.
-        (query.dtype, q_at % 16, k_at % 16, v_at % 16),
-        None if more is None else more.kinds,
         query.device,
     )
 
@@ -243,19 +234,14 @@ class HeadQuantization(NamedTuple):
 def _plan(
     q_shape: tuple[int, ...],
     k_shape: tuple[int, ...],
-    q_strides: tuple[int, ...],
-    k_strides: tuple[int, ...],
-    v_strides: tuple[int, ...],
-    turns: Turns | None,
-    norms: Norms | None,
+    inputs: Alike,
     hadamard: HadamardMode,
     factor: float,
     with_lse_shift: bool,
-    kinds: Hashable,
-    more_kinds: Hashable,
     device: torch.device,
 ) -> HeadQuantization:
     check_device(device)
+    *_, kinds, turns, norms, more_kinds = inputs
     batch, heads, q_len, dim = q_shape
     kv_heads, kv_len = k_shape[1:3]
     groups, lanes = batch * kv_heads, lanes_of(dim)
@@ -271,7 +257,7 @@ def _plan(
     parts = batch * heads * q_parts + groups * (k_parts + v_parts)
 
     eps = NO_EPS if norms is None else norms.eps
-    strides, constants = how_to_read(dim, q_strides, k_strides, v_strides, turns, norms, hadamard)
+    strides, constants = how_to_read(dim, inputs, hadamard)
     numbers = (batch, heads, kv_heads, q_len, kv_len, q_parts, k_parts, v_parts, v_least, *strides, *eps)
     overlaps = overlaps_on(device)
     wide = lanes > 128

@@ -4,8 +4,8 @@ For G = batch * num_kv_heads groups, and head_dim padded to LANES:
 
 * [3, G]: the descales of q, k and v;
 * [3, G, LANES]: what was subtracted from q (nothing), k and v;
-* [3, 2, G], int32: per group of q, k and v the tiles (rotated: programs) that are done, and the largest magnitude
-  beyond the scale;
+* [3, 2, G], int32: per group of q, k and v the programs that are done (of those that take several groups, in
+  the first), and the largest magnitude beyond the scale;
 * [parts, 2] and [parts, LANES]: of every sampled part of a head (q's, then k's, then v's) the largest magnitude and the
   sum of squares / n, and per channel the sum / n.
 """

@@ -2,7 +2,7 @@
 
 A scale for all tokens of a head depends on all of them, and reading them twice would cost as much again. So the first
 pass looks at a sample, and the second quantizes with the scale that follows from it, and headroom. Where a token turns
-out to be larger still, whoever finishes the last tile of the group quantizes the group again with the scale that fits.
+out to be larger still, the last program that has tiles of the group quantizes it again with the scale that fits.
 """
 
 from __future__ import annotations
@@ -75,8 +75,7 @@ def sample_heads(
     index, parts, in_batch, length, least, which = program, q_parts, heads, q_len, FEW, 0
     if program >= kv_all:
         x, stride_b, stride_h, stride_s, stride_d = v, v_b, v_h, v_s, v_d
-        index, parts, in_batch, length, which = program - kv_all, v_parts, kv_heads, kv_len, 2
-        least = v_least
+        index, parts, in_batch, length, least, which = program - kv_all, v_parts, kv_heads, kv_len, v_least, 2
     elif program >= q_all:
         x, stride_b, stride_h, stride_s, stride_d = k, k_b, k_h, k_s, k_d
         cos, sin, turn_b, turn_h, turn_s, turn_d = cos_k, sin_k, turn_k_b, turn_k_h, turn_k_s, turn_k_d
@@ -213,28 +212,28 @@ def quantize_heads(
         if which == 2:
             _quantize_tiles(
                 x, out, keys, key_counts, None, 0.0, buffer, lse_shift, which, index, room, parts, floor,
-                batch, heads, kv_heads, in_batch, q_len, kv_len, q_parts, k_parts, v_parts, v_least,
+                batch, heads, kv_heads, in_batch, kv_len, q_parts, k_parts, v_parts, v_least,
                 stride_b, stride_h, stride_s, stride_d, each, factor,
                 D, LANES, NO_NORM, HADAMARD_V, TOKENS, Q_ROWS, OVERLAPS, INTERPRETED,
             )  # fmt: skip
         elif ROPE != NO_ROPE:
             _quantize_turned(
                 x, out, keys, key_counts, norm_weight, eps, cos, sin, buffer, lse_shift, which, index, room, floor,
-                batch, heads, kv_heads, in_batch, q_len, kv_len, q_parts, k_parts, v_parts, v_least,
+                batch, heads, kv_heads, in_batch, kv_len, q_parts, k_parts, v_parts,
                 stride_b, stride_h, stride_s, stride_d, turn_b, turn_h, turn_s, turn_d, heads_each, factor,
                 D, LANES, NORM, ROPE, ROTARY, HADAMARD_QK, TURNED_TOKENS, Q_ROWS, K_ROWS, OVERLAPS, INTERPRETED,
             )  # fmt: skip
         else:
             _quantize_tiles(
                 x, out, keys, key_counts, norm_weight, eps, buffer, lse_shift, which, index, room, parts, floor,
-                batch, heads, kv_heads, in_batch, q_len, kv_len, q_parts, k_parts, v_parts, v_least,
+                batch, heads, kv_heads, in_batch, kv_len, q_parts, k_parts, v_parts, v_least,
                 stride_b, stride_h, stride_s, stride_d, each, factor,
                 D, LANES, NORM, HADAMARD_QK, TOKENS, Q_ROWS, OVERLAPS, INTERPRETED,
             )  # fmt: skip
     else:
         _quantize_tiles(
             x, out, keys, key_counts, None, 0.0, buffer, lse_shift, which, index, room, parts, floor,
-            batch, heads, kv_heads, in_batch, q_len, kv_len, q_parts, k_parts, v_parts, v_least,
+            batch, heads, kv_heads, in_batch, kv_len, q_parts, k_parts, v_parts, v_least,
             stride_b, stride_h, stride_s, stride_d, each, factor,
             D, LANES, NO_NORM, HADAMARD_V, TOKENS, Q_ROWS, OVERLAPS, INTERPRETED,
         )  # fmt: skip
@@ -243,7 +242,7 @@ def quantize_heads(
 @triton.jit
 def _quantize_tiles(
     x, out, keys, key_counts, norm_weight, eps, buffer, lse_shift, which, index, room, parts, floor,
-    batch, heads, kv_heads, in_batch, q_len, kv_len, q_parts, k_parts, v_parts, v_least,
+    batch, heads, kv_heads, in_batch, kv_len, q_parts, k_parts, v_parts, v_least,
     stride_b, stride_h, stride_s, stride_d, each, factor,
     D: tl.constexpr, LANES: tl.constexpr, NORM: tl.constexpr, HADAMARD: tl.constexpr,
     TOKENS: tl.constexpr, Q_ROWS: tl.constexpr, OVERLAPS: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -354,7 +353,7 @@ def _quantize_tiles(
 @triton.jit
 def _quantize_turned(
     x, out, keys, key_counts, norm_weight, eps, cos, sin, buffer, lse_shift, which, index, room, floor,
-    batch, heads, kv_heads, in_batch, q_len, kv_len, q_parts, k_parts, v_parts, v_least,
+    batch, heads, kv_heads, in_batch, kv_len, q_parts, k_parts, v_parts,
     stride_b, stride_h, stride_s, stride_d, turn_b, turn_h, turn_s, turn_d, each, factor,
     D: tl.constexpr, LANES: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, ROTARY: tl.constexpr,
     HADAMARD: tl.constexpr, TOKENS: tl.constexpr, Q_ROWS: tl.constexpr, K_ROWS: tl.constexpr, OVERLAPS: tl.constexpr,
@@ -450,7 +449,6 @@ def _quantize_turned(
             estimated = tl.max(scale)
             wanted_scale = _wanted_scale(done + groups + group, estimated, floor)
             tl.store(layout.descales(buffer, groups, which) + group, wanted_scale)
-            scale = tl.zeros_like(scale) + wanted_scale
             # Where it does not fit, all tiles of the group once more.
             for i in range(0, tl.where(wanted_scale > estimated, tiles * group_heads, 0)):
                 h = (group - b * kv_heads) * group_heads + i // tiles
@@ -463,7 +461,7 @@ def _quantize_turned(
                     low, high, x, h, b * in_batch + h, rows, tokens, used, rows < room, stride_h, stride_s, stride_d,
                     norm_weight, weight_low, weight_high, eps,
                     load_angles(cos + at, sin + at, tokens, used, turn_s, turn_d, HALF, ROPE, ROTARY),
-                    low_k, high_k, low_c, high_c, scale, factor,
+                    low_k, high_k, low_c, high_c, wanted_scale, factor,
                     out, lse_shift, which, room, key_counts, D, HALF, NORM, ROPE, ROTARY, HADAMARD, INTERPRETED,
                 )  # fmt: skip
 

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from lpattn.quantize.fused.inputs import Norms, Turns
+from lpattn.quantize.fused.inputs import Alike, Turns
 from lpattn.quantize.fused.tile import HALF_SPLIT, HALF_SPLIT_PARTIAL, INTERLEAVED, NO_NORM, NO_ROPE
 from lpattn.types import HadamardMode
 
 
-def how_to_read(
-    dim: int,
-    q_strides: tuple[int, ...],
-    k_strides: tuple[int, ...],
-    v_strides: tuple[int, ...],
-    turns: Turns | None,
-    norms: Norms | None,
-    hadamard: HadamardMode,
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def how_to_read(dim: int, inputs: Alike, hadamard: HadamardMode) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """How inputs are read: the strides, and what is compiled in."""
+    q_strides, k_strides, v_strides, _, turns, norms, _ = inputs
     lanes = lanes_of(dim)
     strides, unit, dense = _in_units((*q_strides, *k_strides, *v_strides))
     rotary, turn_unit, turn_dense = 0, 1, True

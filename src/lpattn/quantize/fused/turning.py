@@ -40,6 +40,6 @@ def whole_groups(each: int, group_heads: int) -> int:
 
 
 def registers(turns: Turns | None, dim: int, hadamard: HadamardMode) -> int | None:
-    """At most, of a thread that turns 16 elements of a tensor, or none at all; None: as many as it takes."""
+    """The most of a thread that turns 16 elements of a tensor at a time; None: as many as it takes."""
     light = hadamard is not HadamardMode.QKV and kind_of(turns, dim) != HALF_SPLIT_PARTIAL.value
     return _REGISTERS if turns is not None and light else None
