@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lpattn.quantize.fused.tile import to_e4m3
+from lpattn.quantize.fused.tile import round_e4m3
 
 NO_MASK = tl.constexpr(0)
 BOOL_MASK = tl.constexpr(1)
@@ -247,7 +247,7 @@ def _sweep(
         maximum = highest
         of_v = tl.load(v_scale + block)
         if v.dtype.element_ty == tl.float8e4nv:
-            weights = to_e4m3(p, True) if INTERPRETED else p.to(tl.float8e4nv)
+            weights = round_e4m3(p, True) if INTERPRETED else p.to(tl.float8e4nv)
             rounded = weights.to(tl.float16)
             if not K_REORDERED:
                 weights = _in_order_of_v(rounded, BM, BN)

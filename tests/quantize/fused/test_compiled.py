@@ -37,7 +37,7 @@ def compiled(configurations: Sequence[str]) -> list[dict[str, object]]:
     return found
 
 
-FEW_SPILLS = 64
+FEW_SPILLS = 32
 """Bytes that a thread of a rotated quantization may spill, whose registers are limited, on one Triton or another."""
 
 

@@ -110,6 +110,20 @@ def test_programs_that_take_several_rotated_heads(fused, heads, kv_heads, most, 
 
 
 @pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("size", [100.0, 1e30])
+@pytest.mark.parametrize("name", NAMES)
+def test_beside_a_sample_of_zeros(fused, name, size, turned) -> None:
+    """Times one over the smallest scale, float32 would overflow."""
+    inputs = [torch.zeros_like(x) for x in fused.make(q_len=LENGTH, kv_len=LENGTH, dim=32)]
+    q, k, _ = inputs
+    inputs[NAMES.index(name)][0, 0, unsampled(fused, True), 6] = size
+    found = fused.check(
+        *inputs, rope=fused.rotation(q, k, fused.tables(1, LENGTH, 1, 32, LENGTH, 1)) if turned else None
+    )
+    assert getattr(found, name).float().abs().max() > 200
+
+
+@pytest.mark.parametrize("turned", [False, True])
 def test_where_some_keys_are_used(fused, turned) -> None:
     used = torch.zeros(2, 400, dtype=torch.bool)
     used[0, 50:350] = True

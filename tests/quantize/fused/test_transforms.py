@@ -83,6 +83,16 @@ def test_rotated_then_transformed(fused, interleaved) -> None:
     fused.check(q, k, v, rope=rope, hadamard=HadamardMode.QKV, with_lse_shift=True)
 
 
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_lanes_that_do_not_turn_are_left_alone(fused, interleaved, bad) -> None:
+    q, k, v = fused.make(dim=64)
+    q[0, 0, 3, 41], k[0, 0, 5, 62] = bad, bad
+    found = fused.check(q, k, v, rope=fused.rotation(q, k, fused.tables(1, 65, 1, 40, 65, 1), interleaved))
+    for data in (found.query, found.key):
+        assert data.float().isnan().sum() == 1
+
+
 def test_inf_spoils_what_it_is_mixed_with(fused) -> None:
     q, k, v = (torch.randn(1, 1, 9, 32, dtype=F16, device=fused.device) for _ in range(3))
     q[0, 0, 2, 1], k[0, 0, 3, 30], v[0, 0, 4, 9] = torch.inf, torch.nan, -torch.inf

@@ -23,9 +23,10 @@ from lpattn.quantize.fused.tile import (
     load_angles,
     load_tile,
     load_weights,
+    nan_for_inf,
+    round_e4m3,
     scale_for,
     store_tile,
-    to_e4m3,
     transform_tile,
     turns_whole,
 )
@@ -312,8 +313,6 @@ def _quantize_tiles(
     # These tiles; then, where they were the group's last ones and its scale does not fit, all of the group's once more.
     again = False
     while start < end:
-        inverse = inverse_power_of_two(scale)
-        low_shift, high_shift = (-low_c * inverse)[None, :], (-high_c * inverse)[None, :]
         magnitudes = tl.zeros((TOKENS, HALF), tl.float32)
         for tile in range(start, end):
             low, high = low_next, high_next
@@ -329,8 +328,8 @@ def _quantize_tiles(
                 low, high, x + head * stride_h, tokens, used, stride_s, stride_d,
                 norm_weight, weight_low, weight_high, eps, None, None, True, D, HALF, NORM, NO_ROPE, 0, HADAMARD,
             )  # fmt: skip
-            found = _store_scaled(
-                low, high, of_rows * factor, inverse, low_shift, high_shift, low_k, high_k,
+            found, _ = _store_scaled(
+                low, high, of_rows * factor, low_c[None, :], high_c[None, :], scale, low_k, high_k,
                 out, lse_shift, which, b * in_batch + head, rows, used, rows < room, room, key_counts,
                 D, HALF, NO_ROPE, INTERPRETED,
             )  # fmt: skip
@@ -414,12 +413,12 @@ def _quantize_turned(
             constant = layout.constants(buffer, groups, which, LANES) + group * LANES + lanes
             tl.store(constant, low_c, mask=kept)
             tl.store(constant + HALF, high_c, mask=kept)
-        found = _turn(
+        _, scaled = _turn(
             low, high, x, h, b * in_batch + h, rows, tokens, used, rows < room, stride_h, stride_s, stride_d,
             norm_weight, weight_low, weight_high, eps, angles, low_k, high_k, low_c, high_c, scale, factor,
             out, lse_shift, which, room, key_counts, D, HALF, NORM, ROPE, ROTARY, HADAMARD, INTERPRETED,
         )  # fmt: skip
-        magnitudes = tl.maximum(magnitudes, found)
+        magnitudes = tl.maximum(magnitudes, scaled)
     done = layout.counters(buffer, groups, which, LANES)
     if tl.max(magnitudes) > E4M3_MAX:
         # Of which heads, is looked for here: to reduce the magnitudes of each at once would take longer.
@@ -431,7 +430,7 @@ def _quantize_turned(
                 TOKENS, HALF, Q_ROWS, K_ROWS,
             )  # fmt: skip
             low, high = load_tile(x + h.to(tl.int64) * stride_h, tokens, used, stride_s, stride_d, D, HALF, KEPT)
-            found = _turn(
+            found, _ = _turn(
                 low, high, x, h, b * in_batch + h, rows, tokens, used, rows < 0, stride_h, stride_s, stride_d,
                 norm_weight, weight_low, weight_high, eps, angles, low_k, high_k, low_c, high_c, scale, factor,
                 out, lse_shift, which, room, key_counts, D, HALF, NORM, ROPE, ROTARY, HADAMARD, INTERPRETED,
@@ -483,9 +482,8 @@ def _turn(
         low, high, x + h.to(tl.int64) * stride_h, tokens, used, stride_s, stride_d,
         norm_weight, weight_low, weight_high, eps, None, angles, True, D, HALF, NORM, ROPE, ROTARY, HADAMARD,
     )  # fmt: skip
-    inverse = inverse_power_of_two(scale)
     return _store_scaled(
-        low, high, of_rows * factor, inverse, -low_c * inverse, -high_c * inverse, low_k, high_k,
+        low, high, of_rows * factor, low_c, high_c, scale, low_k, high_k,
         out, lse_shift, which, row, rows, used, written, room, key_counts, D, HALF, ROPE, INTERPRETED,
     )  # fmt: skip
 
@@ -520,39 +518,38 @@ def _turned_scale(
 
 @triton.jit
 def _store_scaled(
-    low, high, of_rows, inverse, low_shift, high_shift, low_k, high_k, out, lse_shift, which, row, rows, used, written,
+    low, high, of_rows, low_c, high_c, scale, low_k, high_k, out, lse_shift, which, row, rows, used, written,
     room, key_counts, D: tl.constexpr, HALF: tl.constexpr, ROPE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Scale and round tokens ``rows`` of the ``row``-th head, of ``room`` tokens; store them where ``written``.
+    """Smooth, scale and round tokens ``rows`` of the ``row``-th head, of ``room`` tokens; store them where ``written``.
 
     What they add to the LSE is stored, too.
 
-    Scales are powers of two, so that one multiplication and addition is as exact as a difference that is scaled.
-
     Returns:
-        [TOKENS, HALF]: the magnitudes in front of rounding, the larger of both halves; NaN for what is not finite.
+        (in front of scaling, behind it): two [TOKENS, HALF], the magnitudes, the larger of both halves; NaN for what is
+        not finite in the input. Behind it, what does not fit into float32 is inf.
     """
     if lse_shift is not None:
         products = tl.sum((low * low_k + high * high_k) * of_rows, 1)
         tl.store(lse_shift + row * room + rows, products, mask=used & (which == 0))
-    low, high = low * (of_rows * inverse) + low_shift, high * (of_rows * inverse) + high_shift
+    low, high = nan_for_inf(low * of_rows - low_c), nan_for_inf(high * of_rows - high_c)
     if key_counts is not None:
         # Tokens past the used ones are written too: zeros, since 0 * NaN would reach the output.
         low, high = tl.where(used[:, None], low, 0.0), tl.where(used[:, None], high, 0.0)
+    inverse = inverse_power_of_two(scale)
     store_tile(
         out + row * room * D, rows, written, D,
-        to_e4m3(low, INTERPRETED), to_e4m3(high, INTERPRETED), D, HALF, ROPE,
+        round_e4m3(low * inverse, INTERPRETED), round_e4m3(high * inverse, INTERPRETED), D, HALF, ROPE,
     )  # fmt: skip
-    # inf times 0 is NaN, which a maximum leaves out.
-    return tl.maximum(tl.abs(low + low * 0.0), tl.abs(high + high * 0.0))
+    return tl.maximum(tl.abs(low), tl.abs(high)), tl.maximum(tl.abs(low * inverse), tl.abs(high * inverse))
 
 
 @triton.jit
 def _exceeds(exceeding, most, scale):
     """Tell the group of a magnitude beyond its scale."""
-    if most > E4M3_MAX:
+    if most > E4M3_MAX * scale:
         # The order of positive floats is that of their bits.
-        tl.atomic_max(exceeding, (most * scale).to(tl.int32, bitcast=True), sem="relaxed")
+        tl.atomic_max(exceeding, most.to(tl.int32, bitcast=True), sem="relaxed")
 
 
 @triton.jit

@@ -136,6 +136,10 @@ def transform_tile(
             turned_low, turned_high = -high, low
         elif ROPE == INTERLEAVED:
             turned_low, turned_high = _swap_pairs(low), _swap_pairs(high)
+            if ROTARY < 2 * HALF:
+                # A sine of 0 would not do: 0 times what is inf or NaN beside a lane is NaN.
+                turned_low = tl.where((lanes < ROTARY)[None, :], turned_low, 0.0)
+                turned_high = tl.where((lanes < ROTARY - HALF)[None, :], turned_high, 0.0)
         else:
             start = x + rows[:, None].to(tl.int64) * stride_s
             low_turns = used[:, None] & (lanes < ROTARY)[None, :]
@@ -232,14 +236,8 @@ def nan_for_inf(x):
 
 
 @triton.jit
-def to_e4m3(x, INTERPRETED: tl.constexpr):
-    """Round to e4m3, saturating at 448; what is inf or NaN becomes NaN."""
-    return round_e4m3(nan_for_inf(x), INTERPRETED)
-
-
-@triton.jit
 def round_e4m3(x, INTERPRETED: tl.constexpr):
-    """Round to e4m3, saturating at 448, what is finite or NaN."""
+    """Round to e4m3, saturating at 448; NaN stays NaN."""
     if INTERPRETED:
         # The interpreter's cast loses carries into the next power of two and does not saturate: round first. It takes a
         # NaN for a number: 0x7FC00000, the usual one, becomes 384. e4m3's has all three bits of its mantissa set.
