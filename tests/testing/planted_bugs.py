@@ -678,6 +678,14 @@ class ZeroChannelsDivideByZero(Honest):
         return (x / amax * 448).to(torch.float8_e4m3fn).float() * amax / 448
 
 
+@bug("unusual_values_stay_finite", "one query not zero: q [2, 4, 2000, 64]")
+class OneOverASampleOfZeros(Honest):
+    def quantize(self, x):
+        largest = x[:, :, :256].abs().amax((2, 3), keepdim=True)
+        scale = (x.abs().amax((2, 3), keepdim=True) / 448).where(largest > 0, 2.0**-126)
+        return (x / scale.clamp_min(2.0**-126)).to(torch.float8_e4m3fn).float() * scale
+
+
 @bug("unusual_values_stay_finite", "not finite")
 class LogitsOverflowInFloat16(Honest):
     def attention(self, query, key, value, call, attn_mask=None, dropout_p=0.0):

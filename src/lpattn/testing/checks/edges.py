@@ -35,7 +35,7 @@ def empty_calls(subject: Subject) -> None:
 
 @check
 def unusual_values_stay_finite(subject: Subject) -> None:
-    """Zeros, constants and huge logits give finite outputs where exact attention does."""
+    """Zeros, constants, one token beside zeros and huge logits give finite outputs where exact attention does."""
     plain = subject.problem(length=subject.fitting(70))
     zeros = torch.zeros_like
     problems = [
@@ -49,6 +49,13 @@ def unusual_values_stay_finite(subject: Subject) -> None:
         plain.changed(query=_with_zero_head(plain.query), label="q with a head of zeros"),
         plain.changed(key=_with_zero_head(plain.key), label="k with a head of zeros"),
         plain.changed(value=_with_zero_head(plain.value), label="v with a head of zeros"),
+    ]
+    # Whoever knows some of the tokens only by others may have divided by the magnitude of these.
+    of_q, of_kv = subject.problem(q_len=2000, kv_len=5), subject.problem(q_len=5, kv_len=2000)
+    problems += [
+        of_q.changed(query=_with_one_token(of_q.query), label="one query not zero"),
+        of_kv.changed(key=_with_one_token(of_kv.key), label="one key not zero"),
+        of_kv.changed(value=_with_one_token(100 * of_kv.value), label="one value not zero"),
     ]
     # Sums in float16 end at 65504: who computes in it may do so for inputs of that dtype alone.
     for dtype in subject.dtypes:
@@ -77,6 +84,15 @@ def _with_zero_head(x: torch.Tensor) -> torch.Tensor:
     x = x.clone()
     x[:, 0] = 0
     return x
+
+
+def _with_one_token(x: torch.Tensor) -> torch.Tensor:
+    """One in every head, each elsewhere."""
+    kept = torch.zeros_like(x)
+    for h in range(x.shape[1]):
+        token = 300 + 137 * h
+        kept[:, h, token] = x[:, h, token]
+    return kept
 
 
 @check
