@@ -678,7 +678,7 @@ class ZeroChannelsDivideByZero(Honest):
         return (x / amax * 448).to(torch.float8_e4m3fn).float() * amax / 448
 
 
-@bug("unusual_values_stay_finite", "one query not zero: q [2, 4, 2000, 64]")
+@bug("unusual_values_stay_finite", "one query not zero: q [2, 4, 600, 64]")
 class OneOverASampleOfZeros(Honest):
     def quantize(self, x):
         largest = x[:, :, :256].abs().amax((2, 3), keepdim=True)
