@@ -5,6 +5,7 @@ A section whose file, or whose part of a file, is not there is left out.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
@@ -17,6 +18,9 @@ from labels import AUTO, EXACT, kind_of, parts_of
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 PAGE = REPOSITORY / "docs" / "performance.md"
+
+CARDS = ("h200", "h100")
+"""GPUs that results are of, as their names begin."""
 
 HEAD = """# Performance
 
@@ -72,6 +76,10 @@ From the same run: a dense bool mask [1, 1, S, S] lets each query see itself and
 kernels get the same mask; the low-precision ones find out from its values which tiles they may skip.
 """
 
+ATTENTION = "## Whole attention calls\n"
+
+LENGTHS = "## Speed by length, against the best exact kernel\n"
+
 ACCURACY = """## Accuracy
 
 From the same run: SQNR in dB against float64 attention on sampled rows, head_dim 128. "outliers": 0.1 % of the elements
@@ -120,8 +128,8 @@ compiler's own rotation (and norm) would take, which is short in Llama's. Where 
 of matrices faster or slower by one or two percent, as much as that or more: rows of blocks that one process has
 measured say no more than this, and rows of several are medians over them. Wan has no "rope only", and no rows of
 `fp8_fa3`, which leaves norm and rotation to the compiler there: its own quantization was slower with them taken in. A
-rotation without a norm, as Llama's, it leaves to the compiler below 4096 queries, where "fused" was the slower one:
-these rows say what it would be.
+rotation without a norm, as Llama's, it leaves to the compiler below 16384 queries, where "fused" is now the faster
+one and now the slower one: these rows say what it would be.
 """
 
 ROW_LOCAL = """### Scales per token by PyTorch's compiler
@@ -140,6 +148,8 @@ the Hopper kernel lie in the code that Triton makes of `warp_specialize`: reads,
 beginning, of the byte that tells a warp what to do, and writes of it; their lines are those of the function and of that
 call. None concerns a tile, a scale or a barrier of the kernel's own.
 """
+
+DEMO = "## The demo\n"
 
 HOST_HEAD = """## Host time
 
@@ -161,6 +171,17 @@ def source(name: str, data: Mapping[str, Any]) -> str:
     where = data["provenance"]
     versions = ", ".join(f"{package} {version}" for package, version in where["versions"].items())
     return f"`{name}`: {where.get('device', where['cpu'])}, {versions}; `python benchmarks/{where['command']}`"
+
+
+def card(name: str, data: Mapping[str, Any]) -> str:
+    """Of a part of a file whose source is in the section of another."""
+    return f"`{name}`: {data['provenance'].get('device', data['provenance']['cpu'])}"
+
+
+def section(intro: str, block: Callable[[str], str], stem: str) -> str:
+    """The blocks of the cards on which a benchmark ran, below what they are; nothing where it ran on none."""
+    blocks = [found for name in CARDS if (found := block(f"{name}-{stem}.json"))]
+    return "\n".join((intro, *blocks)) if blocks else ""
 
 
 def rows(head: list[str], body: list[list[str]]) -> str:
@@ -214,7 +235,7 @@ def attention(name: str) -> str:
         for cells, result, label in found:
             alone = result.get("kernel_alone", {})
             cells.append(f"{alone['milliseconds']:.3f}" if alone.get("backend") == label else "")
-    return f"## Whole attention calls\n\n{source(name, data)}\n\n{rows(head, body)}\n"
+    return f"{source(name, data)}\n\n{rows(head, body)}\n"
 
 
 def hopper(name: str) -> str:
@@ -242,45 +263,48 @@ def hopper(name: str) -> str:
         "speed, best exact kernel = 1",
         "SQNR, dB",
     ]
-    shown = f"{source(name, data)}\n{picture(name, 'Speed of kernels')}\n" if body else ""
-    return f"{HOPPER}\n{shown}{rows(head, body)}\n" if body else ""
+    return f"{source(name, data)}\n{picture(name, 'Speed of kernels')}\n{rows(head, body)}\n" if body else ""
 
 
 def hadamard(name: str) -> str:
-    found = calls(load(name).get("results", []), lambda label: parts_of(label)[1] != "none")
+    data = load(name)
+    found = calls(data.get("results", []), lambda label: parts_of(label)[1] != "none")
     body = []
     for cells, result, label in found:
         times = result["milliseconds"]
         plain = times.get(parts_of(label)[0])
         body.append([*cells, "" if plain is None else f"{times[label] / plain:.2f}"])
-    return f"{HADAMARD}\n{rows([*CALL_HEAD, 'against none'], body)}\n" if body else ""
+    return f"{card(name, data)}\n\n{rows([*CALL_HEAD, 'against none'], body)}\n" if body else ""
 
 
 def automatic(name: str) -> str:
     body = []
-    for result in load(name).get("results", []):
+    data = load(name)
+    for result in data.get("results", []):
         if choice := result.get("automatic"):
             ratios = [f"x{choice[key]:.2f}" if key in choice else "" for key in ("over_sdpa", "graph_over_sdpa")]
             body.append([shape_text(result["shape"]), choice["ran_on"], *ratios])
     head = ["B, H/Hkv, S, D", "ran on", "speed, several calls in a row", "speed, as a graph"]
-    return f"{AUTOMATIC}\n{rows(head, body)}\n" if body else ""
+    return f"{card(name, data)}\n\n{rows(head, body)}\n" if body else ""
 
 
-def part(name: str, key: str, intro: str) -> str:
+def part(key: str, name: str) -> str:
     """A table of calls that is a part of its own in the file."""
-    body = [cells for cells, _, _ in calls(load(name).get(key, []), lambda label: True)]
-    return f"{intro}\n{rows(CALL_HEAD, body)}\n" if body else ""
+    data = load(name)
+    body = [cells for cells, _, _ in calls(data.get(key, []), lambda label: True)]
+    return f"{card(name, data)}\n\n{rows(CALL_HEAD, body)}\n" if body else ""
 
 
 def accuracy(name: str) -> str:
-    results = load(name).get("accuracy", [])
+    data = load(name)
+    results = data.get("accuracy", [])
     names = list(dict.fromkeys(label for result in results for label in result["sqnr_db"]))
     body = []
     for result in results:
         values = [f"{result['sqnr_db'][n]:.1f}" if n in result["sqnr_db"] else "" for n in names]
         body.append([str(result["shape"]["length"]), result["data"], *values])
     head = ["S", "data", *(text(n).replace(EXACT, "exact ") for n in names)]
-    return f"{ACCURACY}\n{rows(head, body)}\n" if body else ""
+    return f"{card(name, data)}\n\n{rows(head, body)}\n" if body else ""
 
 
 def profile(prefix: str) -> str:
@@ -314,8 +338,7 @@ def lengths(name: str) -> str:
         kind = f"{text(backend)}, {dim}, {mask}{', GQA' if grouped else ''}"
         body.append([kind, *(f"x{ratios[n]:.2f}" if n in ratios else "" for n in columns)])
     head = ["backend, head_dim, mask", *map(str, columns)]
-    title = "## Speed by length, against the best exact kernel"
-    return f"{title}\n\n{source(name, data)}\n{picture(name, 'Speed by length')}\n{rows(head, body)}\n"
+    return f"{source(name, data)}\n{picture(name, 'Speed by length')}\n{rows(head, body)}\n"
 
 
 def picture(name: str, title: str) -> str:
@@ -352,7 +375,7 @@ def quantization(name: str) -> str:
     head += ["in a row, ms", "of the copy, in a row"]
     micro = [[label, f"{value:.0f}"] for label, value in data["host"]["microseconds"].items()]
     hosts = f"Host time at {shape_text(data['host']['shape'])}:\n\n{rows(['per eager call', 'us'], micro)}"
-    return f"{QUANTIZATION}\n{source(name, data)}\n\n{rows(head, body)}\n\n{hosts}\n"
+    return f"{source(name, data)}\n\n{rows(head, body)}\n\n{hosts}\n"
 
 
 def targets(name: str) -> str:
@@ -363,19 +386,31 @@ def targets(name: str) -> str:
         for line in data.get("targets", [])
         if line["limited"]
     ]
-    return f"{TARGETS}\n{source(name, data)}\n\n{rows(['what', 'wanted', 'found', ''], body)}\n" if body else ""
+    return f"{source(name, data)}\n\n{rows(['what', 'wanted', 'found', ''], body)}\n" if body else ""
 
 
-def compiled(*names: str) -> str:
-    files = {name: data for name in names if (data := load(name))}
-    # What several processes have measured comes last, and takes the place of what one has.
-    latest = {
-        tuple(result[key] for key in ("model", "part", "length", "backend")): result
-        for data in files.values()
-        for result in data["results"]
-    }
+COMPILED_FILES = ("", "-lengths", "-blocks", "-blocks-fa3", "-blocks-long", "-blocks-fa3-long")
+"""Of two rows of the same thing, the later one's is shown: it has more processes, or more time."""
+
+
+def compiled_files(name: str) -> dict[str, dict[str, Any]]:
+    """Those of a card, of which ``name`` is the first."""
+    stem = name.removesuffix(".json")
+    return {f: data for of in COMPILED_FILES if (data := load(f := f"{stem}{of}.json"))}
+
+
+def latest(files: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One result for each model, part, length and backend."""
+    results = [result for data in files.values() for result in data["results"]]
+    keys = ("model", "part", "length", "backend")
+    return list({tuple(result[key] for key in keys): result for result in results}.values())
+
+
+def compiled(name: str) -> str:
+    """The rows of all files of a card, whose first one is ``name``."""
+    files = compiled_files(name)
     blocks = []
-    for result in latest.values():
+    for result in latest(files):
         times = result["milliseconds"]
         of = {kind: times.get(f"{result['backend']} {kind}") for kind in ("opaque", "rope only", "fused")}
         blocks.append(
@@ -396,7 +431,7 @@ def compiled(*names: str) -> str:
     head += ["opaque, ms", "rope only, ms", "fused, ms"]
     body = rows([*head, "fused over opaque", "fused over exact"], blocks)
     sources = "\n\n".join(source(name, data) for name, data in files.items())
-    return f"{COMPILED}\n{sources}\n\n{body}\n"
+    return f"{sources}\n\n{body}\n"
 
 
 def row_local(name: str) -> str:
@@ -408,13 +443,13 @@ def row_local(name: str) -> str:
         for t in [r["milliseconds"]]
     ]
     head = ["what", "tokens", "opaque, ms", "rope, ms", "rope and norm, ms", "row-local, ms"]
-    return f"{ROW_LOCAL}\n{source(name, data)}\n\n{rows(head, body)}\n" if body else ""
+    return f"{source(name, data)}\n\n{rows(head, body)}\n" if body else ""
 
 
 def sanitizer(name: str) -> str:
     data = load(name)
     body = [[r["kernels"], r["tool"], r["summary"]] for r in data.get("sanitizer", [])]
-    return f"{SANITIZER}\n{source(name, data)}\n\n{rows(['kernels', 'tool', 'says'], body)}\n" if body else ""
+    return f"{source(name, data)}\n\n{rows(['kernels', 'tool', 'says'], body)}\n" if body else ""
 
 
 def demo(name: str) -> str:
@@ -437,7 +472,7 @@ def demo(name: str) -> str:
         f"embed_dim {model['embed_dim']}, {model['seq_len']} tokens, {data['dtype']}; against float64, where the "
         f"untouched model has {data['untouched_sqnr_db']:.1f} dB; time relative to the untouched model."
     )
-    return f"## The demo\n\n{text}\n\n{rows(head, body)}\n"
+    return f"{text}\n\n{rows(head, body)}\n"
 
 
 def dispatch(name: str) -> str:
@@ -464,28 +499,28 @@ def eager(name: str) -> str:
 
 
 def page() -> str:
-    whole = "h100-attention.json"
+    whole = "attention"
     parts = [
         HEAD,
-        targets("h100-targets.json"),
-        attention(whole),
-        hadamard(whole),
-        automatic(whole),
-        part(whole, "biased", BIASED),
-        part(whole, "padding", PADDING),
-        part(whole, "windows", WINDOWS),
-        accuracy(whole),
-        hopper("h100-hopper.json"),
+        section(TARGETS, targets, "targets"),
+        section(ATTENTION, attention, whole),
+        section(HADAMARD, hadamard, whole),
+        section(AUTOMATIC, automatic, whole),
+        section(BIASED, functools.partial(part, "biased"), whole),
+        section(PADDING, functools.partial(part, "padding"), whole),
+        section(WINDOWS, functools.partial(part, "windows"), whole),
+        section(ACCURACY, accuracy, whole),
+        section(HOPPER, hopper, "hopper"),
         profile("h100-profile"),
-        lengths("h100-sweep.json"),
-        compiled(*(f"h100-compiled{of}.json" for of in ("", "-lengths", "-blocks", "-blocks-fa3"))),
-        row_local("h100-row-local.json"),
-        quantization("h100-quantization.json"),
-        sanitizer("h100-sanitizer.json"),
-        demo("h100-demo.json"),
+        section(LENGTHS, lengths, "sweep"),
+        section(COMPILED, compiled, "compiled"),
+        section(ROW_LOCAL, row_local, "row-local"),
+        section(QUANTIZATION, quantization, "quantization"),
+        section(SANITIZER, sanitizer, "sanitizer"),
+        section(DEMO, demo, "demo"),
         HOST_HEAD,
     ]
-    for machine in ("h100", "cpu"):
+    for machine in (*CARDS, "cpu"):
         parts += [dispatch(f"{machine}-dispatch.json"), eager(f"{machine}-eager-overhead.json")]
     return "\n".join(filter(None, parts))
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from lpattn.registry import registry
+
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -41,6 +43,19 @@ def test_the_shipped_speeds_are_those_of_the_sweep(render):
             kind = (*render.parts_of(name), shape["head_dim"], shape["causal"], grouped, mask, shape["length"])
             measured[kind] = round(ratio, 3)
     assert points == measured
+
+
+@pytest.mark.parametrize("card", ["h200", "h100"])
+def test_what_compiled_graphs_take_in_makes_no_block_slower(render, card):
+    """As several processes have measured it: what is slower stays with the compiler."""
+    measured = 0
+    for result in render.latest(render.compiled_files(f"{card}-compiled.json")):
+        capabilities = registry.get(result["backend"]).capabilities
+        alone = result["model"] == "llama" and result["length"] < capabilities.rope_from
+        if result["part"] == "block" and len(result.get("processes", [])) > 1 and not alone:
+            assert result["fused_over_opaque"] >= 1.0, result
+            measured += 1
+    assert measured > 10
 
 
 def test_the_pictures_are_of_the_results_beside_them(render):
@@ -81,6 +96,15 @@ def page(render, tmp_path, monkeypatch):
 
 def sections(text: str) -> list[str]:
     return [line[3:] for line in text.splitlines() if line.startswith("## ")]
+
+
+def test_every_card_has_its_rows(page, tmp_path):
+    found = {"provenance": PROVENANCE | {"device": "another card"}, "results": [call(speedup={"fp8_fa3": 2.5})]}
+    (tmp_path / "h200-attention.json").write_text(json.dumps(found))
+    text = page(attention={"results": [call(speedup={"fp8_fa3": 1.5})]})
+    assert sections(text) == ["Whole attention calls", "Host time"]
+    assert "`h200-attention.json`: another card" in text
+    assert text.index("| x2.50 |") < text.index("`h100-attention.json`: a cpu") < text.index("| x1.50 |")
 
 
 def test_the_hopper_kernel_has_a_section_of_its_own(page):
