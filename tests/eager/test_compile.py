@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 
 import pytest
@@ -115,6 +116,31 @@ def test_functions_inside_of_compiled_code(marked):
     out, lse = attend(q)
     torch.testing.assert_close(out, 3 * F.scaled_dot_product_attention(q, q, q))
     torch.testing.assert_close(lse, (q @ q.mT / 8**0.5).logsumexp(-1))
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"backend": "nope"}, lpattn.UnknownBackendError),
+        ({"backend": 3}, lpattn.InvalidArgumentError),
+        ({"hadamard": "k_only"}, lpattn.InvalidArgumentError),
+        ({"on_unsupported": "ignore"}, lpattn.InvalidArgumentError),
+    ],
+)
+def test_a_wrong_argument_inside_of_compiled_code_is_named(options, error):
+    q = torch.randn(1, 2, 8, 16)
+
+    def attention(q):
+        return lpattn.low_precision_sdpa(q, q, q, **options)
+
+    with pytest.raises(error) as eager:
+        attention(q)
+    with pytest.raises(error, match=re.escape(str(eager.value))):
+        torch.compile(attention, backend="eager")(q)
+    torch._dynamo.reset()
+    # What is raised while a whole graph is wanted is Dynamo's, and quotes it.
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=f"{error.__name__}.*{next(iter(options.values()))}"):
+        torch.compile(attention, backend="eager", fullgraph=True)(q)
 
 
 def test_rope_function_inside_of_compiled_code():
