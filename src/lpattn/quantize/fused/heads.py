@@ -12,7 +12,8 @@ from lpattn.quantize.fused.device import check_device, multiprocessors, overlaps
 from lpattn.quantize.fused.inputs import NO_EPS, NO_MORE, Alike, Keys, More, Rotation, addresses_of, alike, more_of
 from lpattn.quantize.fused.launcher import INTERPRETED, Launch, short_way
 from lpattn.quantize.fused.output import restore
-from lpattn.quantize.fused.per_head import quantize_heads, sample_heads
+from lpattn.quantize.fused.per_head import quantize_heads
+from lpattn.quantize.fused.per_head_sample import sample_heads
 from lpattn.quantize.fused.reading import how_to_read, lanes_of, power_of_two
 from lpattn.types import HadamardMode, Norm
 

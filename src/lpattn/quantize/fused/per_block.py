@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 
 from lpattn.quantize.fused.layout import FEW, PART, sample_size
-from lpattn.quantize.fused.per_head import QK_FLOOR
 from lpattn.quantize.fused.sample import sampled_tokens
 from lpattn.quantize.fused.tile import (
     E4M3_MAX,
@@ -25,6 +24,8 @@ from lpattn.quantize.fused.tile import (
     NO_ROPE,
     OF_TOKEN,
     PASSING,
+    QK_FLOOR,
+    V_FLOOR,
     V_UNIT,
     inverse_power_of_two,
     load_angles,
@@ -45,7 +46,6 @@ _V_SPREAD = tl.constexpr(2.0**-60)
 accumulator in the units of the block at hand: the ratio of two scales overflows only where a block that was not sampled
 holds values some 10^13 times as large as all that were."""
 
-_V_FLOOR = tl.constexpr(2.0**-126)
 _INT8_MAX = tl.constexpr(127.0)
 
 # Numbers of which every call has others: to compile anew for a length would stall it.
@@ -121,7 +121,7 @@ def sample_blocks(
         tl.store(v_at + HALF_V, v_high_sum)
         # Where all that was sampled is zero, nothing is known of the others but that they are not tiny.
         floor = tl.where(largest > 0.0, largest * (_V_SPREAD / E4M3_MAX), _V_SPREAD)
-        tl.store(v_constant + groups * LANES_V + row, tl.maximum(floor, _V_FLOOR))
+        tl.store(v_constant + groups * LANES_V + row, tl.maximum(floor, V_FLOOR))
 
 
 @triton.jit(do_not_specialize=_VARYING)

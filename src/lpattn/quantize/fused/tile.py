@@ -37,6 +37,13 @@ KEPT = tl.constexpr("")
 PASSING = tl.constexpr("evict_first")
 """For :func:`load_tile`: they make room for the angles, which the next head turns by as well."""
 
+QK_FLOOR = tl.constexpr(2.0**-56)
+"""Smallest scale of q and k. FlashAttention-3 multiplies the softmax scale and the scales of q and k; a product below
+float32's normal range is flushed to zero, and zero times the -inf of a fully masked tile would be NaN."""
+
+V_FLOOR = tl.constexpr(2.0**-126)
+"""Smallest scale of v, one over which is finite."""
+
 V_UNIT = tl.constexpr(2.0**0.5)
 """Scales of v are powers of two times this. Values of bfloat16 lie on e4m3's midpoints now and then; less a small
 constant, with a power of two for a scale, all of these would be rounded the same way, and a sum over many keys would
