@@ -92,7 +92,9 @@ def test_after_rotation_and_transform(fused, hadamard) -> None:
 
 
 @pytest.mark.parametrize("own_angles", [False, True])
-@pytest.mark.parametrize(("heads", "kv_heads", "most"), [(3, 3, 2), (6, 2, 2), (6, 2, 4), (8, 4, 5), (4, 1, 3)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "most"), [(3, 3, 2), (6, 2, 2), (6, 2, 4), (8, 4, 5), (4, 1, 3), (7, 1, 4)]
+)
 def test_programs_that_take_several_rotated_heads(fused, heads, kv_heads, most, own_angles, take_heads) -> None:
     """Groups lie in one program or in several of them; some are quantized once more, and the others are not."""
     take_heads(most)

@@ -292,7 +292,7 @@ def _plan(
         # Heads with angles of their own have nothing to share.
         if not q_turns[2]:
             q_each = turning.heads_each(batch * q_tiles, heads, _TURNED_PROGRAMS, device)
-            q_each = turning.whole_groups(q_each, heads // kv_heads)
+            q_each = turning.whole_groups(q_each, heads, kv_heads)
         if not k_turns[2]:
             k_each = turning.heads_each(batch * k_tiles, kv_heads, _TURNED_PROGRAMS, device)
         programs = batch * (-(-heads // q_each) * q_tiles + -(-kv_heads // k_each) * k_tiles)

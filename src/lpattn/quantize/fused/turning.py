@@ -32,8 +32,11 @@ def heads_each(tiles: int, heads: int, programs: int, device: torch.device) -> i
     return -(-heads // -(-heads // most))
 
 
-def whole_groups(each: int, group_heads: int) -> int:
-    """At most ``each`` heads, but one at least: whole groups, or an equal part of one."""
+def whole_groups(each: int, heads: int, kv_heads: int) -> int:
+    """At most ``each`` heads, but one at least: whole groups, or an equal part of one; of a single group, any part."""
+    if kv_heads == 1:
+        return each
+    group_heads = heads // kv_heads
     if each >= group_heads:
         return each - each % group_heads
     return next(n for n in range(each, 0, -1) if group_heads % n == 0)
