@@ -380,6 +380,11 @@ def rounded_first(x, cos, sin):
     return half_split(x.bfloat16().float(), cos, sin)
 
 
+def times(number, dtype):
+    """Rotated, times a tensor of that dtype, which is full of the number."""
+    return lambda x, cos, sin: half_split(x, cos, sin) * torch.full((D,), number, dtype=dtype)
+
+
 # By name: functions, and what the reason must name (None: whether it is fused does not matter, only the numbers do).
 NEAR = {
     "k_interleaved": ((half_split, interleaved), "q is rotated half-split, k interleaved"),
@@ -395,6 +400,9 @@ NEAR = {
     "next_head": ((next_head,), None),
     "rounded": ((rounded,), "casts to torch.float16, which does not hold what torch.float32 does"),
     "rounded_first": ((rounded_first,), "fused"),
+    "times_whole": ((times(2.7, torch.int64),), None),
+    "times_true": ((times(2.7, torch.bool),), None),
+    "times_rounded": ((times(1.7, torch.float16),), None),
     "shifted": ((shifted,), "adds the number 0.5"),
     "bias_added": ((bias_added,), "does not depend on what is rotated"),
     "three_lanes": ((three_lanes,), "more than two products"),
@@ -422,6 +430,33 @@ def test_near_rotations_are_right(name, attend, spy):
     if expected is not None:
         assert expected in rope
         assert bool(spy.fused) == (rope == "fused")
+
+
+def test_a_cast_to_what_is_as_fine_and_not_as_large(attend, spy):
+    """65504 is the largest float16; in bfloat16 there are larger ones."""
+
+    def through_half(x, cos, sin):
+        return half_split(x.half(), cos.half(), sin.half()).to(x.dtype) * 1e-5
+
+    q, k, v = qkv(dtype=torch.bfloat16)
+    want, got, rope = attend(
+        Attention(through_half), 4e4 * q, 4e4 * k, v, HALVES.cos(), HALVES.sin(), turned_tells=False
+    )
+    assert rope != "fused"
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5, equal_nan=True)
+
+
+def test_streams_of_q_and_k_of_other_lengths(attend, spy):
+    """The first ones are alike and are rotated alike; what follows is not."""
+
+    def first_rows(x, cos, sin):
+        n = cos.shape[2]
+        return torch.cat((half_split(x[:, :, :n], cos, sin), x[:, :, n:]), 2)
+
+    table = twice(angles(length=5))
+    (q, _, _), (_, k, v) = qkv(length=12), qkv(length=14)
+    want, got, _ = attend(Attention(first_rows), q, k, v, table.cos(), table.sin())
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("tokens", [20, slice(100, 164)], ids=["one row", "some rows"])

@@ -559,6 +559,14 @@ def doubled_eps(x, w):
     return x * torch.rsqrt(torch.add(x.pow(2).mean(-1, keepdim=True), torch.ones(()), alpha=EPS)) * w
 
 
+def doubled_mean(x, w):
+    return x * torch.rsqrt(torch.add(torch.full((), 0.1), x.pow(2).mean(-1, keepdim=True), alpha=2.0)) * w
+
+
+def whole_eps(x, w):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + torch.full((1,), 2.7, dtype=torch.int64)) * w
+
+
 def negative_eps(x, w):
     return x * inverse(x, -1e-4) * w
 
@@ -603,6 +611,8 @@ NEAR = {
     "gated": (gated, "depends on what is normalized"),
     "weight_of_its_own": (weight_of_its_own, "depends on what is normalized"),
     "doubled_eps": (doubled_eps, None),
+    "doubled_mean": (doubled_mean, "adds 2.0 times the mean of squares"),
+    "whole_eps": (whole_eps, None),
     "of_twice_as_much": (of_twice_as_much, "is no view of"),
     "negative_eps": (negative_eps, "-0.0001 is added under the root"),
 }

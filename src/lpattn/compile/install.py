@@ -79,6 +79,18 @@ class Wrapped(CustomGraphPass):
 rope_pass = RopePass()
 
 
+class _Together(list[Any]):
+    """The user's passes and lpattn's, where inductor takes several.
+
+    Attributes:
+        users: what was set before, a pass or a list of them.
+    """
+
+    def __init__(self, users: Any) -> None:
+        super().__init__([*(users if isinstance(users, (list, tuple)) else [users]), rope_pass])
+        self.users = users
+
+
 def install() -> None:
     """Have inductor run the pass until the present compilation ends. Does nothing where it already does."""
     present = inductor_config.post_grad_custom_pre_pass
@@ -112,9 +124,7 @@ def _holds_ours(present: Any) -> bool:
 def _with_ours(present: Any) -> Any:
     if present is None:
         return rope_pass
-    if not _TAKES_SEVERAL:
-        return Wrapped(present)
-    return type(present)([*present, rope_pass]) if isinstance(present, (list, tuple)) else [present, rope_pass]
+    return _Together(present) if _TAKES_SEVERAL else Wrapped(present)
 
 
 def _without_ours(present: Any) -> Any:
@@ -122,8 +132,11 @@ def _without_ours(present: Any) -> Any:
         return None
     if isinstance(present, Wrapped):
         return present.users
+    if isinstance(present, _Together) and present == _Together(present.users):
+        return present.users
+    # Somebody has made another list of it.
     left = [other for other in present if other is not rope_pass]
-    return left[0] if len(left) == 1 else type(present)(left)
+    return tuple(left) if isinstance(present, tuple) else left
 
 
 @functools.cache

@@ -404,5 +404,7 @@ def _int(value: Any, default: int | None = None) -> int:
 def constant_of(value: Any) -> float | None:
     """A real number, also where a tensor is full of it; None for anything else."""
     if isinstance(value, fx.Node) and value.target is aten.full.default:
-        value = value.args[1]
+        filled = value.args[1]
+        # As its dtype rounds it: 2.7 among integers is 2.
+        value = torch.full((), filled, dtype=value_of(value).dtype).item() if isinstance(filled, (int, float)) else None
     return float(value) if isinstance(value, (int, float)) else None

@@ -260,7 +260,10 @@ def _scale(step: _Step) -> _Scale:
         number = constant_of(constant)
         if number is None or not isinstance(mean, fx.Node):
             raise RefusedError(f"{node.name} adds two tensors under the root: no number for eps")
-        eps = number * (float(node.kwargs.get("alpha", 1)) if constant is right else 1.0)  # type: ignore[arg-type]
+        alpha = float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
+        if constant is left and alpha != 1.0:
+            raise RefusedError(f"{node.name} adds {alpha} times the mean of squares")
+        eps = number * alpha
         node = hop(mean)
     if not 0.0 <= eps < float("inf"):
         raise RefusedError(f"{eps} is added under the root")
