@@ -130,7 +130,7 @@ def usual_types(
         and isinstance(key, torch.Tensor)
         and isinstance(value, torch.Tensor)
         and (attn_mask is None or isinstance(attn_mask, torch.Tensor))
-        and type(dropout_p) is float
+        and type(dropout_p) in (float, int)
         and type(is_causal) is bool
         and (scale is None or type(scale) is float)
     )

@@ -36,7 +36,7 @@ def low_precision_sdpa(
     key: torch.Tensor,
     value: torch.Tensor,
     attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,  # no 0.0: see redirection.redirect
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
@@ -119,7 +119,7 @@ def low_precision_rope_sdpa(
     cos: torch.Tensor,
     sin: torch.Tensor,
     attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,  # no 0.0: see redirection.redirect
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
@@ -267,7 +267,7 @@ def explain(
     key: torch.Tensor,
     value: torch.Tensor,
     attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,  # no 0.0: see redirection.redirect
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,

@@ -23,7 +23,8 @@ def redirect(
     key: torch.Tensor,
     value: torch.Tensor,
     attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
+    # No 0.0: where all sizes are dynamic, Dynamo makes such a default an input of the graph, and compiles twice.
+    dropout_p: float = 0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,

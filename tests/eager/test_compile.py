@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import lpattn
+from lpattn.compile.passes_only import passes_only
 from lpattn.eager import compiled as compiled_code
 
 LAYERS = ["blocks.0.attn", "blocks.1.attn", "blocks.2.attn"]
@@ -70,6 +71,29 @@ def test_one_graph_for_ten_lengths(model, marked):
         x = torch.randn(2, length, 32)
         torch.testing.assert_close(compiled(x), model(x))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("how", ["applied", "called"])
+def test_dynamic_sizes_are_compiled_once(how):
+    class Attention(torch.nn.Module):
+        def forward(self, x):
+            if how == "called":
+                return lpattn.low_precision_sdpa(x, x, x, backend="bf16_reference")
+            return F.scaled_dot_product_attention(x, x, x)
+
+    model, compiled = Attention(), []
+
+    def count(graph, inputs):
+        compiled.append(graph)
+        return passes_only(graph, inputs)
+
+    if how == "applied":
+        lpattn.apply_low_precision_attention(model, "bf16_reference")
+    under = torch.compile(model, backend=count, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for length in range(20, 30):
+            under(torch.randn(2, 3, length, 16))
+    assert len(compiled) == 1
 
 
 def test_one_graph_for_all_blocks(classes, x, marked):
@@ -349,11 +373,12 @@ def test_strict_settings_refuse_compiled_code_that_nobody_saw_once(marked, monke
     torch.testing.assert_close(strict(q), 2 * F.scaled_dot_product_attention(q, q, q))
 
 
-def test_an_untouched_model_says_so_while_it_is_traced(x):
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_an_untouched_model_says_so_while_it_is_traced(x, dynamic):
     model = torch.nn.Sequential(torch.nn.Linear(32, 32))
     lpattn.apply_low_precision_attention(model, "bf16_reference")
     with pytest.warns(lpattn.LpattnWarning, match="none of its attention was intercepted"):
-        torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+        torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)(x)
 
 
 def test_every_class_has_a_recompile_limit_of_its_own(classes, x, marked):

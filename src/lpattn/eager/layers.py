@@ -33,7 +33,7 @@ _NEED_WEIGHTS = Reason(
 )
 
 
-_applications: weakref.WeakValueDictionary[int, Application] = weakref.WeakValueDictionary()
+_applications: weakref.WeakValueDictionary[str, Application] = weakref.WeakValueDictionary()
 
 
 class Application:
@@ -41,6 +41,7 @@ class Application:
 
     Attributes:
         scope: number under which warnings are given once.
+        key: the same as text, which is a constant for Dynamo even where all numbers are dynamic.
         compiles: whether the model, when it runs eagerly, was seen to call code that is compiled by itself.
         checked: whether it is known that the root attends, or said that it does not.
     """
@@ -48,9 +49,10 @@ class Application:
     def __init__(self, root: nn.Module | None, compiles: bool = False) -> None:
         self._root = None if root is None else weakref.ref(root)
         self.scope = new_scope()
+        self.key = str(self.scope)
         self.compiles = compiles
         self.checked = False
-        _applications[self.scope] = self
+        _applications[self.key] = self
 
     @property
     def root(self) -> nn.Module | None:
@@ -81,9 +83,9 @@ class Application:
 
 
 @constant_while_tracing
-def warn_untouched(scope: int) -> None:
+def warn_untouched(key: str) -> None:
     """While tracing: warn that the application's root holds no attention that could be redirected."""
-    if (application := _applications.get(scope)) is not None and not application.checked:
+    if (application := _applications.get(key)) is not None and not application.checked:
         application.check_intercepted()
 
 
@@ -234,7 +236,7 @@ def _make_forward(cls: type[nn.Module], class_forward: Callable[..., Any]) -> Ca
                 with RedirectMode():
                     result = run(*all_args, **kwargs)
                 if self.watched is not None and not active.attended:
-                    warn_untouched(self.watched.scope)
+                    warn_untouched(self.watched.key)
                 return result
             # Behind a graph break, Dynamo compiles what runs from here on: it sees a mode, and no dispatch key.
             compiled_inside = get_eval_frame_callback()
