@@ -423,11 +423,13 @@ NEAR = {
 
 
 @pytest.mark.parametrize("name", NEAR)
-def test_near_rotations_are_right(name, attend, spy):
+def test_near_rotations_are_right(name, attend, as_compiled, spy):
     functions, expected = NEAR[name]
-    want, got, rope = attend(Attention(*functions), *qkv(), HALVES.cos(), HALVES.sin(), turned_tells=False)
+    inputs = (*qkv(), HALVES.cos(), HALVES.sin())
+    eager, got, rope = attend(Attention(*functions), *inputs, turned_tells=False)
+    want, as_written = as_compiled(Attention(*functions), inputs, eager)
     torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
-    if expected is not None:
+    if expected is not None and as_written:
         assert expected in rope
         assert bool(spy.fused) == (rope == "fused")
 
