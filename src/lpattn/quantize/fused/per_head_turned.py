@@ -32,8 +32,8 @@ def quantize_turned(
 ):  # fmt: skip
     """Quantize the ``index``-th tile of q or k, one head after the other: ``each`` of them, which share their angles.
 
-    These are whole groups, or an equal part of one. The sample of a head has few parts, K_ROWS at most: to add up many
-    for every head of every tile would take as long as to load the tile.
+    These are whole groups, or an equal part of one; of a single group, any part. The sample of a head has few parts,
+    K_ROWS at most: to add up many for every head of every tile would take as long as to load the tile.
 
     Args:
         which: q (0) or k (1).
