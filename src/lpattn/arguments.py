@@ -8,7 +8,6 @@ import functools
 import torch
 
 from lpattn.active import current_settings
-from lpattn.errors import LpattnError
 from lpattn.registry import registry
 from lpattn.settings import Settings, from_text, is_exact, make_settings
 from lpattn.tracing import constant_while_tracing
@@ -33,10 +32,7 @@ def settings_of_call(
         if argument is not None and not isinstance(argument, str):
             make_settings(backend, hadamard, on_unsupported, Provenance.ARGUMENT)  # raises, and names the value
     if torch.compiler.is_compiling():
-        settings, error, message = _merged_while_tracing(backend, hadamard, on_unsupported, surrounding.text)
-        if settings is None:
-            raise error(message)
-        return settings
+        return _merged_while_tracing(backend, hadamard, on_unsupported, surrounding.text)
     return _merged(backend, hadamard, on_unsupported, surrounding.text, registry.generation)
 
 
@@ -69,9 +65,5 @@ def _merged_while_tracing(
     hadamard: str | HadamardMode | None,
     on_unsupported: str | None,
     surrounding_text: str,
-) -> tuple[Settings | None, type[LpattnError], str]:
-    """As :func:`_merged`, with an error as its type and text: Dynamo takes what is raised here for its own failure."""
-    try:
-        return _merged(backend, hadamard, on_unsupported, surrounding_text, registry.generation), LpattnError, ""
-    except LpattnError as error:
-        return None, type(error), str(error)
+) -> Settings:
+    return _merged(backend, hadamard, on_unsupported, surrounding_text, registry.generation)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from lpattn.errors import LpattnError
+
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
-_Function = TypeVar("_Function", bound=Callable[..., object])
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 
 def is_traced() -> bool:
@@ -20,10 +24,28 @@ def is_traced() -> bool:
     )
 
 
-def constant_while_tracing(function: _Function) -> _Function:
+def constant_while_tracing(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
     """Have Dynamo run a function of constants while it traces, and take the result as a constant.
 
-    It sets what torch.compiler.assume_constant_result sets; that would import Dynamo at once.
+    What lpattn raises in there is raised where Dynamo follows: an error in a constant is to it a failure of its own.
     """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
+
+    def outcome(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> tuple[Any, type[LpattnError] | None, str]:
+        try:
+            return function(*args, **kwargs), None, ""
+        except LpattnError as error:
+            return None, type(error), str(error)
+
+    # What torch.compiler.assume_constant_result sets; that would import Dynamo at once.
+    outcome._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    @functools.wraps(function)
+    def traced(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        if not torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        result, error, message = outcome(*args, **kwargs)
+        if error is not None:
+            raise error(message)
+        return result
+
+    return traced

@@ -167,6 +167,17 @@ def test_a_wrong_argument_inside_of_compiled_code_is_named(options, error):
         torch.compile(attention, backend="eager", fullgraph=True)(q)
 
 
+def test_a_wrong_argument_of_a_context_inside_of_compiled_code_is_named():
+    q = torch.randn(1, 2, 8, 16)
+
+    def attention(q):
+        with lpattn.low_precision_attention("nope"):
+            return F.scaled_dot_product_attention(q, q, q)
+
+    with pytest.raises(lpattn.UnknownBackendError, match="unknown backend 'nope'"):
+        torch.compile(attention, backend="eager")(q)
+
+
 def test_rope_function_inside_of_compiled_code():
     q, k, v = (torch.randn(2, 5, h, 8) for h in (4, 2, 2))
     angle = torch.randn(1, 5, 1, 8)
