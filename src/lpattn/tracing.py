@@ -8,8 +8,6 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from lpattn.errors import LpattnError
-
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -27,14 +25,14 @@ def is_traced() -> bool:
 def constant_while_tracing(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
     """Have Dynamo run a function of constants while it traces, and take the result as a constant.
 
-    What lpattn raises in there is raised where Dynamo follows: an error in a constant is to it a failure of its own.
+    What is raised in there is raised where Dynamo follows: an error in a constant is to it a failure of its own.
     """
 
-    def outcome(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> tuple[Any, type[LpattnError] | None, str]:
+    def outcome(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> tuple[Any, type[Exception] | None, Any]:
         try:
-            return function(*args, **kwargs), None, ""
-        except LpattnError as error:
-            return None, type(error), str(error)
+            return function(*args, **kwargs), None, ()
+        except Exception as error:
+            return None, type(error), error.args
 
     # What torch.compiler.assume_constant_result sets; that would import Dynamo at once.
     outcome._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -43,9 +41,9 @@ def constant_while_tracing(function: Callable[_Arguments, _Result]) -> Callable[
     def traced(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         if not torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        result, error, message = outcome(*args, **kwargs)
+        result, error, details = outcome(*args, **kwargs)
         if error is not None:
-            raise error(message)
+            raise error(*details)
         return result
 
     return traced
